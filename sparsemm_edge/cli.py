@@ -1,0 +1,50 @@
+"""The command line: arguments in, one call, tables out.
+
+Commands import what they need when they run, so that `convert --help` does not load a model library.
+"""
+
+import sys
+from typing import Annotated
+
+import typer
+
+from sparsemm_edge import __version__
+from sparsemm_edge.errors import SparseMMError
+
+# Rich's boxes would break a one-line error into a picture, and help texts hold examples to be copied.
+app = typer.Typer(
+    name="sparsemm-edge",
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+)
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"sparsemm-edge {__version__}")
+        raise typer.Exit()
+
+
+@app.callback()
+def _app(
+    version: Annotated[
+        bool,
+        typer.Option("--version", help="Print the version and exit.", callback=_print_version, is_eager=True),
+    ] = False,
+) -> None:
+    """Visual-head KV-cache eviction for llama.cpp: same answers about images, a fraction of the cache."""
+
+
+def main() -> None:
+    """Run the command line. A user's mistake becomes one line on stderr and exit status 2."""
+    try:
+        app()
+    except SparseMMError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+
+
+if __name__ == "__main__":
+    main()

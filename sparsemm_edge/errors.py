@@ -1,0 +1,9 @@
+"""The package's one exception for mistakes that its user can mend."""
+
+
+class SparseMMError(Exception):
+    """A user's mistake, or a file that is not what it should be.
+
+    The message is one clear line: what is wrong, where, what was expected, and where it helps what to do.
+    The command line prints it as `error: <message>` and exits with status 2, without a traceback.
+    """
