@@ -1,0 +1,233 @@
+"""Head scores: how much each query head of a model looks at the image region being read.
+
+Source: SparseMM (arXiv 2506.05344), section 3.1. A score is the mean over pages of the target response;
+only the ratio between heads matters to whoever reads it.
+"""
+
+import hashlib
+import json
+import re
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from sparsemm_edge.errors import SparseMMError
+from sparsemm_edge.files import atomic_path
+
+FORMAT = "sparsemm-edge/head-scores"
+VERSION = 1
+
+_REFERENCE_KEY = re.compile(r"(\d+)-(\d+)")
+_OWN_KEYS = ("format", "version", "model", "n_layer", "n_head", "n_head_kv", "scores")
+
+
+def group_scores(scores: npt.NDArray[np.floating[Any]], n_head_kv: int) -> npt.NDArray[np.float64]:
+    """Sum query-head scores over each GQA group and normalise.
+
+    Args:
+        scores: [n_layer, n_head], not negative, not all zero. Query heads of one KV head are neighbours.
+        n_head_kv: KV heads per layer, a divisor of n_head.
+
+    Returns:
+        [n_layer, n_head_kv], sum 1.
+    """
+    n_layer, n_head = scores.shape
+    if n_head_kv < 1 or n_head % n_head_kv:
+        raise SparseMMError(f"{n_head} query heads cannot be shared out to {n_head_kv} KV heads")
+    grouped = scores.astype(np.float64).reshape(n_layer, n_head_kv, n_head // n_head_kv).sum(axis=2)
+    return grouped / grouped.sum()
+
+
+@dataclass(frozen=True)
+class HeadScores:
+    """The scores of all query heads of one model.
+
+    Attributes:
+        model: the scored model's name.
+        scores: [n_layer, n_head], raw: mean target response over the pages.
+        n_head_kv: KV heads per layer of the scored model; None if the file does not say.
+        provenance: the file's other entries (`dataset`, `n_pages`, `n_tokens_scored`, ...).
+        source: the file they came from, "" if none yet.
+        sha256: of that file's bytes, "" if none yet.
+
+    Raises:
+        SparseMMError: the scores are not a table, hold NaN, infinite or negative values, or are all zero.
+    """
+
+    model: str
+    scores: npt.NDArray[np.float64]
+    n_head_kv: int | None = None
+    provenance: dict[str, Any] = field(default_factory=dict)
+    source: str = ""
+    sha256: str = ""
+
+    def __post_init__(self) -> None:
+        where = self.source or f"head scores of {self.model}"
+        if self.scores.ndim != 2 or not self.scores.size:
+            raise SparseMMError(f"{where}: expected a table of layers x heads, found {self.scores.shape}")
+        for what, bad in (("not finite", ~np.isfinite(self.scores)), ("negative", self.scores < 0)):
+            if bad.any():
+                layer, head = np.argwhere(bad)[0]
+                value = self.scores[layer, head]
+                raise SparseMMError(f"{where}: the score of layer {layer}, head {head} is {what} ({value})")
+        if not self.scores.any():
+            raise SparseMMError(f"{where}: all scores are zero, so no head can be told from another")
+        if self.n_head_kv is not None and (self.n_head_kv < 1 or self.n_head % self.n_head_kv):
+            raise SparseMMError(f"{where}: n_head_kv is {self.n_head_kv}, no divisor of n_head {self.n_head}")
+
+    @property
+    def n_layer(self) -> int:
+        return int(self.scores.shape[0])
+
+    @property
+    def n_head(self) -> int:
+        return int(self.scores.shape[1])
+
+    def normalised(self) -> npt.NDArray[np.float64]:
+        """The scores divided by their sum: [n_layer, n_head], sum 1."""
+        return self.scores / self.scores.sum()
+
+    def grouped(self, n_head_kv: int) -> npt.NDArray[np.float64]:
+        """The scores summed over each GQA group: [n_layer, n_head_kv], sum 1."""
+        return group_scores(self.scores, n_head_kv)
+
+    def check_fits(self, n_layer: int, n_head: int, n_head_kv: int | None = None) -> None:
+        """Raise SparseMMError, naming both shapes, unless the scores are those of a model of this shape."""
+        kv_differs = None not in (self.n_head_kv, n_head_kv) and self.n_head_kv != n_head_kv
+        if (self.n_layer, self.n_head) != (n_layer, n_head) or kv_differs:
+            raise SparseMMError(
+                f"{self.source or self.model}: the scores do not fit the model: they are for"
+                f" {_shape(self.n_layer, self.n_head, self.n_head_kv)},"
+                f" the model has {_shape(n_layer, n_head, n_head_kv)}"
+            )
+
+    def label(self) -> str:
+        """Where the scores come from, in one line: model, data set and the file's checksum."""
+        return f"{self.model}; data set {self.provenance.get('dataset', 'unknown')}; sha256 {self.sha256}"
+
+    def save(self, path: Path) -> None:
+        """Write the project's own format (version 1)."""
+        content = {
+            "format": FORMAT,
+            "version": VERSION,
+            "model": self.model,
+            "n_layer": self.n_layer,
+            "n_head": self.n_head,
+            "n_head_kv": self.n_head_kv,
+            **self.provenance,
+            "scores": self.scores.tolist(),
+        }
+        with atomic_path(path) as part:
+            part.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+
+    @classmethod
+    def load(cls, path: Path) -> "HeadScores":
+        """Read the project's own format or the reference's `{"layer-head": [score per page, ...]}`.
+
+        Raises:
+            SparseMMError: naming the file and what is wrong with it.
+        """
+        try:
+            data = path.read_bytes()
+        except OSError as error:
+            raise SparseMMError(f"cannot read {path}: {error.strerror}") from error
+        try:
+            content = json.loads(data)
+        except (ValueError, RecursionError) as error:  # bad JSON, or bytes that are no text
+            raise SparseMMError(f"{path}: not a JSON file ({error})") from error
+        if not isinstance(content, dict):
+            raise SparseMMError(f"{path}: expected a JSON object, found {type(content).__name__}")
+        sha256 = hashlib.sha256(data).hexdigest()
+        if "format" in content:
+            return cls._from_own(content, str(path), sha256)
+        if any(_REFERENCE_KEY.fullmatch(key) for key in content):
+            return cls._from_reference(content, path, sha256)
+        raise SparseMMError(
+            f'{path}: no head scores: expected "format": "{FORMAT}", or the reference\'s "layer-head" keys'
+        )
+
+    @classmethod
+    def _from_own(cls, content: dict[str, Any], where: str, sha256: str) -> "HeadScores":
+        if content["format"] != FORMAT:
+            raise SparseMMError(f'{where}: format is {content["format"]!r}, expected "{FORMAT}"')
+        if content.get("version") != VERSION:
+            raise SparseMMError(
+                f"{where}: format version {content.get('version')!r}, this program reads version {VERSION}"
+            )
+        missing = [key for key in _OWN_KEYS if key not in content]
+        if missing:
+            raise SparseMMError(f"{where}: {missing[0]} is missing")
+        if not isinstance(content["model"], str):
+            raise SparseMMError(f"{where}: model is {content['model']!r}, expected a name")
+        for key in ("n_layer", "n_head", "n_head_kv"):
+            value = content[key]
+            if (isinstance(value, bool) or not isinstance(value, int)) and not (
+                key == "n_head_kv" and value is None
+            ):
+                raise SparseMMError(f"{where}: {key} is {value!r}, expected a whole number")
+        rows = content["scores"]
+        if not isinstance(rows, list) or not all(isinstance(row, list) for row in rows):
+            raise SparseMMError(f"{where}: scores must be a list of n_layer lists of n_head numbers")
+        scores = _table(rows, where)
+        if scores.shape != (content["n_layer"], content["n_head"]):
+            raise SparseMMError(
+                f"{where}: n_layer x n_head is {content['n_layer']} x {content['n_head']},"
+                f" but scores are {scores.shape[0]} x {scores.shape[1]}"
+            )
+        return cls(
+            model=content["model"],
+            scores=scores,
+            n_head_kv=content["n_head_kv"],
+            provenance={key: value for key, value in content.items() if key not in _OWN_KEYS},
+            source=where,
+            sha256=sha256,
+        )
+
+    @classmethod
+    def _from_reference(cls, content: dict[str, Any], path: Path, sha256: str) -> "HeadScores":
+        pages: dict[tuple[int, int], Any] = {}
+        for key, value in content.items():
+            match = _REFERENCE_KEY.fullmatch(key)
+            if not match:
+                raise SparseMMError(f'{path}: key {key!r} is not of the form "layer-head"')
+            pages[int(match[1]), int(match[2])] = value
+        n_layer = 1 + max(layer for layer, _ in pages)
+        n_head = 1 + max(head for _, head in pages)
+        if len(pages) != n_layer * n_head:
+            layer, head = next(
+                (il, ih) for il in range(n_layer) for ih in range(n_head) if (il, ih) not in pages
+            )
+            raise SparseMMError(f"{path}: head {layer}-{head} of {n_layer} x {n_head} is missing")
+        heads = [pages[il, ih] for il in range(n_layer) for ih in range(n_head)]
+        if not all(isinstance(head, list) and head for head in heads):
+            raise SparseMMError(f"{path}: every head needs a list of scores, one for each page")
+        table = _table(heads, str(path))
+        return cls(
+            model=path.name.removesuffix(".json").removesuffix(".head-scores"),
+            scores=table.mean(axis=1).reshape(n_layer, n_head),
+            provenance={"n_pages": table.shape[1]},
+            source=str(path),
+            sha256=sha256,
+        )
+
+
+def _shape(n_layer: int, n_head: int, n_head_kv: int | None) -> str:
+    kv = "" if n_head_kv is None else f" ({n_head_kv} KV heads)"
+    return f"{n_layer} layers x {n_head} heads{kv}"
+
+
+def _table(rows: list[list[Any]], where: str) -> npt.NDArray[np.float64]:
+    """Rows of numbers of one length as an array, or a SparseMMError."""
+    for row in rows:
+        for value in row:
+            if isinstance(value, bool) or not isinstance(value, int | float):
+                raise SparseMMError(f"{where}: {value!r} where a score was expected")
+        if len(row) != len(rows[0]):
+            raise SparseMMError(f"{where}: rows of {len(rows[0])} and {len(row)} scores in one table")
+    try:
+        return np.array(rows, dtype=np.float64).reshape(len(rows), -1)
+    except OverflowError as error:
+        raise SparseMMError(f"{where}: a score is too large for a number") from error
