@@ -16,6 +16,9 @@ FULL = 2**31 - 1
 """The head budget of policy `full`. llama.cpp counts positions in int32, so no prompt is longer and nothing
 is ever evicted. A table of it does not fit 32 bits when summed: sum head budgets in 64."""
 
+MAX_WINDOW = 1024
+"""The largest observation window that the patched llama.cpp takes; its scores take memory in every layer."""
+
 
 def head_budgets(
     policy: str,
@@ -48,7 +51,7 @@ def head_budgets(
         grouped_scores: [n_layer, n_head_kv], not negative, any scale; only `sparsemm` reads it.
         n_layer, n_head_kv: the model's layers, and KV heads per layer.
         budget: B, the mean of the head budgets, in positions.
-        window: w, the observation window, in positions; 1 <= w < B.
+        window: w, the observation window, in positions; 1 <= w < B, at most MAX_WINDOW.
         floor_ratio: rho, the share of B - w that every head gets, 0 to 1.
         water_fill: a head cannot keep more positions than the prompt has. True gives what it cannot use to
             the other heads, in proportion to their score, until the budget is spent. False is the paper:
@@ -67,14 +70,18 @@ def head_budgets(
     shape = (n_layer, n_head_kv)
     if policy == "full":
         return np.full(shape, FULL, dtype=np.uint32)
-    if window < 1:
-        raise SparseMMError(f"the window is {window}: it must hold at least 1 position")
+    if not 1 <= window <= MAX_WINDOW:
+        raise SparseMMError(f"the window is {window}: it must hold 1 to {MAX_WINDOW} positions")
     if budget <= window:
         raise SparseMMError(f"the budget ({budget}) must be larger than the window ({window}) it includes")
+    if budget > FULL:
+        raise SparseMMError(f"the budget is {budget}: it must be at most {FULL}")
     if not 0 <= floor_ratio <= 1:
         raise SparseMMError(f"the floor ratio is {floor_ratio}: it must be between 0 and 1")
-    if n_prompt is not None and n_prompt < 1:
-        raise SparseMMError(f"the prompt length is {n_prompt}: it must be at least 1")
+    if n_prompt is not None and not 1 <= n_prompt <= FULL:
+        raise SparseMMError(f"the prompt length is {n_prompt}: it must be 1 to {FULL}")
+    if not 0 <= seed < 2**32:
+        raise SparseMMError(f"the seed is {seed}: it must be 0 to {2**32 - 1}")
 
     shares = _shares(policy, grouped_scores, shape, seed).ravel()
     limit: float = np.inf

@@ -1,0 +1,114 @@
+"""Write head budgets into a GGUF file: `model.gguf` + scores -> `model.sparsemm.gguf`.
+
+The copy differs from the original in the `sparsemm.*` keys only; stock llama.cpp loads it and ignores them.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from gguf import GGUFReader, GGUFWriter
+from gguf.scripts.gguf_new_metadata import copy_with_new_metadata
+
+from sparsemm_edge.budgets import head_budgets
+from sparsemm_edge.errors import SparseMMError
+from sparsemm_edge.files import atomic_path
+from sparsemm_edge.gguf_header import GGUFHeader, read_header
+from sparsemm_edge.gguf_metadata import PREFIX, ModelShape, SparseMMMetadata, check_supported, model_shape
+from sparsemm_edge.scores import HeadScores, group_scores
+
+
+@dataclass(frozen=True)
+class Converted:
+    """The file that `convert` wrote, its model's shape and the metadata it holds."""
+
+    path: Path
+    shape: ModelShape
+    metadata: SparseMMMetadata
+
+
+def convert(
+    model: Path,
+    scores: Path,
+    out: Path | None = None,
+    *,
+    budget: int = 256,
+    window: int = 32,
+    floor_ratio: float = 0.1,
+    policy: str = "sparsemm",
+    water_fill: bool = True,
+    n_prompt: int = 2944,
+    seed: int = 0,
+    force: bool = False,
+) -> Converted:
+    """Copy a GGUF model, adding head budgets; those of an already converted file are replaced.
+
+    Args:
+        model: the text model's GGUF file.
+        scores: a head-scores file of this model (see HeadScores.load). Every policy needs it: its scores are
+            stored too, so that a runtime can share out another budget.
+        out: the file to write; `<model's stem>.sparsemm.gguf` beside the model if None.
+        budget, window, floor_ratio, policy, water_fill, n_prompt, seed: see head_budgets.
+        force: replace `out` if it exists.
+
+    Raises:
+        SparseMMError: the model or the scores cannot be read or do not go together, the model is not
+            supported, an argument is out of its range, or `out` exists or cannot be written.
+    """
+    out = out or model.with_name(f"{model.stem}.sparsemm.gguf")
+    header = read_header(model)
+    shape = model_shape(header)
+    check_supported(header, shape)
+    if out.exists() and out.samefile(model):
+        raise SparseMMError(f"{out} is the model itself; choose another --out")
+    if out.exists() and not force:
+        raise SparseMMError(f"{out} exists already; --force replaces it")
+    if policy == "full":
+        raise SparseMMError("policy full evicts nothing: use the model as it is, without converting it")
+
+    head_scores = HeadScores.load(scores)
+    head_scores.check_fits(shape.n_layer, shape.n_head, shape.n_head_kv)
+    # Through f32, as stored: who shares the same budget out by the stored scores gets the stored table.
+    stored_scores = head_scores.normalised().astype(np.float32)
+    table = head_budgets(
+        policy,
+        group_scores(stored_scores, shape.n_head_kv),
+        n_layer=shape.n_layer,
+        n_head_kv=shape.n_head_kv,
+        budget=budget,
+        window=window,
+        floor_ratio=floor_ratio,
+        water_fill=water_fill,
+        n_prompt=n_prompt,
+        seed=seed,
+    )
+    metadata = SparseMMMetadata(
+        policy=policy,
+        budget=budget,
+        window=window,
+        floor_ratio=floor_ratio,
+        head_budgets=table,
+        head_scores=stored_scores,
+        scores_source=head_scores.label(),
+        water_fill_length=n_prompt if water_fill else 0,
+        seed=seed,
+    )
+    with atomic_path(out) as part:
+        _copy(header, part, metadata)
+    return Converted(out, shape, metadata)
+
+
+def _copy(header: GGUFHeader, target: Path, metadata: SparseMMMetadata) -> None:
+    """Copy keys and tensors with gguf's own code, which shows a progress bar on stderr."""
+    old = [key for key in header.fields if key.startswith(PREFIX)]
+    try:
+        reader = GGUFReader(header.path)
+        writer = GGUFWriter(target, arch=header.value("general.architecture"))
+        writer.data_alignment = reader.alignment
+        # Added here and not handed to copy_with_new_metadata, which drops the item type of new arrays:
+        # u32 would be written as i32.
+        for key, field in metadata.fields().items():
+            writer.add_key_value(key, field.value, field.type, field.item_type)
+        copy_with_new_metadata(reader, writer, {}, old)
+    except (ValueError, KeyError, IndexError) as error:
+        raise SparseMMError(f"{header.path}: gguf cannot copy this file: {error}") from error

@@ -1,0 +1,202 @@
+"""The head of a GGUF file: its keys and its list of tensors, checked against the file's size.
+
+gguf.GGUFReader makes an array view of every token of the vocabulary, seconds for a large one, and does not
+notice every file that is cut short. This walks the same bytes once, keeps no strings of long arrays, reads no
+tensor data, and knows afterwards that all tensor data is there.
+"""
+
+import mmap
+import struct
+from dataclasses import dataclass
+from math import prod
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from gguf.constants import (
+    GGML_QUANT_SIZES,
+    GGUF_DEFAULT_ALIGNMENT,
+    GGMLQuantizationType,
+    GGUFValueType,
+)
+
+from sparsemm_edge.errors import SparseMMError
+
+_MAGIC = b"GGUF"
+_VERSIONS = (2, 3)
+_DTYPES = {
+    GGUFValueType.UINT8: "<u1",
+    GGUFValueType.INT8: "<i1",
+    GGUFValueType.UINT16: "<u2",
+    GGUFValueType.INT16: "<i2",
+    GGUFValueType.UINT32: "<u4",
+    GGUFValueType.INT32: "<i4",
+    GGUFValueType.FLOAT32: "<f4",
+    GGUFValueType.BOOL: "<?",
+    GGUFValueType.UINT64: "<u8",
+    GGUFValueType.INT64: "<i8",
+    GGUFValueType.FLOAT64: "<f8",
+}
+
+
+@dataclass(frozen=True)
+class GGUFField:
+    """One key's value.
+
+    Attributes:
+        type: its GGUF type.
+        item_type: the type of an array's items; None if it is no array.
+        value: int, float, bool or str; an array [n] for an array of numbers; None for an array of strings.
+    """
+
+    type: GGUFValueType
+    item_type: GGUFValueType | None
+    value: Any
+
+
+@dataclass(frozen=True)
+class GGUFHeader:
+    """The keys and tensors of one GGUF file.
+
+    Attributes:
+        path: the file.
+        fields: by key, in the file's order.
+        tensors: shape by name, GGUF's order (fastest dimension first), in the file's order.
+    """
+
+    path: Path
+    fields: dict[str, GGUFField]
+    tensors: dict[str, tuple[int, ...]]
+
+    def value(self, key: str, default: Any = None) -> Any:
+        """The value of a key, or the default if the file does not have it."""
+        field = self.fields.get(key)
+        return default if field is None else field.value
+
+
+def read_header(path: Path) -> GGUFHeader:
+    """Read a GGUF file's keys and list of tensors, and check that the file holds all of their data.
+
+    Raises:
+        SparseMMError: the file cannot be read, is no GGUF (of version 2 or 3, little-endian), is cut short,
+            or holds a tensor of a type that gguf does not know.
+    """
+    try:
+        with path.open("rb") as file:
+            magic = file.read(len(_MAGIC))
+            if magic != _MAGIC and (magic or path.stat().st_size):
+                raise SparseMMError(
+                    f"{path}: not a GGUF file (it starts with {magic!r}, expected {_MAGIC!r})"
+                )
+            if not magic:
+                raise SparseMMError(f"{path}: not a GGUF file (it is empty)")
+            with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
+                return _Walk(path, data).header()
+    except OSError as error:
+        raise SparseMMError(f"cannot read {path}: {error.strerror or error}") from error
+
+
+class _Walk:
+    """One pass over the header's bytes."""
+
+    def __init__(self, path: Path, data: mmap.mmap) -> None:
+        self.path = path
+        self.data = data
+        self.size = len(data)
+        self.offset = len(_MAGIC)
+
+    def header(self) -> GGUFHeader:
+        version = self.number("<u4")
+        if version and not version & 0xFFFF:
+            raise SparseMMError(f"{self.path}: a big-endian GGUF file; only little-endian ones are supported")
+        if version not in _VERSIONS:
+            raise SparseMMError(f"{self.path}: GGUF version {version}; only versions 2 and 3 are supported")
+        n_tensors, n_fields = self.number("<u8"), self.number("<u8")
+
+        fields: dict[str, GGUFField] = {}
+        for _ in range(n_fields):
+            key = self.text()
+            if key in fields:
+                raise SparseMMError(f"{self.path}: damaged GGUF file: the key {key} is there twice")
+            fields[key] = self.field(self.type(key))
+
+        tensors: dict[str, tuple[int, ...]] = {}
+        ends: dict[str, int] = {}
+        for _ in range(n_tensors):
+            name = self.text()
+            if name in tensors:
+                raise SparseMMError(f"{self.path}: damaged GGUF file: the tensor {name} is there twice")
+            tensors[name], ends[name] = self.tensor(name)
+
+        alignment = GGUF_DEFAULT_ALIGNMENT
+        if "general.alignment" in fields:
+            alignment = fields["general.alignment"].value
+            if not isinstance(alignment, int) or alignment < 1:
+                raise SparseMMError(f"{self.path}: damaged GGUF file: general.alignment is {alignment!r}")
+        start = -(-self.offset // alignment) * alignment
+        for name, end in ends.items():
+            if start + end > self.size:
+                raise SparseMMError(
+                    f"{self.path}: the file is cut short: the data of {name} ends at byte {start + end},"
+                    f" the file has {self.size}"
+                )
+        return GGUFHeader(self.path, fields, tensors)
+
+    def take(self, n_bytes: int) -> int:
+        """Step over n_bytes and return where they start."""
+        start = self.offset
+        if n_bytes > self.size - start:
+            raise SparseMMError(
+                f"{self.path}: the file is cut short or damaged: its header goes on after byte {self.size},"
+                " where the file ends"
+            )
+        self.offset += n_bytes
+        return start
+
+    def number(self, dtype: str) -> Any:
+        start = self.take(np.dtype(dtype).itemsize)
+        return np.frombuffer(self.data, dtype, 1, start)[0].item()
+
+    def text(self) -> str:
+        length = self.number("<u8")
+        start = self.take(length)
+        return self.data[start : start + length].decode("utf-8", "replace")
+
+    def type(self, key: str) -> GGUFValueType:
+        number = self.number("<u4")
+        try:
+            return GGUFValueType(number)
+        except ValueError as error:
+            raise SparseMMError(
+                f"{self.path}: damaged GGUF file: the key {key} has the unknown type {number}"
+            ) from error
+
+    def field(self, kind: GGUFValueType) -> GGUFField:
+        if kind in _DTYPES:
+            return GGUFField(kind, None, self.number(_DTYPES[kind]))
+        if kind == GGUFValueType.STRING:
+            return GGUFField(kind, None, self.text())
+        item_type = self.type("array")
+        length = self.number("<u8")
+        if item_type in _DTYPES:
+            dtype = np.dtype(_DTYPES[item_type])
+            start = self.take(length * dtype.itemsize)
+            return GGUFField(kind, item_type, np.frombuffer(self.data, dtype, length, start).copy())
+        if item_type != GGUFValueType.STRING:
+            raise SparseMMError(f"{self.path}: arrays of arrays in GGUF keys are not supported")
+        unpack = struct.Struct("<Q").unpack_from
+        for _ in range(length):
+            self.take(unpack(self.data, self.take(8))[0])
+        return GGUFField(kind, item_type, None)
+
+    def tensor(self, name: str) -> tuple[tuple[int, ...], int]:
+        """One entry of the tensor list: the shape, and where its data ends in the data section, in bytes."""
+        shape = tuple(self.number("<u8") for _ in range(self.number("<u4")))
+        number = self.number("<u4")
+        offset = self.number("<u8")
+        if number not in list(GGMLQuantizationType):
+            raise SparseMMError(
+                f"{self.path}: the tensor {name} has type {number}, which the installed gguf does not know"
+            )
+        block, n_bytes = GGML_QUANT_SIZES[GGMLQuantizationType(number)]
+        return shape, offset + prod(shape) // block * n_bytes

@@ -1,0 +1,277 @@
+"""What a GGUF file says about its model's shape, and the `sparsemm.*` keys that hold its head budgets."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from gguf.constants import GGUFValueType
+
+from sparsemm_edge.budgets import POLICIES
+from sparsemm_edge.errors import SparseMMError
+from sparsemm_edge.gguf_header import GGUFField, GGUFHeader, read_header
+
+PREFIX = "sparsemm."
+VERSION = 1
+POOL_KERNEL = 7
+
+_U32 = GGUFValueType.UINT32
+_F32 = GGUFValueType.FLOAT32
+_BOOL = GGUFValueType.BOOL
+_STR = GGUFValueType.STRING
+
+# key without the prefix: type of the value, or of the items of an array
+_SCALARS = {
+    "version": _U32,
+    "enabled": _BOOL,
+    "policy": _STR,
+    "budget": _U32,
+    "window": _U32,
+    "pool_kernel": _U32,
+    "floor_ratio": _F32,
+    "water_fill_length": _U32,
+    "seed": _U32,
+    "scores_source": _STR,
+}
+_ARRAYS = {"head_budgets": _U32, "head_scores": _F32}
+
+# Text architectures of LLaVA- and Qwen-VL-like models that llama.cpp (0c1e57098) keeps in its plain unified
+# KV cache: llama_model::create_memory builds a llama_kv_cache for them, their graphs use build_attn_inp_kv,
+# and every layer is full attention with rotary positions (no sliding window, no MLA, no recurrent layer, no
+# attention sinks). What else can rule a file out is checked in check_supported.
+SUPPORTED_ARCHITECTURES = frozenset(
+    {
+        "granite",  # Granite Vision
+        "internlm2",  # InternVL
+        "llama",  # LLaVA on LLaMA, Vicuna, Mistral; Pixtral; SmolVLM; MiniCPM-V 2.5
+        "minicpm",  # MiniCPM-V 2
+        "mistral3",  # Mistral Small 3
+        "phi3",  # LLaVA on Phi-3, Phi-4
+        "qwen2",  # LLaVA-OneVision, InternVL
+        "qwen2moe",
+        "qwen2vl",  # Qwen2-VL, Qwen2.5-VL
+        "qwen3",  # InternVL
+        "qwen3moe",
+        "qwen3vl",
+        "qwen3vlmoe",
+    }
+)
+
+
+@dataclass(frozen=True)
+class ModelShape:
+    """The part of a text model's shape that its KV cache depends on.
+
+    Attributes:
+        arch: general.architecture.
+        name: general.name, or the file's name.
+        n_layer, n_head, n_head_kv: layers; query and KV heads per layer, the same in every layer.
+        n_embd_head_k, n_embd_head_v: numbers in one key and one value of one KV head.
+    """
+
+    arch: str
+    name: str
+    n_layer: int
+    n_head: int
+    n_head_kv: int
+    n_embd_head_k: int
+    n_embd_head_v: int
+
+    def kv_bytes(self, positions: int, bytes_per_number: int = 2) -> int:
+        """Bytes of K and V of this many positions of one KV head of one layer (f16 by default)."""
+        return positions * (self.n_embd_head_k + self.n_embd_head_v) * bytes_per_number
+
+
+@dataclass(frozen=True)
+class SparseMMMetadata:
+    """The `sparsemm.*` keys of a converted GGUF file.
+
+    Attributes:
+        policy: the budget policy that made the table (sparsemm, uniform, pyramid or random).
+        budget: B, the mean head budget in positions, window included.
+        window: w, the observation window in positions.
+        floor_ratio: rho, the share of B - w that every head gets.
+        head_budgets: [n_layer, n_head_kv] u32, positions each KV head keeps, window included.
+        head_scores: [n_layer, n_head] f32, sum 1; lets a runtime share out another budget.
+        scores_source: model, data set and sha256 of the scores file.
+        water_fill_length: prompt length in positions that the table was water-filled for; 0: it was not.
+        seed: of policy random.
+        pool_kernel: width of the max pooling of the votes, in positions.
+        enabled: False keeps the whole cache.
+    """
+
+    policy: str
+    budget: int
+    window: int
+    floor_ratio: float
+    head_budgets: npt.NDArray[np.uint32]
+    head_scores: npt.NDArray[np.float32]
+    scores_source: str
+    water_fill_length: int
+    seed: int = 0
+    pool_kernel: int = POOL_KERNEL
+    enabled: bool = True
+
+    def fields(self) -> dict[str, GGUFField]:
+        """The metadata as GGUF keys and values; arrays as layer-major lists."""
+        scalars = {
+            key: GGUFField(kind, None, VERSION if key == "version" else getattr(self, key))
+            for key, kind in _SCALARS.items()
+        }
+        arrays = {
+            key: GGUFField(GGUFValueType.ARRAY, kind, getattr(self, key).ravel().tolist())
+            for key, kind in _ARRAYS.items()
+        }
+        return {PREFIX + key: field for key, field in (scalars | arrays).items()}
+
+
+def read_model_shape(path: Path) -> ModelShape:
+    """The shape of the text model in a GGUF file.
+
+    Raises:
+        SparseMMError: as read_header and model_shape.
+    """
+    return model_shape(read_header(path))
+
+
+def read_metadata(path: Path) -> SparseMMMetadata | None:
+    """The `sparsemm.*` metadata of a GGUF file, None if it holds none.
+
+    Raises:
+        SparseMMError: as read_header and sparsemm_metadata.
+    """
+    return sparsemm_metadata(read_header(path))
+
+
+def model_shape(header: GGUFHeader) -> ModelShape:
+    """The shape of the text model that a header describes.
+
+    Raises:
+        SparseMMError: the file is an image encoder (mmproj), lacks a key, or its layers differ in heads.
+    """
+    path = header.path
+    arch = header.value("general.architecture")
+    if not isinstance(arch, str):
+        raise SparseMMError(f"{path}: general.architecture is missing, so this is no model")
+    if arch == "clip":
+        raise SparseMMError(
+            f"{path}: this is an image encoder (mmproj); head budgets belong to the text model it goes with"
+        )
+
+    def count(key: str, default: int | None = None) -> int:
+        """A positive whole number, or a list of the same one for every layer."""
+        value = header.value(f"{arch}.{key}", default)
+        if isinstance(value, np.ndarray) and value.size and (value == value[0]).all():
+            value = value[0].item()
+        if isinstance(value, np.ndarray):
+            raise SparseMMError(f"{path}: {arch}.{key} differs between layers, which is not supported")
+        if value is None:
+            raise SparseMMError(f"{path}: the key {arch}.{key} is missing")
+        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+            raise SparseMMError(f"{path}: {arch}.{key} is {value!r}, expected a positive whole number")
+        return value
+
+    n_head = count("attention.head_count")
+    n_head_kv = count("attention.head_count_kv", n_head)
+    if n_head % n_head_kv:
+        raise SparseMMError(f"{path}: {n_head} query heads cannot be shared out to {n_head_kv} KV heads")
+    n_embd_head = count("embedding_length") // n_head
+    name = header.value("general.name")
+    return ModelShape(
+        arch=arch,
+        name=name if isinstance(name, str) and name else path.stem,
+        n_layer=count("block_count"),
+        n_head=n_head,
+        n_head_kv=n_head_kv,
+        n_embd_head_k=count("attention.key_length", n_embd_head),
+        n_embd_head_v=count("attention.value_length", n_embd_head),
+    )
+
+
+def check_supported(header: GGUFHeader, shape: ModelShape) -> None:
+    """Raise SparseMMError, with the reason, unless the evicting cache can serve this file's model."""
+    path, arch = header.path, shape.arch
+    if arch not in SUPPORTED_ARCHITECTURES:
+        supported = ", ".join(sorted(SUPPORTED_ARCHITECTURES))
+        raise SparseMMError(f"{path}: unsupported architecture {arch!r}; supported: {supported}")
+    n_parts = header.value("split.count", 1)
+    if n_parts > 1:
+        raise SparseMMError(
+            f"{path}: one of {n_parts} parts of a split model; join them with llama-gguf-split --merge first"
+        )
+    for key, what in (
+        ("attention.sliding_window", "a sliding window"),
+        ("attention.kv_lora_rank", "latent attention (MLA)"),
+        ("nextn_predict_layers", "prediction layers (MTP)"),
+    ):
+        if np.any(header.value(f"{arch}.{key}", 0)):
+            raise SparseMMError(f"{path}: unsupported model: it has {what} ({arch}.{key})")
+    wanted = ["token_embd.weight"]
+    for layer in range(shape.n_layer):
+        fused = f"blk.{layer}.attn_qkv.weight" in header.tensors
+        parts = ("attn_qkv",) if fused else ("attn_q", "attn_k", "attn_v")
+        wanted += [f"blk.{layer}.{part}.weight" for part in (*parts, "attn_output")]
+    missing = [name for name in wanted if name not in header.tensors]
+    if missing:
+        raise SparseMMError(
+            f"{path}: missing tensors: {', '.join(missing[:3])}"
+            + (f" and {len(missing) - 3} more" if len(missing) > 3 else "")
+            + f" (a {arch} model of {shape.n_layer} layers has to have them)"
+        )
+
+
+def sparsemm_metadata(header: GGUFHeader) -> SparseMMMetadata | None:
+    """The `sparsemm.*` metadata that a header holds, None if it holds none.
+
+    Raises:
+        SparseMMError: naming the key that is missing, of the wrong type or out of its range.
+    """
+    if not any(key.startswith(PREFIX) for key in header.fields):
+        return None
+
+    def broken(reason: str) -> SparseMMError:
+        return SparseMMError(f"{header.path}: broken sparsemm metadata: {reason}; convert the model again")
+
+    values: dict[str, Any] = {}
+    for key, kind in (_SCALARS | _ARRAYS).items():
+        field = header.fields.get(PREFIX + key)
+        if field is None:
+            raise broken(f"{PREFIX}{key} is missing")
+        found = field.item_type if key in _ARRAYS else field.type
+        if found != kind or (field.item_type is not None) != (key in _ARRAYS):
+            array = "array of " if key in _ARRAYS else ""
+            raise broken(f"{PREFIX}{key} is not of type {array}{kind.name.lower()}")
+        values[key] = field.value
+        if key == "version" and field.value != VERSION:
+            raise SparseMMError(
+                f"{header.path}: sparsemm metadata of version {field.value}; this program reads {VERSION}"
+            )
+    del values["version"]
+    # f32 holds 0.7 as 0.69999999, whose floor of a head budget may be one less: back to the shortest decimal.
+    values["floor_ratio"] = float(str(np.float32(values["floor_ratio"])))
+
+    shape = model_shape(header)
+    for key, columns in (("head_budgets", shape.n_head_kv), ("head_scores", shape.n_head)):
+        expected = shape.n_layer * columns
+        if values[key].size != expected:
+            raise broken(f"{PREFIX}{key} has {values[key].size} entries, the model needs {expected}")
+        values[key] = values[key].reshape(shape.n_layer, columns)
+
+    metadata = SparseMMMetadata(**values)
+    scores = metadata.head_scores
+    if metadata.policy not in POLICIES:
+        raise broken(f"{PREFIX}policy is {metadata.policy!r}")
+    if not 1 <= metadata.window < metadata.budget:
+        raise broken(f"{PREFIX}window is {metadata.window} with a {PREFIX}budget of {metadata.budget}")
+    if metadata.head_budgets.min() < metadata.window:
+        raise broken(
+            f"{PREFIX}head_budgets holds {metadata.head_budgets.min()}, below the window ({metadata.window})"
+        )
+    if not 0 <= metadata.floor_ratio <= 1:
+        raise broken(f"{PREFIX}floor_ratio is {metadata.floor_ratio}")
+    if not metadata.pool_kernel % 2:
+        raise broken(f"{PREFIX}pool_kernel is {metadata.pool_kernel}, expected an odd number")
+    if not np.isfinite(scores).all() or (scores < 0).any() or not scores.any():
+        raise broken(f"{PREFIX}head_scores must be finite, not negative and not all zero")
+    return metadata

@@ -1,0 +1,72 @@
+"""What a converted GGUF file holds, in figures."""
+
+from typing import Any
+
+import numpy as np
+
+from sparsemm_edge.budgets import POLICIES, head_budgets
+from sparsemm_edge.gguf_metadata import ModelShape, SparseMMMetadata
+from sparsemm_edge.scores import group_scores
+
+PROMPT_LENGTHS = (640, 2944, 8192)
+"""Prompts to state KV bytes for: one image in LLaVA-1.5, one in LLaVA-NeXT, several."""
+
+
+def figures(shape: ModelShape, metadata: SparseMMMetadata) -> dict[str, Any]:
+    """Shape, settings and statistics of the table of head budgets (positions), ready for JSON.
+
+    `heads_at_floor` is the share of KV heads, 0 to 1, that got no more than the floor and the window.
+    """
+    table = metadata.head_budgets
+    floor = metadata.window + int((metadata.budget - metadata.window) * metadata.floor_ratio)
+    return {
+        "architecture": shape.arch,
+        "name": shape.name,
+        "n_layer": shape.n_layer,
+        "n_head": shape.n_head,
+        "n_head_kv": shape.n_head_kv,
+        "enabled": metadata.enabled,
+        "policy": metadata.policy,
+        "budget": metadata.budget,
+        "window": metadata.window,
+        "floor_ratio": metadata.floor_ratio,
+        "pool_kernel": metadata.pool_kernel,
+        "water_fill_length": metadata.water_fill_length,
+        "head_budgets": {
+            "min": int(table.min()),
+            "median": float(np.median(table)),
+            "mean": float(table.mean()),
+            "max": int(table.max()),
+            "heads_at_floor": float((table <= floor).mean()),
+        },
+        "scores_source": metadata.scores_source,
+    }
+
+
+def kv_bytes(shape: ModelShape, metadata: SparseMMMetadata) -> dict[str, dict[int, int]]:
+    """Bytes of K and V (f16) kept after prompts of PROMPT_LENGTHS positions: `{row: {prompt length: bytes}}`.
+
+    Row `as stored` is the file's own table, what any llama.cpp with the patch keeps. The rows named after
+    policies share the file's budget out again, water-filled for each length if the file's table is.
+    """
+    grouped = group_scores(metadata.head_scores, shape.n_head_kv)
+
+    def kept(policy: str | None, n_prompt: int) -> int:
+        table = metadata.head_budgets
+        if policy is not None:
+            table = head_budgets(
+                policy,
+                grouped,
+                n_layer=shape.n_layer,
+                n_head_kv=shape.n_head_kv,
+                budget=metadata.budget,
+                window=metadata.window,
+                floor_ratio=metadata.floor_ratio,
+                water_fill=metadata.water_fill_length > 0,
+                n_prompt=n_prompt,
+                seed=metadata.seed,
+            )
+        return shape.kv_bytes(int(np.minimum(table, n_prompt).sum(dtype=np.int64)))
+
+    rows: dict[str, str | None] = {"as stored": None} | {policy: policy for policy in POLICIES}
+    return {row: {n: kept(policy, n) for n in PROMPT_LENGTHS} for row, policy in rows.items()}
