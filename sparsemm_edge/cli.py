@@ -3,8 +3,10 @@
 Commands import what they need when they run, so that `convert --help` does not load a model library.
 """
 
+import json
 import sys
-from typing import Annotated
+from pathlib import Path
+from typing import Annotated, Any
 
 import typer
 
@@ -35,6 +37,146 @@ def _app(
     ] = False,
 ) -> None:
     """Visual-head KV-cache eviction for llama.cpp: same answers about images, a fraction of the cache."""
+
+
+@app.command()
+def convert(
+    model: Annotated[Path, typer.Argument(help="The text model, a GGUF file.", show_default=False)],
+    scores: Annotated[Path, typer.Option(help="Head scores of this model, a JSON file.", show_default=False)],
+    out: Annotated[
+        Path | None, typer.Option(help="File to write [default: <model>.sparsemm.gguf beside the model].")
+    ] = None,
+    budget: Annotated[int, typer.Option(help="Positions a KV head keeps on average, window included.")] = 256,
+    window: Annotated[int, typer.Option(help="Last prompt positions, which vote and are always kept.")] = 32,
+    floor_ratio: Annotated[float, typer.Option(help="Share of the budget that every head gets.")] = 0.1,
+    policy: Annotated[
+        str, typer.Option(help="How heads share: sparsemm, uniform, pyramid or random.")
+    ] = "sparsemm",
+    water_fill: Annotated[
+        bool,
+        typer.Option("--water-fill/--no-water-fill", help="Give what a head cannot use to the others."),
+    ] = True,
+    n_prompt: Annotated[int, typer.Option(help="Prompt length to water-fill for, in positions.")] = 2944,
+    seed: Annotated[int, typer.Option(help="Seed of policy random.")] = 0,
+    force: Annotated[bool, typer.Option("--force", help="Replace the file to write if it exists.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the figures as one JSON object.")] = False,
+) -> None:
+    """Write head budgets into a copy of a GGUF model.
+
+    Stock llama.cpp loads the copy too and ignores them. Converting a converted file replaces its budgets.
+
+    \b
+    Example:
+      sparsemm-edge convert llava-7b.gguf --scores llava-7b.head-scores.json --budget 256
+    """
+    from sparsemm_edge.convert import convert as convert_model
+    from sparsemm_edge.inspection import figures
+
+    done = convert_model(
+        model,
+        scores,
+        out,
+        budget=budget,
+        window=window,
+        floor_ratio=floor_ratio,
+        policy=policy,
+        water_fill=water_fill,
+        n_prompt=n_prompt,
+        seed=seed,
+        force=force,
+    )
+    report = figures(done.shape, done.metadata)
+    if as_json:
+        _print_json({"path": str(done.path), "sparsemm": report})
+    else:
+        print(f"wrote {done.path}")
+        _print_figures(report)
+
+
+@app.command()
+def inspect(
+    model: Annotated[Path, typer.Argument(help="A GGUF file.", show_default=False)],
+    plot: Annotated[
+        Path | None, typer.Option(help="Draw the head map as a picture: layers x KV heads (PNG).")
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the figures as one JSON object.")] = False,
+) -> None:
+    """Show the head budgets that a GGUF file holds, and what they save.
+
+    \b
+    Example:
+      sparsemm-edge inspect llava-7b.sparsemm.gguf --plot head-map.png
+    """
+    from sparsemm_edge.gguf_header import read_header
+    from sparsemm_edge.gguf_metadata import model_shape, sparsemm_metadata
+    from sparsemm_edge.inspection import figures, kv_bytes
+
+    header = read_header(model)
+    metadata = sparsemm_metadata(header)
+    if metadata is None:
+        if plot:
+            raise SparseMMError(f"{model} holds no sparsemm metadata, so there is no head map to draw")
+        if as_json:
+            _print_json({"path": str(model), "sparsemm": None})
+        else:
+            print(f"{model} holds no sparsemm metadata: llama.cpp keeps its whole KV cache.")
+        return
+
+    shape = model_shape(header)
+    report = figures(shape, metadata)
+    saved = kv_bytes(shape, metadata)
+    if plot:
+        from sparsemm_edge.plot import save_head_map
+
+        save_head_map(
+            metadata.head_budgets, plot, title=f"{shape.name}: {metadata.policy}, budget {metadata.budget}"
+        )
+    if as_json:
+        _print_json({"path": str(model), "sparsemm": report, "kv_bytes": saved})
+    else:
+        _print_figures(report)
+        _print_kv_bytes(saved)
+        if plot:
+            print(f"wrote {plot}")
+
+
+def _print_json(content: dict[str, Any]) -> None:
+    print(json.dumps(content, indent=2))
+
+
+def _print_figures(report: dict[str, Any]) -> None:
+    """The figures of one converted model, a line each."""
+    table = report["head_budgets"]
+    length = report["water_fill_length"]
+    lines = {
+        "model": f"{report['name']} ({report['architecture']}), {report['n_layer']} layers,"
+        f" {report['n_head']} query heads, {report['n_head_kv']} KV heads",
+        "policy": report["policy"]
+        + ("" if report["enabled"] else ", switched off (sparsemm.enabled = false)"),
+        "budget": f"{report['budget']} positions per KV head on average, window {report['window']};"
+        f" floor ratio {report['floor_ratio']:g}",
+        "water-filled": f"for a prompt of {length} positions" if length else "no",
+        "head budgets": f"min {table['min']}, median {table['median']:g}, max {table['max']};"
+        f" {table['heads_at_floor']:.1%} of the KV heads at the floor",
+        "scores": report["scores_source"],
+    }
+    for name, text in lines.items():
+        print(f"{name + ':':<14}{text}")
+
+
+def _print_kv_bytes(saved: dict[str, dict[int, int]]) -> None:
+    """KV bytes per policy and prompt length, as MiB and as a share of the full cache."""
+    from rich.console import Console
+    from rich.table import Table
+
+    full = saved["full"]
+    table = Table(title="K and V after the prompt, f16", title_justify="left")
+    table.add_column("policy")
+    for n_prompt in full:
+        table.add_column(f"{n_prompt} positions", justify="right")
+    for row, cells in saved.items():
+        table.add_row(row, *(f"{size / 2**20:.1f} MiB {size / full[n]:7.1%}" for n, size in cells.items()))
+    Console().print(table)
 
 
 def main() -> None:
