@@ -33,18 +33,17 @@ def save_head_map(table: npt.NDArray[np.integer[Any]], path: Path, *, title: str
 
     n_layer, n_head_kv = table.shape
     low, high = int(table.min()), int(table.max())
-    figure = Figure(
-        figsize=(min(3.5 + 0.2 * n_head_kv, 12), min(2.2 + 0.17 * n_layer, 12)), layout="constrained"
-    )
+    width, height = 4 + 0.19 * n_head_kv, 2.2 + 0.17 * n_layer
+    figure = Figure(figsize=(min(width, 12), min(height, 12)), layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.add_subplot()
     image = axes.imshow(table, aspect="auto", cmap="viridis", norm=LogNorm(low, max(high, low + 1)))
-    axes.set_title(title, fontsize=10)
+    axes.set_title(title, fontsize=10, wrap=True)
     axes.set_xlabel("KV head")
     axes.set_ylabel("layer")
     for axis in (axes.xaxis, axes.yaxis):
         axis.set_major_locator(MaxNLocator(integer=True, steps=[1, 2, 4, 5, 10]))
-    ticks = sorted({round(tick) for tick in np.geomspace(low, max(high, low + 1), 6)})
+    ticks = sorted({round(tick) for tick in np.geomspace(low, high, 6)})
     bar = figure.colorbar(image, ax=axes, ticks=ticks, format=FuncFormatter(lambda value, _: f"{value:.0f}"))
     bar.minorticks_off()
     bar.set_label("positions")
