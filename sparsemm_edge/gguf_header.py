@@ -7,7 +7,7 @@ tensor data, and knows afterwards that all tensor data is there.
 
 import mmap
 import struct
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -55,18 +55,34 @@ class GGUFField:
 
 
 @dataclass(frozen=True)
+class GGUFTensor:
+    """One entry of the list of tensors.
+
+    Attributes:
+        shape: GGUF's order, fastest dimension first.
+        type: how its numbers are stored.
+        start, end: the bytes of the file that hold its data.
+    """
+
+    shape: tuple[int, ...]
+    type: GGMLQuantizationType
+    start: int
+    end: int
+
+
+@dataclass(frozen=True)
 class GGUFHeader:
     """The keys and tensors of one GGUF file.
 
     Attributes:
         path: the file.
         fields: by key, in the file's order.
-        tensors: shape by name, GGUF's order (fastest dimension first), in the file's order.
+        tensors: by name, in the file's order.
     """
 
     path: Path
     fields: dict[str, GGUFField]
-    tensors: dict[str, tuple[int, ...]]
+    tensors: dict[str, GGUFTensor]
 
     def value(self, key: str, default: Any = None) -> Any:
         """The value of a key, or the default if the file does not have it."""
@@ -120,13 +136,12 @@ class _Walk:
                 raise SparseMMError(f"{self.path}: damaged GGUF file: the key {key} is there twice")
             fields[key] = self.field(self.type(key))
 
-        tensors: dict[str, tuple[int, ...]] = {}
-        ends: dict[str, int] = {}
+        listed: dict[str, GGUFTensor] = {}  # start and end count from where the data section starts
         for _ in range(n_tensors):
             name = self.text()
-            if name in tensors:
+            if name in listed:
                 raise SparseMMError(f"{self.path}: damaged GGUF file: the tensor {name} is there twice")
-            tensors[name], ends[name] = self.tensor(name)
+            listed[name] = self.tensor(name)
 
         alignment = GGUF_DEFAULT_ALIGNMENT
         if "general.alignment" in fields:
@@ -134,10 +149,14 @@ class _Walk:
             if not isinstance(alignment, int) or alignment < 1:
                 raise SparseMMError(f"{self.path}: damaged GGUF file: general.alignment is {alignment!r}")
         start = -(-self.offset // alignment) * alignment
-        for name, end in ends.items():
-            if start + end > self.size:
+        tensors = {
+            name: replace(tensor, start=start + tensor.start, end=start + tensor.end)
+            for name, tensor in listed.items()
+        }
+        for name, tensor in tensors.items():
+            if tensor.end > self.size:
                 raise SparseMMError(
-                    f"{self.path}: the file is cut short: the data of {name} ends at byte {start + end},"
+                    f"{self.path}: the file is cut short: the data of {name} ends at byte {tensor.end},"
                     f" the file has {self.size}"
                 )
         return GGUFHeader(self.path, fields, tensors)
@@ -189,8 +208,8 @@ class _Walk:
             self.take(unpack(self.data, self.take(8))[0])
         return GGUFField(kind, item_type, None)
 
-    def tensor(self, name: str) -> tuple[tuple[int, ...], int]:
-        """One entry of the tensor list: the shape, and where its data ends in the data section, in bytes."""
+    def tensor(self, name: str) -> GGUFTensor:
+        """One entry of the tensor list; start and end count from where the data section starts."""
         shape = tuple(self.number("<u8") for _ in range(self.number("<u4")))
         number = self.number("<u4")
         offset = self.number("<u8")
@@ -198,5 +217,6 @@ class _Walk:
             raise SparseMMError(
                 f"{self.path}: the tensor {name} has type {number}, which the installed gguf does not know"
             )
-        block, n_bytes = GGML_QUANT_SIZES[GGMLQuantizationType(number)]
-        return shape, offset + prod(shape) // block * n_bytes
+        kind = GGMLQuantizationType(number)
+        block, n_bytes = GGML_QUANT_SIZES[kind]
+        return GGUFTensor(shape, kind, offset, offset + prod(shape) // block * n_bytes)
