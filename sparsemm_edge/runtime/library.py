@@ -1,0 +1,178 @@
+"""llama.cpp under llama-cpp-python: whether it is the patched one, its extra functions, its error lines."""
+
+import ctypes
+import sys
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from sparsemm_edge.errors import SparseMMError
+
+try:
+    import llama_cpp.llama_cpp as llama
+    import llama_cpp.mtmd_cpp as mtmd
+except (ImportError, OSError, RuntimeError) as error:
+    raise SparseMMError(
+        f"llama-cpp-python cannot be loaded ({error});"
+        " build the patched one with: python scripts/build_llama_cpp_python.py install"
+    ) from error
+
+_LOG_ERROR, _LOG_CONTINUED = 3, 5
+
+
+class HeadsStats(ctypes.Structure):
+    """struct llama_kv_heads_stats: what an evicting cache holds (bytes, positions)."""
+
+    _fields_ = [
+        ("size_k", ctypes.c_uint64),  # bytes allocated for K now
+        ("size_v", ctypes.c_uint64),
+        ("size_k_peak", ctypes.c_uint64),  # K part of the moment when K+V was largest
+        ("size_v_peak", ctypes.c_uint64),
+        ("size_full", ctypes.c_uint64),  # bytes that the same positions would take unevicted
+        ("n_pos", ctypes.c_uint64),  # positions seen by the sequence
+        ("n_kept", ctypes.c_uint64),  # sum over layers and KV heads of the positions held
+        ("n_evictions", ctypes.c_uint32),
+        ("n_layer", ctypes.c_uint32),
+        ("n_head_kv", ctypes.c_uint32),
+    ]
+
+
+# name: (result, arguments), as the patch series declares them in llama.h
+_PATCH_FUNCTIONS: dict[str, tuple[Any, list[Any]]] = {
+    "llama_model_set_head_budgets": (
+        ctypes.c_int32,
+        [
+            ctypes.c_void_p,
+            ctypes.POINTER(ctypes.c_uint32),
+            ctypes.c_size_t,
+            ctypes.c_uint32,
+            ctypes.c_uint32,
+        ],
+    ),
+    "llama_model_set_head_eviction": (None, [ctypes.c_void_p, ctypes.c_bool]),
+    "llama_model_head_eviction": (ctypes.c_bool, [ctypes.c_void_p]),
+    "llama_memory_heads_stats": (ctypes.c_bool, [ctypes.c_void_p, ctypes.POINTER(HeadsStats)]),
+    "llama_memory_heads_positions": (
+        ctypes.c_int32,
+        [
+            ctypes.c_void_p,
+            ctypes.c_int32,
+            ctypes.c_int32,
+            ctypes.POINTER(ctypes.c_int32),
+            ctypes.c_int32,
+        ],
+    ),
+}
+
+
+def require_patched() -> None:
+    """Raise SparseMMError, naming the build command, unless llama.cpp has this project's patches."""
+    for name, (result, arguments) in _PATCH_FUNCTIONS.items():
+        function = getattr(llama._lib, name, None)
+        if function is None:
+            import llama_cpp
+
+            raise SparseMMError(
+                f"llama-cpp-python {llama_cpp.__version__} is not the patched one (it has no {name});"
+                " build and install it with: python scripts/build_llama_cpp_python.py install"
+            )
+        function.restype, function.argtypes = result, arguments
+
+
+def set_head_budgets(model: int, table: npt.NDArray[np.uint32] | None, window: int, pool_kernel: int) -> None:
+    """Give the contexts made from now on a table of head budgets; None: the one in the GGUF file.
+
+    Args:
+        model: llama_model pointer.
+        table: [n_layer, n_head_kv] positions that a KV head keeps, window included.
+        window: observation window in positions.
+        pool_kernel: width of the max pooling of the votes, in positions.
+    """
+    if table is None:
+        pointer, size = None, 0
+    else:
+        table = np.ascontiguousarray(table, dtype=np.uint32)
+        pointer, size = table.ctypes.data_as(ctypes.POINTER(ctypes.c_uint32)), table.size
+    if llama._lib.llama_model_set_head_budgets(model, pointer, size, window, pool_kernel) != 0:
+        raise failure("llama.cpp does not take the head budgets")
+
+
+def set_head_eviction(model: int, enabled: bool) -> None:
+    """Switch eviction on or off for the contexts made from now on."""
+    llama._lib.llama_model_set_head_eviction(model, enabled)
+
+
+def heads_stats(memory: int) -> HeadsStats | None:
+    """What the evicting cache holds; None if this memory is another kind of cache."""
+    stats = HeadsStats()
+    found = llama._lib.llama_memory_heads_stats(memory, ctypes.byref(stats))
+    return stats if found else None
+
+
+def heads_positions(memory: int, layer: int, head_kv: int) -> npt.NDArray[np.int32]:
+    """The positions that one KV head holds, ascending: [n] indices of tokens in the sequence.
+
+    Raises:
+        SparseMMError: not an evicting cache, or no such layer or head.
+    """
+    function = llama._lib.llama_memory_heads_positions
+    n = function(memory, layer, head_kv, None, 0)
+    if n < 0:
+        raise SparseMMError(f"no evicting cache, or no KV head {head_kv} in layer {layer}")
+    positions = np.empty(n, dtype=np.int32)
+    function(memory, layer, head_kv, positions.ctypes.data_as(ctypes.POINTER(ctypes.c_int32)), n)
+    return positions
+
+
+class _Log:
+    """Where llama.cpp's log goes: error lines are kept for messages, all of it is shown if asked for."""
+
+    def __init__(self) -> None:
+        self.show = False
+        self.errors: list[str] = []
+        self._level = 0
+        # the C side keeps a pointer to it: it must live as long as this
+        self._callback = llama.llama_log_callback(self._take)
+
+    def install(self) -> None:
+        llama.llama_log_set(self._callback, None)
+        mtmd.mtmd_helper_log_set(self._callback, None)
+
+    def _take(self, level: int, text: bytes, _: Any) -> None:
+        line = text.decode("utf-8", "replace")
+        if level == _LOG_CONTINUED:
+            level = self._level
+        elif level == _LOG_ERROR:
+            self.errors.append("")
+        self._level = level
+        if level == _LOG_ERROR and self.errors:
+            self.errors[-1] += line
+        if self.show:
+            sys.stderr.write(line)
+
+
+_log = _Log()
+
+
+def start(show_log: bool) -> None:
+    """Take over llama.cpp's log and initialise it; may be called again."""
+    _log.show = show_log
+    _log.install()
+    llama.llama_backend_init()
+
+
+def failure(what: str) -> SparseMMError:
+    """An error that ends with the lines that llama.cpp logged as errors since the last one."""
+    lines: list[str] = []
+    for text in _log.errors:
+        line = " ".join(text.split())
+        if line and line not in lines:
+            lines.append(line)
+    _log.errors.clear()
+    return SparseMMError(f"{what}: {'; '.join(lines[:2])}" if lines else what)
+
+
+def forget_errors() -> None:
+    """Drop the error lines so far, so that a later failure does not report them."""
+    _log.errors.clear()

@@ -1,0 +1,152 @@
+"""Text and images as llama.cpp takes them: tokens, and image chunks that mtmd has cut and resized."""
+
+import ctypes
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+
+import numpy as np
+import numpy.typing as npt
+from PIL import Image, ImageOps
+
+from sparsemm_edge.errors import SparseMMError
+from sparsemm_edge.runtime import library
+from sparsemm_edge.runtime.library import llama, mtmd
+
+
+@dataclass(frozen=True)
+class TextPart:
+    """tokens: [n] ids."""
+
+    tokens: npt.NDArray[np.int32]
+
+    @property
+    def n_tokens(self) -> int:
+        return len(self.tokens)
+
+    @property
+    def n_pos(self) -> int:
+        return len(self.tokens)
+
+
+@dataclass(frozen=True)
+class ImagePart:
+    """One image, or one tile of it.
+
+    Attributes:
+        chunk: mtmd_input_chunk pointer, owned by the prompt.
+        n_tokens: embeddings, each of which takes one place in the KV cache.
+        n_pos: positions that the text after it is further on; less than n_tokens with M-RoPE.
+    """
+
+    chunk: int
+    n_tokens: int
+    n_pos: int
+
+
+class Prompt:
+    """A tokenised prompt. Close it, or use it in a `with`: it owns memory of llama.cpp.
+
+    Attributes:
+        parts: text and images in order.
+        n_tokens: places in the KV cache.
+        n_pos: the position after the last one.
+    """
+
+    def __init__(self, parts: Sequence[TextPart | ImagePart], chunks: int | None = None) -> None:
+        self.parts = tuple(parts)
+        self.n_tokens = sum(part.n_tokens for part in parts)
+        self.n_pos = sum(part.n_pos for part in parts)
+        self._chunks = chunks
+
+    def close(self) -> None:
+        if self._chunks is not None:
+            mtmd.mtmd_input_chunks_free(self._chunks)
+            self._chunks = None
+            self.parts = ()
+
+    def __enter__(self) -> "Prompt":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+def tokenize_text(vocab: int, text: str) -> Prompt:
+    """A prompt without images. The begin token is added if the model wants one; special tokens are parsed."""
+    data = text.encode("utf-8")
+    tokens = np.empty(len(data) + 16, dtype=np.int32)
+    pointer = tokens.ctypes.data_as(llama.llama_token_p)
+    n = llama.llama_tokenize(vocab, data, len(data), pointer, len(tokens), True, True)
+    if n < 1:
+        raise SparseMMError("the prompt is empty")
+    return Prompt([TextPart(tokens[:n].copy())])
+
+
+def tokenize_with_images(vision: int, text: str, images: Sequence[str | Path | Image.Image]) -> Prompt:
+    """A prompt whose text holds one marker (image_marker) for each image.
+
+    Args:
+        vision: mtmd_context pointer.
+        text: the prompt with markers.
+        images: files or pictures, in the markers' order.
+    """
+    pictures = [read_image(image) for image in images]
+    bitmaps: list[int] = []
+    chunks = mtmd.mtmd_input_chunks_init()
+    try:
+        for picture in pictures:
+            pixels = (ctypes.c_uint8 * picture.size).from_buffer_copy(picture.tobytes())
+            height, width, _ = picture.shape
+            bitmaps.append(mtmd.mtmd_bitmap_init(width, height, pixels))
+        data = text.encode("utf-8")
+        given = mtmd.mtmd_input_text(text=data, text_len=len(data), add_special=True, parse_special=True)
+        array = (ctypes.c_void_p * len(bitmaps))(*bitmaps)
+        if mtmd.mtmd_tokenize(vision, chunks, ctypes.byref(given), array, len(bitmaps)) != 0:
+            raise library.failure("llama.cpp cannot prepare the prompt's images")
+        return Prompt(_parts(chunks), chunks)
+    except BaseException:
+        mtmd.mtmd_input_chunks_free(chunks)
+        raise
+    finally:
+        for bitmap in bitmaps:
+            mtmd.mtmd_bitmap_free(bitmap)
+
+
+def image_marker() -> str:
+    """What stands for an image in the text of tokenize_with_images."""
+    return str(mtmd.mtmd_default_marker().decode())
+
+
+def read_image(image: str | Path | Image.Image) -> npt.NDArray[np.uint8]:
+    """The pixels of an image: [height, width, 3] RGB, turned as its EXIF data says.
+
+    Raises:
+        SparseMMError: no such file, or not an image.
+    """
+    if isinstance(image, Image.Image):
+        return np.asarray(image.convert("RGB"))
+    try:
+        with Image.open(image) as opened:
+            return np.asarray(ImageOps.exif_transpose(opened).convert("RGB"))
+    except FileNotFoundError as error:
+        raise SparseMMError(f"{image}: no such file") from error
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        raise SparseMMError(f"{image}: not an image that can be read ({error})") from error
+
+
+def _parts(chunks: int) -> list[TextPart | ImagePart]:
+    parts: list[TextPart | ImagePart] = []
+    for index in range(mtmd.mtmd_input_chunks_size(chunks)):
+        chunk = mtmd.mtmd_input_chunks_get(chunks, index)
+        if mtmd.mtmd_input_chunk_get_type(chunk) == mtmd.MTMD_INPUT_CHUNK_TYPE_TEXT:
+            n = ctypes.c_size_t()
+            tokens = mtmd.mtmd_input_chunk_get_tokens_text(chunk, ctypes.byref(n))
+            parts.append(TextPart(np.array(tokens[: n.value], dtype=np.int32)))
+        else:
+            n_tokens = mtmd.mtmd_input_chunk_get_n_tokens(chunk)
+            parts.append(ImagePart(chunk, n_tokens, mtmd.mtmd_input_chunk_get_n_pos(chunk)))
+    return parts

@@ -1,0 +1,312 @@
+"""One llama.cpp context, sized to one prompt: reads the prompt, then decodes token by token."""
+
+import ctypes
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from types import TracebackType
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import numpy.typing as npt
+from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
+
+from sparsemm_edge.errors import SparseMMError
+from sparsemm_edge.runtime import library
+from sparsemm_edge.runtime.library import llama, mtmd
+from sparsemm_edge.runtime.prompt import ImagePart, Prompt, TextPart
+
+if TYPE_CHECKING:
+    from sparsemm_edge.runtime.model import VisionModel
+
+CACHE_TYPES = {
+    "f16": GGMLQuantizationType.F16,
+    "f32": GGMLQuantizationType.F32,
+    "bf16": GGMLQuantizationType.BF16,
+    "q8_0": GGMLQuantizationType.Q8_0,
+}
+_N_POS_MROPE = 4
+
+
+@dataclass(frozen=True)
+class KVStats:
+    """What the KV cache takes.
+
+    Attributes:
+        bytes_now: allocated for K and V now.
+        bytes_peak: the same when it was largest, which is while the prompt is read.
+        bytes_full: what the same positions would take unevicted.
+        positions_kept_mean: positions held, mean over layers and KV heads.
+        n_evictions: 1 after a prompt that was longer than some head's budget.
+    """
+
+    bytes_now: int
+    bytes_peak: int
+    bytes_full: int
+    positions_kept_mean: float
+    n_evictions: int
+
+
+class Session:
+    """A context with one prompt. Close it, or use it in a `with`: it owns memory of llama.cpp.
+
+    Attributes:
+        n_prompt_calls: in how many calls the prompt was read.
+        image_ms, prompt_ms: time that encoding the images and reading the prompt took.
+    """
+
+    def __init__(
+        self,
+        model: "VisionModel",
+        prompt: Prompt,
+        *,
+        n_ctx: int,
+        n_ubatch: int | None = None,
+        cache_type_k: str = "f16",
+        cache_type_v: str = "f16",
+        one_batch: bool = True,
+    ) -> None:
+        """Make the context. What is evicted was set on the model before (VisionModel.start does it).
+
+        Args:
+            model: the model, which must outlive the session.
+            prompt: what read_prompt will read; must outlive read_prompt.
+            n_ctx: places in the KV cache for prompt and reply.
+            n_ubatch: prompt tokens computed at a time; None: all of them.
+            cache_type_k, cache_type_v: one of CACHE_TYPES.
+            one_batch: read text and images in one call where the model allows it; False: a call for each.
+        """
+        self.image_ms = 0.0
+        self.prompt_ms = 0.0
+        self.n_prompt_calls = 0
+        self._model = model
+        self._prompt = prompt
+        self._n_past = 0  # the next position, which is not n_tokens with M-RoPE
+        self._n_tokens = 0
+        self._n_calls = 0
+        self._types = (cache_type(cache_type_k), cache_type(cache_type_v))
+
+        images = [part for part in prompt.parts if isinstance(part, ImagePart)]
+        self._as_embeddings = bool(images) and one_batch and model.takes_embeddings(images)
+        n_ubatch = min(n_ubatch or prompt.n_tokens, prompt.n_tokens)
+        if not self._as_embeddings:
+            # an image that attends to all of itself cannot be cut
+            whole = [part.n_tokens for part in images if model.is_non_causal(part)]
+            n_ubatch = max([n_ubatch, *whole])
+        # A single token does not end a prompt for the evicting cache, it looks like decoding. With n_ubatch 2
+        # nothing can be done about an odd prompt.
+        while n_ubatch > 2 and prompt.n_tokens % n_ubatch == 1:
+            n_ubatch -= 1
+
+        params = llama.llama_context_default_params()
+        params.n_ctx = n_ctx
+        params.n_batch = prompt.n_tokens
+        params.n_ubatch = n_ubatch
+        params.n_seq_max = 1
+        params.n_outputs_max = 1
+        params.n_threads = params.n_threads_batch = model.n_threads
+        params.flash_attn_type = llama.LLAMA_FLASH_ATTN_TYPE_ENABLED
+        params.type_k, params.type_v = (int(kind) for kind in self._types)
+        library.forget_errors()
+        self._context: int | None = llama.llama_init_from_model(model.pointer, params)
+        if not self._context:
+            raise library.failure("llama.cpp cannot make a context")
+
+    def close(self) -> None:
+        if self._context:
+            llama.llama_free(self._context)
+            self._context = None
+
+    def __enter__(self) -> "Session":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    @property
+    def context(self) -> int:
+        """llama_context pointer."""
+        if self._context is None:
+            raise SparseMMError("the session is closed")
+        return self._context
+
+    def read_prompt(self) -> None:
+        """Encode the images and run the prompt; afterwards logits() are those of the first new token."""
+        start, self.image_ms = time.perf_counter(), 0.0
+        if self._as_embeddings:
+            self._read_as_embeddings()
+        else:
+            self._read_by_parts()
+        llama.llama_synchronize(self.context)
+        self.prompt_ms = _ms_since(start) - self.image_ms
+        self.n_prompt_calls = self._n_calls
+
+    def decode(self, token: int) -> None:
+        """Append one token; afterwards logits() are those of the token after it."""
+        self._decode_tokens(np.array([token], dtype=np.int32), output=True)
+        llama.llama_synchronize(self.context)
+
+    def logits(self) -> npt.NDArray[np.float32]:
+        """The logits of the next token: [n_vocab], a copy."""
+        pointer = llama.llama_get_logits_ith(self.context, -1)
+        if not pointer:
+            raise SparseMMError("there are no logits before the prompt is read")
+        return np.ctypeslib.as_array(pointer, shape=(self._model.n_vocab,)).copy()
+
+    def kept_positions(self, layer: int, head_kv: int) -> npt.NDArray[np.int32]:
+        """The positions that one KV head holds, ascending: [n] indices of tokens in the sequence."""
+        return library.heads_positions(self._memory(), layer, head_kv)
+
+    def kv_stats(self) -> KVStats:
+        """What the KV cache takes now and took at most."""
+        stats = library.heads_stats(self._memory())
+        shape = self._model.shape
+        if stats is not None:
+            return KVStats(
+                bytes_now=stats.size_k + stats.size_v,
+                bytes_peak=stats.size_k_peak + stats.size_v_peak,
+                bytes_full=stats.size_full,
+                positions_kept_mean=stats.n_kept / (shape.n_layer * shape.n_head_kv),
+                n_evictions=stats.n_evictions,
+            )
+        # llama.cpp's plain cache: all of n_ctx is allocated up front, for every layer
+        head = _row_bytes(self._types[0], shape.n_embd_head_k) + _row_bytes(
+            self._types[1], shape.n_embd_head_v
+        )
+        per_position = head * shape.n_head_kv * shape.n_layer
+        allocated = per_position * llama.llama_n_ctx(self.context)
+        return KVStats(allocated, allocated, per_position * self._n_tokens, float(self._n_tokens), 0)
+
+    def _memory(self) -> int:
+        return int(llama.llama_get_memory(self.context))
+
+    def _read_as_embeddings(self) -> None:
+        """The whole prompt in one call, text as embeddings too: text and images cannot mix otherwise."""
+        model = self._model
+        rows = np.zeros((self._prompt.n_tokens, model.n_embd_inp), dtype=np.float32)
+        positions = np.zeros((_N_POS_MROPE if model.uses_mrope else 1, len(rows)), dtype=np.int32)
+        at, pos = 0, 0
+        for part in self._prompt.parts:
+            span = slice(at, at + part.n_tokens)
+            if isinstance(part, TextPart):
+                embeddings = model.token_embeddings.rows(part.tokens)
+                rows[span, : embeddings.shape[1]] = embeddings
+                # M-RoPE: time, height and width are alike for text, the fourth is unused
+                positions[:3, span] = np.arange(pos, pos + part.n_tokens)
+            else:
+                rows[span] = self._encode(part)
+                positions[:, span] = self._image_positions(part, pos)
+            at, pos = span.stop, pos + part.n_pos
+        outputs = np.zeros(len(rows), dtype=np.int8)
+        outputs[-1] = 1
+        self._decode(
+            llama.llama_batch(
+                n_tokens=len(rows),
+                embd=rows.ctypes.data_as(ctypes.POINTER(ctypes.c_float)),
+                pos=positions.ctypes.data_as(ctypes.POINTER(ctypes.c_int32)),
+                logits=outputs.ctypes.data_as(ctypes.POINTER(ctypes.c_int8)),
+            )
+        )
+        self._n_past = pos
+
+    def _read_by_parts(self) -> None:
+        """A call for each stretch of text and each image; only the last token asks for logits."""
+        for part, is_last in _with_last(self._prompt.parts):
+            if isinstance(part, TextPart):
+                self._decode_tokens(part.tokens, output=is_last)
+                continue
+            embeddings = self._encode(part)
+            after = ctypes.c_int32()
+            status = mtmd.mtmd_helper_decode_image_chunk(
+                self._model.vision,
+                self.context,
+                part.chunk,
+                embeddings.ctypes.data_as(ctypes.POINTER(ctypes.c_float)),
+                self._n_past,
+                0,
+                self._prompt.n_tokens,
+                ctypes.byref(after),
+                mtmd.mtmd_helper_post_decode_callback(0),
+                None,
+            )
+            self._check(status)
+            self._n_past = after.value
+            self._n_tokens += part.n_tokens
+            self._n_calls += 1
+
+    def _encode(self, part: ImagePart) -> npt.NDArray[np.float32]:
+        """An image through the vision tower: [n_tokens, n_embd_inp]."""
+        start = time.perf_counter()
+        if mtmd.mtmd_encode_chunk(self._model.vision, part.chunk) != 0:
+            raise library.failure("llama.cpp cannot encode the image")
+        pointer = mtmd.mtmd_get_output_embd(self._model.vision)
+        shape = (part.n_tokens, self._model.n_embd_inp)
+        embeddings = np.ctypeslib.as_array(pointer, shape=shape).copy()
+        self.image_ms += _ms_since(start)
+        return embeddings
+
+    def _image_positions(self, part: ImagePart, pos: int) -> npt.NDArray[np.int32]:
+        """Positions of an image that starts at pos: [1, n], with M-RoPE [4, n] (time, height, width, 0)."""
+        if not self._model.uses_mrope:
+            return np.arange(pos, pos + part.n_tokens, dtype=np.int32)[None]
+        found = (mtmd.mtmd_decoder_pos * part.n_tokens)()
+        image = mtmd.mtmd_input_chunk_get_tokens_image(part.chunk)
+        mtmd.mtmd_helper_image_get_decoder_pos(image, pos, found)
+        t, x, y, z = np.ctypeslib.as_array(found).view(np.uint32).reshape(-1, 4).T
+        return np.stack([t, y, x, z]).astype(np.int32)
+
+    def _decode_tokens(self, tokens: npt.NDArray[np.int32], *, output: bool) -> None:
+        positions = np.arange(self._n_past, self._n_past + len(tokens), dtype=np.int32)
+        outputs = np.zeros(len(tokens), dtype=np.int8)
+        outputs[-1] = output
+        self._decode(
+            llama.llama_batch(
+                n_tokens=len(tokens),
+                token=tokens.ctypes.data_as(ctypes.POINTER(ctypes.c_int32)),
+                pos=positions.ctypes.data_as(ctypes.POINTER(ctypes.c_int32)),
+                logits=outputs.ctypes.data_as(ctypes.POINTER(ctypes.c_int8)),
+            )
+        )
+        self._n_past += len(tokens)
+
+    def _decode(self, batch: Any) -> None:
+        """One llama_decode. llama.cpp copies the batch, its arrays need to live no longer than this."""
+        library.forget_errors()
+        self._check(llama.llama_decode(self.context, batch))
+        self._n_tokens += batch.n_tokens
+        self._n_calls += 1
+
+    def _check(self, status: int) -> None:
+        if status == 1:
+            raise SparseMMError(f"the context of {llama.llama_n_ctx(self.context)} positions is full")
+        if status != 0:
+            raise library.failure(f"llama.cpp failed to compute (status {status})")
+
+
+def cache_type(name: str) -> GGMLQuantizationType:
+    """The number type of a KV cache.
+
+    Raises:
+        SparseMMError: not one of CACHE_TYPES.
+    """
+    if name not in CACHE_TYPES:
+        raise SparseMMError(f"unknown cache type {name!r}: expected one of {', '.join(CACHE_TYPES)}")
+    return CACHE_TYPES[name]
+
+
+def _row_bytes(kind: GGMLQuantizationType, n: int) -> int:
+    block, n_bytes = GGML_QUANT_SIZES[kind]
+    return n // block * n_bytes
+
+
+def _with_last(
+    parts: tuple[TextPart | ImagePart, ...],
+) -> Iterator[tuple[TextPart | ImagePart, bool]]:
+    for index, part in enumerate(parts):
+        yield part, index == len(parts) - 1
+
+
+def _ms_since(start: float) -> float:
+    return (time.perf_counter() - start) * 1000
