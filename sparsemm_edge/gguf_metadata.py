@@ -1,6 +1,8 @@
 """What a GGUF file says about its model's shape, and the `sparsemm.*` keys that hold its head budgets."""
 
+from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -196,7 +198,7 @@ def check_supported(header: GGUFHeader, shape: ModelShape) -> None:
         supported = ", ".join(sorted(SUPPORTED_ARCHITECTURES))
         raise SparseMMError(f"{path}: unsupported architecture {arch!r}; supported: {supported}")
     n_parts = header.value("split.count", 1)
-    if n_parts > 1:
+    if n_parts not in (0, 1):  # llama-gguf-split --merge leaves 0
         raise SparseMMError(
             f"{path}: one of {n_parts} parts of a split model; join them with llama-gguf-split --merge first"
         )
@@ -207,18 +209,24 @@ def check_supported(header: GGUFHeader, shape: ModelShape) -> None:
     ):
         if np.any(header.value(f"{arch}.{key}", 0)):
             raise SparseMMError(f"{path}: unsupported model: it has {what} ({arch}.{key})")
-    wanted = ["token_embd.weight"]
-    for layer in range(shape.n_layer):
+    missing = list(islice(_missing_tensors(header, shape.n_layer), 4))
+    if missing:
+        names = ", ".join(missing[:3]) + (" and more" if len(missing) > 3 else "")
+        raise SparseMMError(
+            f"{path}: missing tensors: {names} (a {arch} model of {shape.n_layer} layers has to have them)"
+        )
+
+
+def _missing_tensors(header: GGUFHeader, n_layer: int) -> Iterator[str]:
+    """The weights that every supported architecture attends with and that the file does not have."""
+    if "token_embd.weight" not in header.tensors:
+        yield "token_embd.weight"
+    for layer in range(n_layer):
         fused = f"blk.{layer}.attn_qkv.weight" in header.tensors
         parts = ("attn_qkv",) if fused else ("attn_q", "attn_k", "attn_v")
-        wanted += [f"blk.{layer}.{part}.weight" for part in (*parts, "attn_output")]
-    missing = [name for name in wanted if name not in header.tensors]
-    if missing:
-        raise SparseMMError(
-            f"{path}: missing tensors: {', '.join(missing[:3])}"
-            + (f" and {len(missing) - 3} more" if len(missing) > 3 else "")
-            + f" (a {arch} model of {shape.n_layer} layers has to have them)"
-        )
+        for part in (*parts, "attn_output"):
+            if f"blk.{layer}.{part}.weight" not in header.tensors:
+                yield f"blk.{layer}.{part}.weight"
 
 
 def sparsemm_metadata(header: GGUFHeader) -> SparseMMMetadata | None:

@@ -1,0 +1,394 @@
+"""`convert`: the copy gains head budgets and nothing else; a mistake is one line and leaves no file."""
+
+import dataclasses
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import gguf
+import numpy as np
+import pytest
+from gguf import GGMLQuantizationType, GGUFValueType
+from tiny_gguf import attention_tensors, write_model
+
+from sparsemm_edge import SparseMMError, cli
+from sparsemm_edge.budgets import head_budgets
+from sparsemm_edge.convert import convert
+from sparsemm_edge.gguf_header import read_header
+from sparsemm_edge.gguf_metadata import (
+    check_supported,
+    model_shape,
+    read_metadata,
+    read_model_shape,
+    sparsemm_metadata,
+)
+from sparsemm_edge.scores import group_scores
+
+U32, F32, STRING = GGUFValueType.UINT32, GGUFValueType.FLOAT32, GGUFValueType.STRING
+SCORES = [[0.0, 1.0, 2.0, 3.0], [40.0, 5.0, 6.0, 7.0]]
+
+
+@pytest.fixture
+def model(tmp_path: Path) -> Path:
+    return write_model(tmp_path / "tiny.gguf")
+
+
+@pytest.fixture
+def scores(tmp_path: Path) -> Path:
+    return write_scores(tmp_path / "scores.json", SCORES)
+
+
+def write_scores(path: Path, table: list[list[float]], n_head_kv: int | None = None) -> Path:
+    content = {"format": "sparsemm-edge/head-scores", "version": 1, "model": "Tiny", "dataset": "pages"}
+    shape = {"n_layer": len(table), "n_head": len(table[0]), "n_head_kv": n_head_kv}
+    path.write_text(json.dumps(content | shape | {"scores": table}))
+    return path
+
+
+def contents(path: Path) -> tuple[dict[str, tuple[object, list[GGUFValueType]]], list[tuple[object, ...]]]:
+    """A GGUF's keys (value, types) without sparsemm's, and its tensors, as gguf's own reader sees them."""
+    reader = gguf.GGUFReader(path)
+    keys = {
+        name: (field.contents(), field.types)
+        for name, field in reader.fields.items()
+        if not name.startswith(("GGUF.", "sparsemm."))
+    }
+    tensors = [
+        (tensor.name, tensor.tensor_type, tensor.shape.tolist(), tensor.data.tobytes())
+        for tensor in reader.tensors
+    ]
+    return keys, tensors
+
+
+def test_the_keys_are_those_of_the_format_with_their_types(model: Path, scores: Path) -> None:
+    done = convert(model, scores, budget=64, window=8, n_prompt=100)
+    assert done.path == model.with_name("tiny.sparsemm.gguf")
+    fields = gguf.GGUFReader(done.path).fields
+    found = {
+        name: (field.types, field.contents())
+        for name, field in fields.items()
+        if name.startswith("sparsemm.")
+    }
+    table = found.pop("sparsemm.head_budgets")
+    assert table[0] == [GGUFValueType.ARRAY, U32]
+    assert len(table[1]) == 2 * 2 and sum(table[1]) == 64 * 4 and max(table[1]) <= 100
+    stored = found.pop("sparsemm.head_scores")
+    assert stored[0] == [GGUFValueType.ARRAY, F32]
+    np.testing.assert_allclose(stored[1], np.array(SCORES).ravel() / 64, rtol=1e-6)
+    source = found.pop("sparsemm.scores_source")
+    assert source[0] == [STRING]
+    assert source[1].startswith("Tiny; data set pages; sha256 ")
+    assert found == {
+        "sparsemm.version": ([U32], 1),
+        "sparsemm.enabled": ([GGUFValueType.BOOL], True),
+        "sparsemm.policy": ([STRING], "sparsemm"),
+        "sparsemm.budget": ([U32], 64),
+        "sparsemm.window": ([U32], 8),
+        "sparsemm.pool_kernel": ([U32], 7),
+        "sparsemm.floor_ratio": ([F32], pytest.approx(0.1)),
+        "sparsemm.water_fill_length": ([U32], 100),
+        "sparsemm.seed": ([U32], 0),
+    }
+
+
+@pytest.mark.parametrize("policy", ["sparsemm", "uniform", "pyramid", "random"])
+@pytest.mark.parametrize("water_fill", [True, False])
+def test_what_is_read_back_is_what_was_written_and_makes_the_same_table_again(
+    model: Path, scores: Path, policy: str, water_fill: bool
+) -> None:
+    settings = {"budget": 64, "window": 8, "floor_ratio": 0.7, "seed": 3}
+    done = convert(model, scores, policy=policy, water_fill=water_fill, n_prompt=100, **settings)  # type: ignore[arg-type]
+    read = read_metadata(done.path)
+    assert read is not None
+    for field in dataclasses.fields(read):
+        np.testing.assert_array_equal(getattr(read, field.name), getattr(done.metadata, field.name))
+    assert read.water_fill_length == (100 if water_fill else 0)
+    shape = read_model_shape(done.path)
+    again = head_budgets(
+        read.policy,
+        group_scores(read.head_scores, shape.n_head_kv),
+        n_layer=shape.n_layer,
+        n_head_kv=shape.n_head_kv,
+        budget=read.budget,
+        window=read.window,
+        floor_ratio=read.floor_ratio,
+        water_fill=read.water_fill_length > 0,
+        n_prompt=read.water_fill_length or None,
+        seed=read.seed,
+    )
+    np.testing.assert_array_equal(again, read.head_budgets)
+
+
+def test_the_model_shape_is_the_files(tmp_path: Path) -> None:
+    shape = read_model_shape(write_model(tmp_path / "tiny.gguf", n_layer=3, n_head=8, n_head_kv=2))
+    assert (shape.arch, shape.name, shape.n_layer, shape.n_head, shape.n_head_kv) == (
+        "llama",
+        "Tiny",
+        3,
+        8,
+        2,
+    )
+    assert (shape.n_embd_head_k, shape.n_embd_head_v) == (8, 8)
+    assert shape.kv_bytes(positions=10) == 10 * (8 + 8) * 2
+    lengths = {"llama.attention.key_length": (32, U32), "llama.attention.value_length": (16, U32)}
+    shape = read_model_shape(write_model(tmp_path / "wide.gguf", keys=lengths))
+    assert (shape.n_embd_head_k, shape.n_embd_head_v) == (32, 16)
+
+
+@pytest.mark.parametrize("alignment", [None, 64, 256])
+def test_every_other_key_and_every_tensor_type_is_copied_exactly(
+    tmp_path: Path, scores: Path, alignment: int | None
+) -> None:
+    random = np.random.default_rng(0)
+    tensors = attention_tensors()
+    for kind in GGMLQuantizationType:
+        block, n_bytes = gguf.GGML_QUANT_SIZES[kind]
+        rows = random.integers(0, 256, (3, 2 * n_bytes), dtype=np.uint8)  # NaN patterns among them
+        shape = (3, 2 * block)
+        dtypes = {"F16": np.float16, "F32": np.float32, "F64": np.float64}
+        dtypes |= {"I8": np.int8, "I16": np.int16, "I32": np.int32, "I64": np.int64}
+        data = rows.view(dtypes[kind.name]).reshape(shape) if kind.name in dtypes else rows
+        tensors[f"extra.{kind.name}"] = (data, kind)
+    tensors["cube"] = (random.random((2, 3, 4), dtype=np.float32), None)
+    keys: dict[str, tuple[object, GGUFValueType]] = {
+        "tokenizer.ggml.tokens": (["<s>", "ä", ""], GGUFValueType.ARRAY),
+        "tokenizer.ggml.scores": ([0.1, -1e30, 3.0], GGUFValueType.ARRAY),
+        "tokenizer.chat_template": ("{{ x }}\n", STRING),
+        "tokenizer.chat_template.tool": ("{{ y }}", STRING),
+        "a.flags": ([True, False], GGUFValueType.ARRAY),
+        "a.big": (2**63, GGUFValueType.UINT64),
+        "a.small": (-128, GGUFValueType.INT8),
+        "a.fine": (1 / 3, GGUFValueType.FLOAT64),
+    }
+    original = write_model(tmp_path / "tiny.gguf", tensors=tensors, keys=keys, alignment=alignment)
+    done = convert(original, scores)
+    assert contents(done.path) == contents(original)
+    reader = gguf.GGUFReader(done.path)
+    assert len(reader.tensors) == len(tensors) > len(GGMLQuantizationType)
+    assert all(tensor.data_offset % (alignment or 32) == 0 for tensor in reader.tensors)
+
+
+def test_converting_a_converted_file_replaces_its_budgets(model: Path, scores: Path, tmp_path: Path) -> None:
+    first = convert(model, scores, budget=64, window=8, policy="uniform").path
+    again = convert(first, scores, tmp_path / "again.gguf", budget=128, floor_ratio=0.3, n_prompt=999).path
+    direct = convert(model, scores, tmp_path / "direct.gguf", budget=128, floor_ratio=0.3, n_prompt=999).path
+    assert again.read_bytes() == direct.read_bytes()
+
+
+def test_a_file_cut_short_at_any_byte_is_noticed(model: Path, scores: Path) -> None:
+    last = max(gguf.GGUFReader(model).tensors, key=lambda tensor: tensor.data_offset)
+    end = int(last.data_offset + last.n_bytes)
+    whole = model.read_bytes()
+    assert convert(model, scores).path.exists()
+    model.with_name("tiny.sparsemm.gguf").unlink()
+    for length in range(end):
+        model.write_bytes(whole[:length])
+        with pytest.raises(SparseMMError, match=r"cut short|not a GGUF|cannot read") as caught:
+            convert(model, scores)
+        assert "\n" not in str(caught.value)
+    assert sorted(path.name for path in model.parent.iterdir()) == ["scores.json", "tiny.gguf"]
+
+
+def test_a_damaged_header_never_ends_in_a_traceback(model: Path, scores: Path) -> None:
+    path = convert(model, scores).path
+    whole = bytearray(path.read_bytes())
+    refused = 0
+    for offset in range(int(gguf.GGUFReader(path).data_offset)):
+        for value in (whole[offset] ^ 0x01, 0xFF):
+            damaged = whole.copy()
+            damaged[offset] = value
+            path.write_bytes(damaged)
+            try:
+                header = read_header(path)
+                check_supported(header, model_shape(header))
+                sparsemm_metadata(header)
+            except SparseMMError as error:
+                assert str(path) in str(error)
+                refused += 1
+    assert refused > len(whole) // 2
+
+
+def test_an_existing_file_is_replaced_by_force_only(model: Path, scores: Path) -> None:
+    out = model.with_name("tiny.sparsemm.gguf")
+    out.write_text("precious")
+    with pytest.raises(SparseMMError, match=r"tiny\.sparsemm\.gguf exists already; --force replaces it"):
+        convert(model, scores)
+    assert out.read_text() == "precious"
+    assert convert(model, scores, force=True).path == out
+    assert read_metadata(out) is not None
+
+
+def test_the_model_itself_is_never_replaced(model: Path, scores: Path, tmp_path: Path) -> None:
+    before = model.read_bytes()
+    link = tmp_path / "link.gguf"
+    link.symlink_to(model)
+    for out in (model, link):
+        with pytest.raises(SparseMMError, match="is the model itself; choose another --out"):
+            convert(model, scores, out, force=True)
+    assert model.read_bytes() == before
+
+
+def test_a_failed_copy_leaves_no_file_behind(tmp_path: Path, scores: Path) -> None:
+    # latin-1 bytes in a token: gguf's reader refuses them only while copying
+    model = write_model(tmp_path / "tiny.gguf", keys={"tokenizer.bad": ("\u00e4" * 8, STRING)})
+    model.write_bytes(model.read_bytes().replace("\u00e4".encode() * 8, b"\xe4" * 16))
+    before = sorted(tmp_path.iterdir())
+    with pytest.raises(SparseMMError, match="gguf cannot copy this file"):
+        convert(model, scores)
+    assert sorted(tmp_path.iterdir()) == before
+
+
+LLAMA_WITHOUT_K = {key: value for key, value in attention_tensors().items() if "1.attn_k" not in key}
+
+
+@pytest.mark.parametrize(
+    ("model_arguments", "reason"),
+    [
+        (
+            {"tensors": LLAMA_WITHOUT_K},
+            r"missing tensors: blk\.1\.attn_k\.weight \(a llama model of 2 layers",
+        ),
+        ({"tensors": {}}, r"missing tensors: token_embd\.weight, .* and more"),
+        ({"arch": "mamba"}, "unsupported architecture 'mamba'; supported: granite, internlm2, llama"),
+        ({"arch": "gemma3"}, "unsupported architecture 'gemma3'"),
+        ({"arch": "deepseek2"}, "unsupported architecture 'deepseek2'"),
+        ({"arch": "clip"}, r"this is an image encoder \(mmproj\)"),
+        ({"keys": {"llama.attention.sliding_window": (4096, U32)}}, "it has a sliding window"),
+        ({"keys": {"llama.attention.kv_lora_rank": (512, U32)}}, r"latent attention \(MLA\)"),
+        ({"keys": {"llama.nextn_predict_layers": (1, U32)}}, r"prediction layers \(MTP\)"),
+        ({"keys": {"split.count": (3, GGUFValueType.UINT16)}}, "one of 3 parts of a split model"),
+        (
+            {"keys": {"llama.attention.head_count_kv": ([2, 1], GGUFValueType.ARRAY)}},
+            "head_count_kv differs between layers",
+        ),
+        ({"keys": {"llama.block_count": (2**32 - 1, U32)}}, r"missing tensors: blk\.2\.attn_q\.weight"),
+        ({"keys": {"llama.block_count": (0, U32)}}, "block_count is 0"),
+        ({"keys": {"llama.block_count": ("2", STRING)}}, "block_count is '2'"),
+        ({"n_head_kv": 3}, "4 query heads cannot be shared out to 3 KV heads"),
+        ({"endianess": gguf.GGUFEndian.BIG}, "a big-endian GGUF file"),
+        ({"n_layer": 3}, r"they are for 2 layers x 4 heads, the model has 3 layers x 4 heads \(2 KV heads\)"),
+        ({"n_head": 8}, r"they are for 2 layers x 4 heads, the model has 2 layers x 8 heads \(2 KV heads\)"),
+    ],
+)
+def test_a_model_that_cannot_be_converted(
+    tmp_path: Path, scores: Path, model_arguments: dict[str, object], reason: str
+) -> None:
+    model = write_model(tmp_path / "tiny.gguf", **model_arguments)  # type: ignore[arg-type]
+    with pytest.raises(SparseMMError, match=reason) as caught:
+        convert(model, scores)
+    assert "\n" not in str(caught.value)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["scores.json", "tiny.gguf"]
+
+
+@pytest.mark.parametrize(
+    "model_arguments",
+    [
+        {"keys": {"llama.attention.sliding_window": (0, U32)}},
+        {"keys": {"llama.attention.head_count_kv": ([2, 2], GGUFValueType.ARRAY)}},
+        {"keys": {"split.count": (1, GGUFValueType.UINT16)}},
+        {"keys": {"split.count": (0, GGUFValueType.UINT16)}},
+        {"arch": "qwen2vl"},
+        {
+            "tensors": {
+                name.replace("attn_q", "attn_qkv"): tensor
+                for name, tensor in attention_tensors().items()
+                if "attn_k" not in name and "attn_v" not in name
+            }
+        },
+    ],
+)
+def test_a_model_that_only_looks_unusual_is_converted(
+    tmp_path: Path, scores: Path, model_arguments: dict[str, object]
+) -> None:
+    model = write_model(tmp_path / "tiny.gguf", **model_arguments)  # type: ignore[arg-type]
+    assert read_metadata(convert(model, scores).path) is not None
+
+
+@pytest.mark.parametrize(
+    ("table", "reason"),
+    [
+        ([[1.0, 2.0, 3.0, float("nan")], [1.0] * 4], "layer 0, head 3 is not finite"),
+        ([[1.0, -2.0, 3.0, 4.0], [1.0] * 4], "layer 0, head 1 is negative"),
+        ([[0.0] * 4, [0.0] * 4], "all scores are zero"),
+    ],
+)
+def test_scores_that_mean_nothing(model: Path, tmp_path: Path, table: list[list[float]], reason: str) -> None:
+    with pytest.raises(SparseMMError, match=rf"bad\.json: .*{reason}"):
+        convert(model, write_scores(tmp_path / "bad.json", table))
+
+
+def test_scores_of_another_gqa_shape_do_not_fit(model: Path, tmp_path: Path) -> None:
+    with pytest.raises(SparseMMError, match=r"2 layers x 4 heads \(4 KV heads\), the model has"):
+        convert(model, write_scores(tmp_path / "s.json", SCORES, n_head_kv=4))
+
+
+@pytest.mark.parametrize(
+    ("settings", "reason"),
+    [
+        ({"budget": 32, "window": 32}, "must be larger than the window"),
+        ({"policy": "full"}, "policy full evicts nothing"),
+        ({"policy": "best"}, "unknown policy 'best'"),
+        ({"out": Path("nowhere/out.gguf")}, "there is no directory nowhere"),
+    ],
+)
+def test_settings_that_cannot_be(model: Path, scores: Path, settings: dict[str, object], reason: str) -> None:
+    with pytest.raises(SparseMMError, match=reason):
+        convert(model, scores, **settings)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("content", [b"", b"GG", b"GGML" * 20, b"PK\x03\x04" * 20])
+def test_a_file_that_is_no_gguf(tmp_path: Path, scores: Path, content: bytes) -> None:
+    path = tmp_path / "model.gguf"
+    path.write_bytes(content)
+    with pytest.raises(SparseMMError, match=r"model\.gguf: not a GGUF file"):
+        convert(path, scores)
+
+
+def test_paths_that_cannot_be_read(tmp_path: Path, scores: Path) -> None:
+    with pytest.raises(SparseMMError, match=r"cannot read .*missing\.gguf: No such file"):
+        convert(tmp_path / "missing.gguf", scores)
+    with pytest.raises(SparseMMError, match=r"cannot read .*: Is a directory"):
+        convert(tmp_path, scores)
+
+
+def run(monkeypatch: pytest.MonkeyPatch, *arguments: object) -> int:
+    """The command line in this process; its exit status."""
+    monkeypatch.setattr(sys, "argv", ["sparsemm-edge", *(str(argument) for argument in arguments)])
+    with pytest.raises(SystemExit) as exit_:
+        cli.main()
+    return int(exit_.value.code or 0)
+
+
+def test_the_command_reports_as_json(
+    model: Path, scores: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = ("convert", model, "--scores", scores, "--budget", 64, "--window", 8, "--no-water-fill")
+    assert run(monkeypatch, *arguments, "--policy", "pyramid", "--floor-ratio", 0.25, "--json") == 0
+    output = capsys.readouterr()
+    report = json.loads(output.out)
+    assert report["path"] == str(model.with_name("tiny.sparsemm.gguf"))
+    wanted = {"policy": "pyramid", "budget": 64, "window": 8, "floor_ratio": 0.25, "water_fill_length": 0}
+    assert report["sparsemm"] | wanted == report["sparsemm"]
+    assert report["sparsemm"]["head_budgets"]["mean"] == 64
+    assert "Writing: 100%" in output.err  # the progress bar stays out of the JSON
+
+
+def test_a_mistake_is_one_line_on_stderr_and_status_2(
+    model: Path, scores: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run(monkeypatch, "convert", model, "--scores", scores, "--budget", 20) == 2
+    output = capsys.readouterr()
+    assert output.err == "error: the budget (20) must be larger than the window (32) it includes\n"
+    assert output.out == ""
+    assert run(monkeypatch, "convert", model) == 2
+    assert "--scores" in capsys.readouterr().err
+
+
+def test_converting_and_inspecting_load_no_model_library() -> None:
+    program = (
+        "import sys, sparsemm_edge, sparsemm_edge.cli, sparsemm_edge.convert, sparsemm_edge.inspection,"
+        " sparsemm_edge.plot; print([m for m in ('torch', 'transformers', 'llama_cpp') if m in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
