@@ -1,0 +1,433 @@
+"""The eyes of a LLaVA checkpoint as mmproj.gguf: vision tower and projector, as llama.cpp's mtmd reads them.
+
+llama.cpp's own converter makes the text model of a LLaVA checkpoint but refuses its CLIP tower. This
+module writes the other half from a Hugging Face folder of LLaVA-1.5 or LLaVA-NeXT (transformers layout,
+safetensors), with CLIP or SigLIP tower. It reads the tensors with gguf's own safetensors reader: no torch.
+
+Only the layers that run are written. LLaVA reads the tower before its end (`vision_feature_layer` -2), so
+the last layer and the final layer norm are dead weight; and since files without this statement mean
+different things to different readers, `clip.vision.feature_layer` states which hidden states are read,
+counted from 0 = the input of the first layer.
+"""
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import gguf
+import numpy as np
+from gguf.utility import LocalTensor, SafetensorsLocal
+
+from sparsemm_edge.errors import SparseMMError
+from sparsemm_edge.files import atomic_path
+
+OUTTYPES = ("f16", "f32")
+
+# What transformers assumes where a config.json is silent (it leaves out what equals its defaults).
+_TOWER_DEFAULTS: dict[str, dict[str, Any]] = {
+    "clip_vision_model": {
+        "hidden_size": 768,
+        "intermediate_size": 3072,
+        "num_hidden_layers": 12,
+        "num_attention_heads": 12,
+        "image_size": 224,
+        "patch_size": 32,
+        "hidden_act": "quick_gelu",
+        "layer_norm_eps": 1e-5,
+    },
+    "siglip_vision_model": {
+        "hidden_size": 768,
+        "intermediate_size": 3072,
+        "num_hidden_layers": 12,
+        "num_attention_heads": 12,
+        "image_size": 224,
+        "patch_size": 16,
+        "hidden_act": "gelu_pytorch_tanh",
+        "layer_norm_eps": 1e-6,
+    },
+}
+
+# LLaVA-NeXT's grid of resolutions (height, width), transformers' default.
+_NEXT_PINPOINTS = [[336, 672], [672, 336], [672, 672], [1008, 336], [336, 1008]]
+
+# mtmd reads any other activation as quick_gelu; its gelu is the tanh form, which stands for the exact one
+# within f16 accuracy
+_USE_GELU = {"quick_gelu": False, "gelu": True, "gelu_new": True, "gelu_pytorch_tanh": True}
+
+# prefixes under which transformers has saved the parts, newest first
+_TOWER_PREFIXES = ("model.vision_tower.", "vision_tower.")
+_PROJECTOR_PREFIXES = ("model.multi_modal_projector.", "multi_modal_projector.")
+_NEWLINE_NAMES = ("model.image_newline", "image_newline", "language_model.model.image_newline")
+
+_LAYER_TENSORS = {
+    "self_attn.q_proj": "attn_q",
+    "self_attn.k_proj": "attn_k",
+    "self_attn.v_proj": "attn_v",
+    "self_attn.out_proj": "attn_out",
+    "layer_norm1": "ln1",
+    "layer_norm2": "ln2",
+    "mlp.fc1": "ffn_up",
+    "mlp.fc2": "ffn_down",
+}
+
+
+@dataclass(frozen=True)
+class MmprojSummary:
+    """What `convert_mmproj` wrote.
+
+    Attributes:
+        path: the file.
+        tower: the tower's `model_type`, `clip_vision_model` or `siglip_vision_model`.
+        n_layer: layers written, all of which run.
+        feature_layers: the hidden states that the projector reads, 0 = the input of the first layer.
+        image_size: side of the tower's square image, in pixels.
+        n_image_tokens: tokens that one such image becomes.
+        size: bytes of the file.
+    """
+
+    path: Path
+    tower: str
+    n_layer: int
+    feature_layers: tuple[int, ...]
+    image_size: int
+    n_image_tokens: int
+    size: int
+
+
+@dataclass(frozen=True)
+class _Tower:
+    """A vision tower's shape, from config.json with transformers' defaults filled in."""
+
+    model_type: str
+    n_embd: int
+    n_ff: int
+    n_layer: int  # layers that run
+    n_head: int
+    image_size: int
+    patch_size: int
+    use_gelu: bool
+    eps: float
+    feature_layers: tuple[int, ...]
+
+    @property
+    def n_patches(self) -> int:
+        return (self.image_size // self.patch_size) ** 2
+
+
+def convert_mmproj(
+    hf_dir: Path | str, out: Path | str | None = None, *, outtype: str = "f16", force: bool = False
+) -> MmprojSummary:
+    """Write the vision tower and projector of a LLaVA-1.5 or LLaVA-NeXT checkpoint as a GGUF for mtmd.
+
+    Args:
+        hf_dir: folder with `config.json`, `preprocessor_config.json` and `*.safetensors` (transformers
+            layout; f32, f16 or bf16).
+        out: the file to write, `mmproj.gguf` in the current directory if None.
+        outtype: `f16` or `f32`, the type of the matrices; vectors and position embeddings are always f32.
+        force: replace `out` if it exists.
+
+    Raises:
+        SparseMMError: the folder is not such a checkpoint, is incomplete, or uses something that mtmd's
+            LLaVA graph cannot compute; or `out` exists.
+    """
+    hf_dir, out = Path(hf_dir), Path("mmproj.gguf" if out is None else out)
+    if outtype not in OUTTYPES:
+        raise SparseMMError(f"outtype {outtype!r} is not one of {', '.join(OUTTYPES)}")
+    if out.exists() and not force:
+        raise SparseMMError(f"{out} exists; use --force to replace it")
+
+    config = _read_json(hf_dir, "config.json")
+    _check_is_llava(hf_dir, config)
+    tower = _read_tower(hf_dir, config)
+    mean, std = _read_image_statistics(hf_dir)
+    tensors = _Checkpoint(hf_dir)
+
+    with atomic_path(out) as part:
+        writer = gguf.GGUFWriter(part, "clip")
+        try:
+            _add_metadata(writer, hf_dir, config, tower, mean, std, outtype)
+            for name, data in _mmproj_tensors(tensors, config, tower):
+                writer.add_tensor(name, _as_outtype(name, data, outtype))
+            writer.add_vision_projection_dim(tensors.shape_of(_PROJECTOR_PREFIXES, "linear_2.weight")[0])
+            writer.write_header_to_file()
+            writer.write_kv_data_to_file()
+            writer.write_tensors_to_file()
+        finally:
+            writer.close()
+        size = part.stat().st_size
+    return MmprojSummary(
+        path=out,
+        tower=tower.model_type,
+        n_layer=tower.n_layer,
+        feature_layers=tower.feature_layers,
+        image_size=tower.image_size,
+        n_image_tokens=tower.n_patches,
+        size=size,
+    )
+
+
+def _read_json(hf_dir: Path, name: str) -> dict[str, Any]:
+    path = hf_dir / name
+    if not path.is_file():
+        raise SparseMMError(f"{hf_dir} has no {name}; expected the folder of a Hugging Face LLaVA checkpoint")
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise SparseMMError(f"cannot read {path} as JSON: {error}") from error
+    if not isinstance(value, dict):
+        raise SparseMMError(f"{path} holds a JSON {type(value).__name__}, expected an object")
+    return value
+
+
+def _check_is_llava(hf_dir: Path, config: dict[str, Any]) -> None:
+    model_type = config.get("model_type")
+    if "mm_vision_tower" in config:
+        raise SparseMMError(
+            f"{hf_dir} is a LLaVA checkpoint in its authors' own layout (mm_vision_tower); "
+            "use the transformers layout of the same model (the llava-hf repositories)"
+        )
+    if model_type in ("llava", "llava_next"):
+        return
+    if "vision_config" in config:
+        raise SparseMMError(
+            f"{hf_dir / 'config.json'}: model_type is {model_type!r}, expected 'llava' or 'llava_next'; "
+            "for other vision-language models use llama.cpp's convert_hf_to_gguf.py --mmproj"
+        )
+    raise SparseMMError(
+        f"{hf_dir / 'config.json'}: model_type is {model_type!r} and there is no vision_config; "
+        "expected a LLaVA-1.5 ('llava') or LLaVA-NeXT ('llava_next') checkpoint"
+    )
+
+
+def _read_tower(hf_dir: Path, config: dict[str, Any]) -> _Tower:
+    path = hf_dir / "config.json"
+    vision = config.get("vision_config")
+    if not isinstance(vision, dict):
+        raise SparseMMError(f"{path}: vision_config is missing")
+    model_type = vision.get("model_type", "clip_vision_model")
+    if model_type not in _TOWER_DEFAULTS:
+        raise SparseMMError(
+            f"{path}: the vision tower is {model_type!r}, supported are {', '.join(_TOWER_DEFAULTS)}; "
+            "for Pixtral use llama.cpp's convert_hf_to_gguf.py --mmproj"
+        )
+    vision = _TOWER_DEFAULTS[model_type] | vision
+
+    # SigLIP has no class token: dropping the first token, as "default" does, would drop a patch
+    strategy = config.get("vision_feature_select_strategy", "default")
+    expected = "default" if model_type == "clip_vision_model" else "full"
+    if strategy != expected:
+        raise SparseMMError(
+            f"{path}: vision_feature_select_strategy is {strategy!r}, but llama.cpp reads a {model_type} "
+            f"only as {expected!r} (all patches, no class token)"
+        )
+    if vision["hidden_act"] not in _USE_GELU:
+        raise SparseMMError(
+            f"{path}: hidden_act of the vision tower is {vision['hidden_act']!r}, "
+            f"supported are {', '.join(_USE_GELU)}"
+        )
+    if config.get("projector_hidden_act", "gelu") != "gelu":
+        raise SparseMMError(
+            f"{path}: projector_hidden_act is {config['projector_hidden_act']!r}, llama.cpp computes gelu"
+        )
+    if vision["hidden_size"] == vision["intermediate_size"]:
+        raise SparseMMError(
+            f"{path}: the tower's intermediate_size equals its hidden_size ({vision['hidden_size']}); "
+            "llama.cpp tells the two feed-forward matrices apart by their shapes"
+        )
+
+    n_layer = vision["num_hidden_layers"]
+    stated = config.get("vision_feature_layer", -2)
+    stated = [stated] if isinstance(stated, int) else list(stated)
+    layers = tuple(layer if layer >= 0 else n_layer + 1 + layer for layer in stated)
+    if not layers or min(layers) < 0 or not 1 <= max(layers) <= n_layer:
+        raise SparseMMError(f"{path}: vision_feature_layer {stated} does not fit a tower of {n_layer} layers")
+    if list(layers) != sorted(set(layers)):
+        raise SparseMMError(
+            f"{path}: vision_feature_layer {stated} is not in ascending order, as llama.cpp concatenates them"
+        )
+    return _Tower(
+        model_type=model_type,
+        n_embd=vision["hidden_size"],
+        n_ff=vision["intermediate_size"],
+        n_layer=max(layers),
+        n_head=vision["num_attention_heads"],
+        image_size=vision["image_size"],
+        patch_size=vision["patch_size"],
+        use_gelu=_USE_GELU[vision["hidden_act"]],
+        eps=vision["layer_norm_eps"],
+        feature_layers=layers,
+    )
+
+
+def _read_image_statistics(hf_dir: Path) -> tuple[list[float], list[float]]:
+    """Mean and standard deviation per colour channel, from whichever file this transformers wrote."""
+    for name in ("preprocessor_config.json", "processor_config.json"):
+        if (hf_dir / name).is_file():
+            value = _read_json(hf_dir, name)
+            value = value.get("image_processor", value)
+            if "image_mean" in value and "image_std" in value:
+                mean = [float(x) for x in value["image_mean"]]
+                std = [float(x) for x in value["image_std"]]
+                if len(mean) == len(std) == 3:
+                    return mean, std
+    raise SparseMMError(
+        f"{hf_dir} has no preprocessor_config.json with image_mean and image_std of three channels; "
+        "without them the tower would see wrong colours"
+    )
+
+
+class _Checkpoint:
+    """The tensors of a folder of safetensors files, by name."""
+
+    def __init__(self, hf_dir: Path) -> None:
+        self._dir = hf_dir
+        self._tensors: dict[str, LocalTensor] = {}
+        files = sorted(hf_dir.glob("*.safetensors"))
+        if not files:
+            raise SparseMMError(
+                f"{hf_dir} has no *.safetensors; load the checkpoint with transformers and save it again "
+                "with save_pretrained"
+            )
+        for file in files:
+            try:
+                self._tensors |= SafetensorsLocal(file).tensors
+            except (OSError, ValueError, KeyError) as error:
+                raise SparseMMError(f"cannot read {file} as safetensors: {error}") from error
+        index = hf_dir / "model.safetensors.index.json"
+        if index.is_file():
+            wanted = set(_read_json(hf_dir, index.name).get("weight_map", {}).values())
+            missing = sorted(wanted - {file.name for file in files})
+            if missing:
+                raise SparseMMError(f"{hf_dir} lacks {', '.join(missing)}, which {index.name} names")
+
+    def _find(self, names: list[str]) -> LocalTensor:
+        for name in names:
+            if name in self._tensors:
+                return self._tensors[name]
+        raise SparseMMError(f"{self._dir}: tensor {names[0]} is missing from the safetensors files")
+
+    def has(self, prefixes: tuple[str, ...], name: str) -> bool:
+        return any(n in self._tensors for n in _candidates(prefixes, name))
+
+    def shape_of(self, prefixes: tuple[str, ...], name: str) -> tuple[int, ...]:
+        return self._find(_candidates(prefixes, name)).shape
+
+    def read(self, prefixes: tuple[str, ...], name: str, shape: tuple[int, ...] | None = None) -> np.ndarray:
+        """One tensor as float32 or float16 of `shape`; bf16 becomes float32."""
+        tensor = self._find(_candidates(prefixes, name))
+        if shape is not None and tensor.shape != shape:
+            raise SparseMMError(
+                f"{tensor.data_range.filename}: {name} has shape {tensor.shape}, config.json implies {shape}"
+            )
+        try:
+            raw = tensor.mmap_bytes()
+        except (OSError, ValueError) as error:
+            raise SparseMMError(f"{tensor.data_range.filename} is cut short at tensor {name}") from error
+        if tensor.dtype == "BF16":
+            data = (raw.view(np.uint16).astype(np.uint32) << 16).view(np.float32)
+        elif tensor.dtype in ("F16", "F32"):
+            data = raw.view(np.float16 if tensor.dtype == "F16" else np.float32)
+        else:
+            raise SparseMMError(
+                f"{tensor.data_range.filename}: {name} is {tensor.dtype}, expected F32, F16 or BF16"
+            )
+        return data.reshape(tensor.shape)
+
+
+def _candidates(prefixes: tuple[str, ...], name: str) -> list[str]:
+    if prefixes is _TOWER_PREFIXES:  # transformers 5 writes towers with and without the inner `vision_model.`
+        return [prefix + inner + name for prefix in prefixes for inner in ("vision_model.", "")]
+    return [prefix + name for prefix in prefixes]
+
+
+def _mmproj_tensors(
+    checkpoint: _Checkpoint, config: dict[str, Any], tower: _Tower
+) -> Iterator[tuple[str, np.ndarray]]:
+    """Yield (name in mmproj.gguf, data) of all that runs; shapes are checked against config.json."""
+    n_embd, n_ff = tower.n_embd, tower.n_ff
+
+    def read(name: str, *shape: int) -> np.ndarray:
+        return checkpoint.read(_TOWER_PREFIXES, name, shape)
+
+    yield (
+        "v.patch_embd.weight",
+        read("embeddings.patch_embedding.weight", n_embd, 3, tower.patch_size, tower.patch_size),
+    )
+    if tower.model_type == "clip_vision_model":
+        yield "v.class_embd", read("embeddings.class_embedding", n_embd)
+        yield (
+            "v.position_embd.weight",
+            read("embeddings.position_embedding.weight", tower.n_patches + 1, n_embd),
+        )
+        # the name is misspelt in CLIP's checkpoints
+        yield "v.pre_ln.weight", read("pre_layrnorm.weight", n_embd)
+        yield "v.pre_ln.bias", read("pre_layrnorm.bias", n_embd)
+    else:
+        yield "v.patch_embd.bias", read("embeddings.patch_embedding.bias", n_embd)
+        yield "v.position_embd.weight", read("embeddings.position_embedding.weight", tower.n_patches, n_embd)
+
+    for il in range(tower.n_layer):
+        for theirs, ours in _LAYER_TENSORS.items():
+            rows = n_ff if ours == "ffn_up" else n_embd
+            columns = n_ff if ours == "ffn_down" else n_embd
+            shape = (rows,) if ours.startswith("ln") else (rows, columns)
+            yield f"v.blk.{il}.{ours}.weight", read(f"encoder.layers.{il}.{theirs}.weight", *shape)
+            yield f"v.blk.{il}.{ours}.bias", read(f"encoder.layers.{il}.{theirs}.bias", rows)
+
+    n_in = n_embd * len(tower.feature_layers)
+    n_out = checkpoint.shape_of(_PROJECTOR_PREFIXES, "linear_1.weight")[0]
+    yield "mm.0.weight", checkpoint.read(_PROJECTOR_PREFIXES, "linear_1.weight", (n_out, n_in))
+    yield "mm.2.weight", checkpoint.read(_PROJECTOR_PREFIXES, "linear_2.weight")
+    for ours, theirs in (("mm.0.bias", "linear_1"), ("mm.2.bias", "linear_2")):
+        if checkpoint.has(_PROJECTOR_PREFIXES, f"{theirs}.bias"):
+            yield ours, checkpoint.read(_PROJECTOR_PREFIXES, f"{theirs}.bias")
+        else:  # multimodal_projector_bias is false, but mtmd adds a bias always
+            yield ours, np.zeros(checkpoint.shape_of(_PROJECTOR_PREFIXES, f"{theirs}.weight")[0], np.float32)
+
+    if config["model_type"] == "llava_next":
+        yield "v.image_newline", checkpoint.read(_NEWLINE_NAMES, "")
+
+
+def _as_outtype(name: str, data: np.ndarray, outtype: str) -> np.ndarray:
+    if outtype == "f32" or data.ndim < 2 or name == "v.position_embd.weight":
+        return data.astype(np.float32)
+    if data.dtype != np.float16 and np.abs(data).max() > np.finfo(np.float16).max:
+        raise SparseMMError(f"{name} holds values that f16 cannot; use --outtype f32")
+    return data.astype(np.float16)
+
+
+def _add_metadata(
+    writer: gguf.GGUFWriter,
+    hf_dir: Path,
+    config: dict[str, Any],
+    tower: _Tower,
+    mean: list[float],
+    std: list[float],
+    outtype: str,
+) -> None:
+    writer.add_type("mmproj")
+    writer.add_name(hf_dir.resolve().name)
+    writer.add_file_type(gguf.LlamaFileType.MOSTLY_F16 if outtype == "f16" else gguf.LlamaFileType.ALL_F32)
+    writer.add_clip_has_vision_encoder(True)
+    writer.add_clip_projector_type("mlp")
+    writer.add_vision_image_size(tower.image_size)
+    writer.add_vision_patch_size(tower.patch_size)
+    writer.add_vision_embedding_length(tower.n_embd)
+    writer.add_vision_feed_forward_length(tower.n_ff)
+    writer.add_vision_block_count(tower.n_layer)
+    writer.add_vision_head_count(tower.n_head)
+    writer.add_vision_attention_layernorm_eps(tower.eps)
+    writer.add_vision_image_mean(mean)
+    writer.add_vision_image_std(std)
+    writer.add_vision_use_gelu(tower.use_gelu)
+    writer.add_array("clip.vision.feature_layer", list(tower.feature_layers))
+    if config["model_type"] == "llava_next":
+        pinpoints = config.get("image_grid_pinpoints", _NEXT_PINPOINTS)
+        # transformers writes (height, width), clip.cpp reads (width, height)
+        writer.add_array(
+            "clip.vision.image_grid_pinpoints",
+            [int(side) for height, width in pinpoints for side in (width, height)],
+        )
+        writer.add_string("clip.vision.mm_patch_merge_type", "spatial_unpad")
