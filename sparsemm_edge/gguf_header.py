@@ -1,8 +1,8 @@
 """The head of a GGUF file: its keys and its list of tensors, checked against the file's size.
 
-gguf.GGUFReader makes an array view of every token of the vocabulary, seconds for a large one, and does not
-notice every file that is cut short. This walks the same bytes once, keeps no strings of long arrays, reads no
-tensor data, and knows afterwards that all tensor data is there.
+gguf.GGUFReader makes an array view of every token of the vocabulary, seconds for a large one, and meets the
+end of a file that is cut short as whichever index error comes first. This walks the same bytes once, keeps no
+strings of arrays, reads no tensor data, and knows afterwards that all tensor data is there.
 """
 
 import mmap
