@@ -13,7 +13,7 @@ setup-dev: $(VENV)/.dev
 
 # Until the trained demo model is part of the package, its stand-in is made with torch: hence setup-dev.
 demo: $(VENV)/.dev
-	$(VENV)/bin/sparsemm-edge demo
+	$(VENV)/bin/sparsemm-edge demo --out build/demo
 
 test: $(VENV)/.dev
 	$(PY) -m pytest

@@ -18,7 +18,7 @@ except (ImportError, OSError, RuntimeError) as error:
         " build the patched one with: python scripts/build_llama_cpp_python.py install"
     ) from error
 
-_LOG_ERROR, _LOG_CONTINUED = 3, 5
+_LOG_ERROR, _LOG_CONTINUED = 4, 5  # ggml_log_level
 
 
 class HeadsStats(ctypes.Structure):

@@ -393,7 +393,7 @@ class VisionModel:
         return str(llama.llama_vocab_get_text(self._vocab, token).decode("utf-8", "replace"))
 
 
-def _sampler(temperature: float, seed: int) -> int:
+def _sampler(temperature: float, seed: int) -> Any:
     """llama_sampler pointer, to be freed: greedy at temperature 0."""
     chain = llama.llama_sampler_chain_init(llama.llama_sampler_chain_default_params())
     if temperature <= 0:
@@ -404,7 +404,7 @@ def _sampler(temperature: float, seed: int) -> int:
         llama.llama_sampler_chain_add(chain, llama.llama_sampler_init_min_p(_MIN_P, 1))
         llama.llama_sampler_chain_add(chain, llama.llama_sampler_init_temp(temperature))
         llama.llama_sampler_chain_add(chain, llama.llama_sampler_init_dist(seed))
-    return int(chain)
+    return chain
 
 
 def usable_cores() -> int:
