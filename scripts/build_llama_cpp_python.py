@@ -26,6 +26,7 @@ import os
 import platform
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import sysconfig
@@ -459,6 +460,7 @@ def run_logged(command: Sequence[str], environment: dict[str, str], log_path: Pa
     step = re.compile(r"\[(\d+)/(\d+)\]")
     shown = -1
     with log_path.open("w", encoding="utf-8") as log:
+        # a group of its own, so that stopping this script stops the compilers too
         process = subprocess.Popen(
             command,
             env=environment,
@@ -466,6 +468,7 @@ def run_logged(command: Sequence[str], environment: dict[str, str], log_path: Pa
             stderr=subprocess.STDOUT,
             text=True,
             errors="replace",
+            start_new_session=True,
         )
         assert process.stdout is not None
         try:
@@ -477,7 +480,11 @@ def run_logged(command: Sequence[str], environment: dict[str, str], log_path: Pa
                     shown = percent
                     say(f"  compiled {match[1]} of {match[2]}")
         except BaseException:
-            process.terminate()
+            if hasattr(os, "killpg"):
+                os.killpg(process.pid, signal.SIGTERM)
+            else:
+                process.terminate()
+            process.wait()
             raise
         return process.wait()
 
@@ -564,4 +571,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
+    # like Ctrl-C, stop what was started and leave no half-made folder
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     sys.exit(main())
