@@ -13,6 +13,7 @@ from sparsemm_edge.scores import HeadScores, group_scores
 
 DEFAULT_BUDGET = 256
 DEFAULT_WINDOW = 32
+DEFAULT_FLOOR_RATIO = 0.1
 
 
 @dataclass(frozen=True)
@@ -54,7 +55,7 @@ def plan(
 
     Without wishes the file's table is used as it is if it was not water-filled. If it was, that was for
     another prompt length: the budget is shared out again from the head scores in the file, water-filled for
-    this one. Wishes share it out again as well.
+    this one. Wishes share it out again as well, and always water-filled.
 
     Args:
         wanted: the wishes.
@@ -88,18 +89,22 @@ def plan(
         raise SparseMMError(
             f"{model} holds no head scores: convert it first (sparsemm-edge convert), or give --scores"
         )
-    file = metadata
-    window = wanted.window or (file.window if file is not None else DEFAULT_WINDOW)
+    budget, window = DEFAULT_BUDGET, DEFAULT_WINDOW
+    floor_ratio, pool_kernel, seed = DEFAULT_FLOOR_RATIO, POOL_KERNEL, 0
+    if metadata is not None:
+        budget, window = metadata.budget, metadata.window
+        floor_ratio, pool_kernel, seed = metadata.floor_ratio, metadata.pool_kernel, metadata.seed
+    budget = budget if wanted.budget is None else wanted.budget
+    window = window if wanted.window is None else wanted.window
     table = head_budgets(
         policy,
         scores,
         n_layer=shape.n_layer,
         n_head_kv=shape.n_head_kv,
-        budget=wanted.budget or (file.budget if file is not None else DEFAULT_BUDGET),
+        budget=budget,
         window=window,
-        floor_ratio=file.floor_ratio if file is not None else 0.1,
-        water_fill=file is None or file.water_fill_length != 0,
+        floor_ratio=floor_ratio,
         n_prompt=n_prompt,
-        seed=file.seed if file is not None else 0,
+        seed=seed,
     )
-    return HeadBudgetTable(table, window, file.pool_kernel if file is not None else POOL_KERNEL)
+    return HeadBudgetTable(table, window, pool_kernel)
