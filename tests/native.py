@@ -45,7 +45,7 @@ class Chunk:
 class Native:
     """A text model with its mmproj, both loaded through llama.cpp's C functions. A context manager."""
 
-    def __init__(self, model: Path, mmproj: Path, *, n_threads: int = 2) -> None:
+    def __init__(self, model: Path, mmproj: Path, *, n_threads: int = 1) -> None:
         lib.llama_backend_init()
         params = lib.llama_model_default_params()
         params.n_gpu_layers = 0

@@ -1,0 +1,344 @@
+"""The algorithm of DESIGN section 3 in plain PyTorch, on the Hugging Face model: what the patched llama.cpp
+must agree with.
+
+A prompt is read with the whole cache. Then, per layer and KV head, the last queries vote on the positions
+before the window, and the head keeps the winners and the window. Nothing is removed here: decoding masks
+what a head has lost, so that positions, rotations and everything else stay those of the original model.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from native import MARKER
+from PIL import Image
+from transformers import (
+    AttentionInterface,
+    AttentionMaskInterface,
+    AutoImageProcessor,
+    AutoModelForImageTextToText,
+    AutoTokenizer,
+    DynamicCache,
+)
+from transformers.masking_utils import eager_mask
+
+_ATTENTION = "sparsemm_oracle"
+
+torch.set_num_threads(1)  # the models are so small that a second thread only waits
+
+
+class _Tap:
+    """What one layer's attention listens to and leaves out.
+
+    Attributes:
+        listening: remember the queries and keys of the next call.
+        query, key: after rotation, float32 [heads, tokens, head_dim].
+        keep: the prompt positions that each KV head still sees, bool [n_head_kv, n_prompt]; None: all.
+    """
+
+    def __init__(self) -> None:
+        self.listening = False
+        self.query = torch.empty(0)
+        self.key = torch.empty(0)
+        self.keep: torch.Tensor | None = None
+
+
+def _attention(
+    module: Any,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    scaling: float,
+    **kwargs: Any,
+) -> tuple[torch.Tensor, None]:
+    tap: _Tap = module.oracle_tap
+    if tap.listening:
+        tap.query, tap.key = query[0], key[0]
+    group = query.shape[1] // key.shape[1]
+    logits = query @ key.repeat_interleave(group, 1).transpose(2, 3) * scaling
+    if attention_mask is not None:
+        logits = logits + attention_mask
+    if tap.keep is not None:
+        lost = ~tap.keep.repeat_interleave(group, 0)[None, :, None, :]
+        logits[..., : lost.shape[-1]].masked_fill_(lost, -torch.inf)
+    out = logits.softmax(-1) @ value.repeat_interleave(group, 1)
+    return out.transpose(1, 2).contiguous(), None
+
+
+AttentionInterface.register(_ATTENTION, _attention)
+AttentionMaskInterface.register(_ATTENTION, eager_mask)
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """A prompt as the language model gets it.
+
+    Attributes:
+        ids: token ids, the image token repeated for each of an image's tokens; int64 [n].
+        is_image: which of them are image tokens, bool [n].
+        embeds: float32 [1, n, n_embd].
+        position_ids: int64 [1, n], or [3, 1, n] under M-RoPE.
+        next_pos: position of the first generated token.
+    """
+
+    ids: np.ndarray
+    is_image: np.ndarray
+    embeds: torch.Tensor
+    position_ids: torch.Tensor
+    next_pos: int
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+
+@dataclass(frozen=True)
+class OracleResult:
+    """What a head kept and what the model then said.
+
+    Attributes:
+        kept: kept[layer][head], the prompt positions that a KV head keeps, ascending.
+        scores: scores[layer][head], the pooled votes m over the positions before the window; empty if the
+            prompt is not longer than the window.
+        tokens: the greedy answer.
+        logits: what it was chosen from, float32 [n_predict, n_vocab].
+    """
+
+    kept: list[list[np.ndarray]]
+    scores: list[list[np.ndarray]]
+    tokens: list[int]
+    logits: np.ndarray
+
+    @property
+    def margins(self) -> np.ndarray:
+        """How far the best logit leads the second, in standard deviations of the step's logits."""
+        top = np.sort(self.logits, axis=1)
+        return (top[:, -1] - top[:, -2]) / self.logits.std(axis=1)
+
+
+def leads(result: OracleResult, tokens: Sequence[int]) -> np.ndarray:
+    """How far each step's likeliest token leads the one in `tokens`, in standard deviations of its logits.
+
+    With `result` of a run that was forced through `tokens`, all zeros mean the same greedy answer, and a
+    small number a step at which two tokens were as good as tied.
+    """
+    logits = result.logits
+    return (logits.max(1) - logits[np.arange(len(tokens)), tokens]) / logits.std(1)
+
+
+class Oracle:
+    """The original of a test model, in float32."""
+
+    def __init__(self, hf_dir: Path) -> None:
+        model = AutoModelForImageTextToText.from_pretrained(
+            hf_dir, dtype=torch.float32, attn_implementation="eager"
+        ).eval()
+        self.model = model
+        self.tokenizer: Any = AutoTokenizer.from_pretrained(hf_dir)
+        self.image_processor = AutoImageProcessor.from_pretrained(hf_dir)
+        self.decoder = model.model.language_model
+        self.decoder.config._attn_implementation = _ATTENTION
+        self.taps = [_Tap() for _ in self.decoder.layers]
+        for layer, tap in zip(self.decoder.layers, self.taps, strict=True):
+            layer.self_attn.oracle_tap = tap
+        config = self.decoder.config
+        self.n_layer: int = config.num_hidden_layers
+        self.n_head: int = config.num_attention_heads
+        self.n_head_kv: int = config.num_key_value_heads
+        self.is_qwen = model.config.model_type == "qwen2_vl"
+
+    # --- prompts
+
+    def chat(self, question: str, n_images: int = 0) -> str:
+        """The question after `n_images` images in the model's chat template; `MARKER` stands for an image."""
+        images = (MARKER if self.is_qwen else f"{MARKER}\n") * n_images
+        return self.tokenizer.apply_chat_template(
+            [{"role": "user", "content": images + question}], tokenize=False, add_generation_prompt=True
+        )
+
+    @torch.no_grad()
+    def prompt(self, text: str, images: Sequence[Image.Image] = ()) -> Prompt:
+        """Tokens, embeddings and positions of `text`, in which each `MARKER` stands for the next image."""
+        features: list[torch.Tensor] = []
+        grid = None
+        if images:
+            batch = self.image_processor(list(images))
+            pixels = torch.from_numpy(np.asarray(batch["pixel_values"], np.float32))
+            if self.is_qwen:
+                grid = torch.from_numpy(np.asarray(batch["image_grid_thw"]))
+                features = list(self.model.get_image_features(pixels, grid).pooler_output)
+            else:
+                features = list(self.model.get_image_features(pixels).pooler_output)
+
+        image_token = self.tokenizer.convert_ids_to_tokens(self.model.config.image_token_id)
+        parts = text.split(MARKER)
+        if len(parts) != len(features) + 1:
+            raise ValueError(f"{len(parts) - 1} markers for {len(features)} images")
+        written = parts[0]
+        for feature, part in zip(features, parts[1:], strict=True):
+            tokens = image_token * len(feature)
+            written += (f"<|vision_start|>{tokens}<|vision_end|>" if self.is_qwen else tokens) + part
+        ids = torch.tensor([self.tokenizer.encode(written)])
+        is_image = ids == self.model.config.image_token_id
+        embeds = self.decoder.embed_tokens(ids)
+        if features:
+            embeds[is_image] = torch.cat(features)
+
+        if self.is_qwen:
+            position_ids, _ = self.model.model.get_rope_index(ids, is_image.int(), image_grid_thw=grid)
+        else:
+            position_ids = torch.arange(ids.shape[1])[None]
+        return Prompt(ids[0].numpy(), is_image[0].numpy(), embeds, position_ids, int(position_ids.max()) + 1)
+
+    # --- the algorithm
+
+    @torch.no_grad()
+    def run(
+        self,
+        prompt: Prompt,
+        table: np.ndarray | None = None,
+        window: int = 32,
+        n_predict: int = 32,
+        *,
+        pool_kernel: int = 7,
+        n_vote: int | None = None,
+        kept: list[list[np.ndarray]] | None = None,
+        force: Sequence[int] | None = None,
+    ) -> OracleResult:
+        """Read the prompt, let every head forget, decode greedily.
+
+        Args:
+            table: positions that each KV head keeps, window included, [n_layer, n_head_kv]; None: all.
+            window: positions at the end that every head keeps.
+            n_vote: queries in the last batch of the prompt, of which the last `window` vote; None: a batch
+                that holds the whole prompt.
+            kept: decode from these positions instead of the winners.
+            force: the tokens to continue with instead of the likeliest; logits are still returned.
+        """
+        n = len(prompt)
+        cache = DynamicCache(config=self.decoder.config)
+        for tap in self.taps:
+            tap.listening, tap.keep = True, None
+        hidden = self.decoder(
+            inputs_embeds=prompt.embeds,
+            position_ids=prompt.position_ids,
+            past_key_values=cache,
+            use_cache=True,
+        ).last_hidden_state
+        for tap in self.taps:
+            tap.listening = False
+
+        n_voters = min(window, n if n_vote is None else n_vote, n)
+        scores = [self._scores(tap, n, window, n_voters, pool_kernel) for tap in self.taps]
+        if kept is None:
+            budgets = np.full((self.n_layer, self.n_head_kv), n) if table is None else np.asarray(table)
+            kept = [
+                [choose(scores[il][ih], int(budgets[il, ih]), window, n) for ih in range(self.n_head_kv)]
+                for il in range(self.n_layer)
+            ]
+        for tap, heads in zip(self.taps, kept, strict=True):
+            tap.keep = torch.zeros(self.n_head_kv, n, dtype=torch.bool)
+            for ih, positions in enumerate(heads):
+                tap.keep[ih, torch.from_numpy(np.asarray(positions, np.int64))] = True
+
+        tokens: list[int] = []
+        logits = []
+        for i in range(n_predict):
+            logits.append(self.model.lm_head(hidden[0, -1]).numpy())
+            tokens.append(int(logits[-1].argmax()))
+            if i + 1 == n_predict:
+                break
+            said = torch.tensor([[tokens[-1] if force is None else force[i]]])
+            position = torch.full((1, 1), prompt.next_pos + i)
+            hidden = self.decoder(
+                inputs_embeds=self.decoder.embed_tokens(said),
+                position_ids=position.expand(3, 1, 1) if self.is_qwen else position,
+                past_key_values=cache,
+                use_cache=True,
+            ).last_hidden_state
+        for tap in self.taps:
+            tap.keep = None
+        return OracleResult(kept, scores, tokens, np.array(logits))
+
+    def _scores(self, tap: _Tap, n: int, window: int, n_voters: int, pool_kernel: int) -> list[np.ndarray]:
+        """Per KV head the pooled votes on the positions before the window, float32 [n - window]."""
+        if n <= window:
+            return [np.empty(0, np.float32)] * self.n_head_kv
+        votes = attention_of_the_last(tap.query, tap.key, n_voters)[:, :, : n - window]
+        mean = votes.mean(1).view(self.n_head_kv, -1, n - window).mean(1)
+        pooled = torch.nn.functional.max_pool1d(mean[None], pool_kernel, stride=1, padding=pool_kernel // 2)
+        return list(pooled[0].numpy())
+
+
+def attention_of_the_last(query: torch.Tensor, key: torch.Tensor, n_voters: int) -> torch.Tensor:
+    """Attention weights of the last `n_voters` queries, causal among themselves.
+
+    Args:
+        query: [n_head, n, head_dim], key: [n_head_kv, n, head_dim], after rotation.
+
+    Returns:
+        float32 [n_head, n_voters, n], rows sum to 1.
+    """
+    n = key.shape[1]
+    key = key.repeat_interleave(query.shape[0] // key.shape[0], 0)
+    logits = query[:, -n_voters:] @ key.transpose(1, 2) / query.shape[-1] ** 0.5
+    own = torch.arange(n - n_voters, n)
+    return logits.masked_fill(torch.arange(n)[None] > own[:, None], -torch.inf).softmax(-1)
+
+
+def choose(scores: np.ndarray, budget: int, window: int, n: int) -> np.ndarray:
+    """The positions that a head with this budget keeps of `n`, ascending: top scores, then the window."""
+    if n <= budget:
+        return np.arange(n)
+    winners = np.argsort(-scores, kind="stable")[: max(budget - window, 0)]
+    return np.concatenate([np.sort(winners), np.arange(max(n - window, 0), n)])
+
+
+@dataclass(frozen=True)
+class Agreement:
+    """How well a kept set agrees with the oracle's.
+
+    Attributes:
+        n_kept: positions that the oracle keeps, all heads together.
+        n_same: those that the other keeps too.
+        n_unexplained: differences whose score is not within `rtol` of the score at the cut.
+    """
+
+    n_kept: int
+    n_same: int
+    n_unexplained: int
+
+    @property
+    def share(self) -> float:
+        return self.n_same / self.n_kept
+
+
+def compare_kept(result: OracleResult, kept: list[list[np.ndarray]], rtol: float = 2e-2) -> Agreement:
+    """Compare kept positions with the oracle's; ties and rounding at the cut count as explained.
+
+    A head that keeps another number of positions than the oracle's is unexplained in all of them.
+    """
+    n_kept = n_same = n_unexplained = 0
+    for il, heads in enumerate(result.kept):
+        for ih, expected in enumerate(heads):
+            found = np.asarray(kept[il][ih])
+            n_kept += len(expected)
+            if len(found) != len(expected) or len(np.unique(found)) != len(found):
+                n_unexplained += len(expected)
+                continue
+            differ = np.setxor1d(expected, found)
+            n_same += len(expected) - len(differ) // 2
+            if len(differ) == 0:
+                continue
+            scores = result.scores[il][ih]
+            if differ.max() >= len(scores):  # a position of the window
+                n_unexplained += len(differ)
+                continue
+            cut = scores[expected[expected < len(scores)]].min()
+            n_unexplained += int((np.abs(scores[differ] - cut) > rtol * cut).sum())
+    return Agreement(n_kept, n_same, n_unexplained)
