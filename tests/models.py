@@ -52,7 +52,8 @@ def _cache_dir() -> Path:
 def test_models_dir() -> Path:
     """The folder of the test models of this script and these package versions; they are made if missing."""
     key = hashlib.sha256()
-    for source in (SCRIPT, ROOT / "sparsemm_edge" / "mmproj.py"):
+    converters = (ROOT / "sparsemm_edge" / "mmproj.py", ROOT / "patches" / "pin.json")
+    for source in (SCRIPT, *converters):
         key.update(source.read_bytes())
     for package in ("torch", "transformers", "tokenizers", "gguf", "numpy"):
         key.update(f"{package}={version(package)}".encode())
