@@ -1,5 +1,6 @@
 """One page, read twice: with the full cache and with eviction, in a process each so that peaks compare."""
 
+import hashlib
 import importlib.util
 import json
 import os
@@ -149,12 +150,14 @@ def stand_in(out: Path) -> DemoModel:
     Raises:
         SparseMMError: it is not there yet and cannot be made here.
     """
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "sparsemm-edge" / "demo"
-    folder = cache / _STAND_IN
-    model, mmproj = folder / "model-f16.gguf", folder / "mmproj-f16.gguf"
+    if not _STAND_IN_SCRIPT.is_file():
+        raise SparseMMError("the demo's stand-in model is made in a checkout: run `make demo` there")
+    # another script makes another model
+    key = hashlib.sha256(_STAND_IN_SCRIPT.read_bytes()).hexdigest()[:12]
+    home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    cache = home / "sparsemm-edge" / "demo" / key
+    model, mmproj = (cache / _STAND_IN / f"{name}-f16.gguf" for name in ("model", "mmproj"))
     if not (model.is_file() and mmproj.is_file()):
-        if not _STAND_IN_SCRIPT.is_file():
-            raise SparseMMError("the demo's stand-in model is made in a checkout: run `make demo` there")
         if importlib.util.find_spec("torch") is None or importlib.util.find_spec("transformers") is None:
             raise SparseMMError("the demo's stand-in model is made with torch: run `make demo`")
         print("making the stand-in model (once)", file=sys.stderr)
