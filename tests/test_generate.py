@@ -283,6 +283,20 @@ def test_eviction_can_be_switched_off_and_rebudgeted_at_run_time(llava: Any, tmp
     assert kept == [48, 64, 48, n_prompt]
 
 
+def test_a_converted_file_evicts_in_plain_llama_cpp_python(llava: Any, tmp_path: Path) -> None:
+    from llama_cpp import Llama
+
+    scores = random_scores(llava.gguf(), tmp_path)
+    path = convert(llava.gguf(), scores, tmp_path / "c.gguf", budget=48, window=8, water_fill=False).path
+    library.require_patched()
+    model = Llama(str(path), n_ctx=1024, n_threads=1, verbose=False)
+    model.create_completion(LONG, max_tokens=4)
+    stats = library.heads_stats(llama.llama_get_memory(model._ctx.ctx))
+    assert stats is not None and stats.n_evictions == 1
+    assert stats.n_kept < stats.n_pos * stats.n_layer * stats.n_head_kv / 2
+    model.close()
+
+
 # --- generating
 
 
