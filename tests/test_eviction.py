@@ -1,0 +1,474 @@
+"""The patched llama.cpp evicts as DESIGN section 3 says: against the PyTorch oracle, and against itself."""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
+
+import numpy as np
+import psutil
+import pytest
+from models import NAMES, sample_image, test_model
+from oracle import Agreement, Oracle, compare_kept, leads
+
+from sparsemm_edge.budgets import head_budgets
+from sparsemm_edge.errors import SparseMMError
+from sparsemm_edge.runtime import VisionModel, library
+from sparsemm_edge.runtime.library import llama
+from sparsemm_edge.runtime.prompt import Prompt
+from sparsemm_edge.runtime.session import Session
+
+TEXT = "The quick brown fox jumps over the lazy dog; 3 apples and 14 pears cost $7.50, no? " * 2
+QUESTION = "What is written here? Answer briefly, in the words of the page itself."
+POOL_KERNEL = 7
+GROWTH_STEP = 64  # rows of room per head, at most: llama-kv-cache-heads.cpp
+
+
+@cache
+def oracle_of(name: str) -> Oracle:
+    return Oracle(test_model(name).hf)
+
+
+@pytest.fixture(scope="module", params=NAMES)
+def model(request: pytest.FixtureRequest) -> Iterator[VisionModel]:
+    files = test_model(request.param)
+    with VisionModel.load(files.gguf("f16"), files.mmproj("f16"), n_threads=1) as opened:
+        yield opened
+
+
+@pytest.fixture
+def oracle(model: VisionModel) -> Oracle:
+    return oracle_of(model.path.parent.name)
+
+
+def ask(name: str, kind: str) -> tuple[str, list[Any]]:
+    """A prompt in the chat template of a test model, of one kind: a question about an image, or a text."""
+    if kind == "text":
+        return oracle_of(name).chat(TEXT), []
+    return oracle_of(name).chat(QUESTION, 1), [sample_image(test_model(name).image_size, 7)]
+
+
+@dataclass(frozen=True)
+class Answer:
+    """tokens [n_predict], logits [n_predict, n_vocab], kept[layer][head]: the prompt's kept positions."""
+
+    tokens: list[int]
+    logits: np.ndarray
+    kept: list[list[np.ndarray]]
+    stats: library.HeadsStats | None
+
+
+def answer(
+    model: VisionModel,
+    prompt: Prompt,
+    table: np.ndarray | None,
+    window: int = 8,
+    *,
+    n_predict: int = 32,
+    force: list[int] | None = None,
+    **options: Any,
+) -> Answer:
+    """Read a prompt, evict by a table of head budgets (None: the plain cache), decode greedily."""
+    shape = model.shape
+    if table is not None:
+        library.set_head_budgets(model.pointer, table, window, POOL_KERNEL)
+    library.set_head_eviction(model.pointer, table is not None)
+    with Session(model, prompt, n_ctx=prompt.n_tokens + n_predict, **options) as session:
+        session.read_prompt()
+        kept = []
+        if table is not None:
+            kept = [
+                [session.kept_positions(il, ih) for ih in range(shape.n_head_kv)]
+                for il in range(shape.n_layer)
+            ]
+        tokens: list[int] = []
+        logits = []
+        for i in range(n_predict):
+            logits.append(session.logits())
+            tokens.append(int(logits[-1].argmax()) if force is None else force[i])
+            session.decode(tokens[-1])
+        stats = library.heads_stats(llama.llama_get_memory(session.context))
+        return Answer(tokens, np.array(logits), kept, stats)
+
+
+def random_table(model: VisionModel, budget: int, window: int, n_prompt: int, seed: int = 0) -> np.ndarray:
+    """Head budgets that differ widely, `budget` on average."""
+    shape = model.shape
+    return head_budgets(
+        "random",
+        None,
+        n_layer=shape.n_layer,
+        n_head_kv=shape.n_head_kv,
+        budget=budget,
+        window=window,
+        n_prompt=n_prompt,
+        seed=seed,
+    )
+
+
+def relative_error(found: np.ndarray, expected: np.ndarray) -> float:
+    """The largest relative L2 error of a step's logits."""
+    return float((np.linalg.norm(found - expected, axis=1) / np.linalg.norm(expected, axis=1)).max())
+
+
+# --- the oracle
+
+
+@pytest.mark.parametrize("n_ubatch", [None, 64])
+@pytest.mark.parametrize("kind", ["image", "text"])
+def test_heads_keep_what_the_oracle_keeps_and_answer_alike(
+    model: VisionModel, oracle: Oracle, kind: str, n_ubatch: int | None
+) -> None:
+    text, images = ask(model.path.parent.name, kind)
+    agreements = []
+    for budget, window in ((24, 8), (48, 8), (96, 8), (48, 32), (96, 32)):
+        with model.tokenize(text, images) as prompt:
+            table = random_table(model, budget, window, prompt.n_tokens, seed=budget + window)
+            found = answer(model, prompt, table, window, n_ubatch=n_ubatch)
+        agreements.append(agree_with_oracle(oracle, found, text, images, table, window))
+    assert sum(a.n_same for a in agreements) >= 0.99 * sum(a.n_kept for a in agreements)
+
+
+@pytest.mark.parametrize("window", [8, 32])
+@pytest.mark.parametrize("n_ubatch", [None, 64])
+def test_a_prompt_in_several_calls_lets_the_queries_of_the_last_call_vote(
+    model: VisionModel, oracle: Oracle, n_ubatch: int | None, window: int
+) -> None:
+    """Text, image and text in three calls, the last shorter than the larger window's prompt."""
+    text, images = ask(model.path.parent.name, "image")
+    with model.tokenize(text, images) as prompt:
+        n_vote = prompt.parts[-1].n_tokens
+        table = random_table(model, 48, window, prompt.n_tokens, seed=window)
+        found = answer(model, prompt, table, window, n_ubatch=n_ubatch, one_batch=False)
+    agree_with_oracle(oracle, found, text, images, table, window, n_vote)
+
+
+def test_a_last_call_shorter_than_the_window_votes_with_what_it_has(
+    model: VisionModel, oracle: Oracle
+) -> None:
+    n_vote, window = 3, 16
+    text, _ = ask(model.path.parent.name, "text")
+    with model.tokenize(text) as prompt:
+        tokens = prompt.parts[0].tokens
+        table = random_table(model, 40, window, len(tokens))
+        library.set_head_budgets(model.pointer, table, window, POOL_KERNEL)
+        library.set_head_eviction(model.pointer, True)
+        with Session(model, prompt, n_ctx=len(tokens) + 8) as session:
+            session._decode_tokens(tokens[:-n_vote], output=False)
+            session._decode_tokens(tokens[-n_vote:], output=True)
+            kept = [
+                [session.kept_positions(il, ih) for ih in range(model.shape.n_head_kv)]
+                for il in range(model.shape.n_layer)
+            ]
+    expected = oracle.run(oracle.prompt(text), table, window, 1, n_vote=n_vote)
+    agreement = compare_kept(expected, kept)
+    assert agreement.share >= 0.97
+    assert agreement.n_unexplained == 0
+
+
+@pytest.mark.parametrize(
+    ("cache_type", "tolerance"), [("f16", 1e-2), ("f32", 1e-2), ("bf16", 4e-2), ("q8_0", 8e-2)]
+)
+def test_every_cache_type_computes_what_the_oracle_computes_from_the_same_positions(
+    model: VisionModel, oracle: Oracle, cache_type: str, tolerance: float
+) -> None:
+    """100 steps, so that the cache has grown twice."""
+    text, images = ask(model.path.parent.name, "image")
+    with model.tokenize(text, images) as prompt:
+        table = random_table(model, 40, 8, prompt.n_tokens)
+        found = answer(
+            model, prompt, table, 8, n_predict=100, cache_type_k=cache_type, cache_type_v=cache_type
+        )
+    expected = oracle.run(oracle.prompt(text, images), table, 8, 100, kept=found.kept, force=found.tokens)
+    assert relative_error(found.logits, expected.logits) < tolerance
+
+
+def agree_with_oracle(
+    oracle: Oracle,
+    found: Answer,
+    text: str,
+    images: list[Any],
+    table: np.ndarray,
+    window: int,
+    n_vote: int | None = None,
+) -> Agreement:
+    """What differs in a single run must be a near tie at the cut, and rare."""
+    prompt = oracle.prompt(text, images)
+    agreement = compare_kept(oracle.run(prompt, table, window, 1, n_vote=n_vote), found.kept)
+    assert agreement.share >= 0.97
+    assert agreement.n_unexplained == 0
+    # and from the positions that llama.cpp kept, its greedy tokens are the oracle's but for ties
+    forced = oracle.run(prompt, table, window, len(found.tokens), kept=found.kept, force=found.tokens)
+    assert relative_error(found.logits, forced.logits) < 1e-2
+    assert leads(forced, found.tokens).max() < 2e-2
+    return agreement
+
+
+# --- no eviction, no change
+
+
+@pytest.mark.parametrize("cache_type", ["f16", "q8_0"])
+@pytest.mark.parametrize("n_ubatch", [None, 64])
+@pytest.mark.parametrize("kind", ["image", "text"])
+def test_budgets_over_the_prompt_change_nothing(
+    model: VisionModel, kind: str, n_ubatch: int | None, cache_type: str
+) -> None:
+    text, images = ask(model.path.parent.name, kind)
+    options = {"n_ubatch": n_ubatch, "cache_type_k": cache_type, "cache_type_v": cache_type}
+    with model.tokenize(text, images) as prompt:
+        table = np.full((model.shape.n_layer, model.shape.n_head_kv), prompt.n_tokens, np.uint32)
+        stock = answer(model, prompt, None, n_predict=64, **options)
+        found = answer(model, prompt, table, n_predict=64, **options)
+    assert found.stats is not None and found.stats.n_evictions == 0
+    assert found.tokens == stock.tokens
+    assert relative_error(found.logits, stock.logits) < 2e-3
+
+
+def test_losing_one_position_in_one_head_leaves_the_rest_as_it_was(model: VisionModel) -> None:
+    """The path after an eviction, with almost everything kept, is close to the plain cache; a head with a
+    budget over the prompt keeps every position."""
+    text, images = ask(model.path.parent.name, "image")
+    with model.tokenize(text, images) as prompt:
+        n = prompt.n_tokens
+        table = np.full((model.shape.n_layer, model.shape.n_head_kv), n + 100, np.uint32)
+        table[-1, -1] = n - 1
+        stock = answer(model, prompt, None)
+        found = answer(model, prompt, table, force=stock.tokens)
+    assert found.stats is not None and found.stats.n_evictions == 1
+    lengths = np.array([[len(head) for head in heads] for heads in found.kept])
+    assert (lengths == np.minimum(table, n)).all()
+    # the last layer's last head gave its weakest position away, all else is equal
+    assert relative_error(found.logits, stock.logits) < 5e-2
+
+
+# --- memory
+
+
+@pytest.mark.parametrize("cache_type", ["f16", "q8_0"])
+def test_bytes_are_the_kept_positions_and_a_little_room(model: VisionModel, cache_type: str) -> None:
+    shape = model.shape
+    text, images = ask(model.path.parent.name, "image")
+    with model.tokenize(text, images) as prompt:
+        table = random_table(model, 48, 8, prompt.n_tokens)
+        stats = answer(
+            model, prompt, table, n_predict=1, cache_type_k=cache_type, cache_type_v=cache_type
+        ).stats
+        assert stats is not None
+        row = stats.size_full / (shape.n_layer * shape.n_head_kv * stats.n_pos)  # K and V of one position
+        assert stats.n_pos == prompt.n_tokens + 1
+        assert stats.n_kept == table.sum() + table.size
+        kept = int(table.sum()) * row
+        room = GROWTH_STEP * table.size * row
+        assert kept <= stats.size_k + stats.size_v <= 1.15 * kept + room
+        # while the prompt was read: one layer of it (in steps of 64 cells), and what was kept
+        one_layer = (prompt.n_tokens + 63) // 64 * 64 * shape.n_head_kv * row
+        assert stats.size_k_peak + stats.size_v_peak <= one_layer + 1.15 * kept + room
+
+
+def test_no_memory_of_the_size_of_the_context_is_touched() -> None:
+    files = test_model("llava")
+    n_ctx = 65536
+    with VisionModel.load(files.gguf("f16"), files.mmproj("f16"), n_threads=1) as model:
+        text, images = ask("llava", "image")
+        with model.tokenize(text, images) as prompt:
+            table = random_table(model, 48, 8, prompt.n_tokens)
+            before = psutil.Process().memory_info().rss
+            library.set_head_budgets(model.pointer, table, 8, POOL_KERNEL)
+            library.set_head_eviction(model.pointer, True)
+            with Session(model, prompt, n_ctx=n_ctx) as session:
+                session.read_prompt()
+                session.decode(5)
+                grown = psutil.Process().memory_info().rss - before
+                stats = session.kv_stats()
+    full = n_ctx * stats.bytes_full // (prompt.n_tokens + 1)
+    assert stats.bytes_peak < full // 100
+    assert grown < full // 4
+
+
+# --- what is refused, and what a context survives
+
+
+def context(model: VisionModel, **changes: Any) -> int | None:
+    params = llama.llama_context_default_params()
+    params.n_ctx = params.n_batch = params.n_ubatch = 512
+    for name, value in changes.items():
+        setattr(params, name, value)
+    library.forget_errors()
+    found: int | None = llama.llama_init_from_model(model.pointer, params)
+    return found
+
+
+@pytest.fixture
+def llava() -> Iterator[VisionModel]:
+    files = test_model("llava")
+    with VisionModel.load(files.gguf("f16"), n_threads=1) as opened:
+        library.set_head_budgets(opened.pointer, np.full((5, 4), 40, np.uint32), 8, POOL_KERNEL)
+        library.set_head_eviction(opened.pointer, True)
+        yield opened
+
+
+@pytest.mark.parametrize(
+    ("changes", "line"),
+    [
+        ({"n_seq_max": 2}, "supports one sequence and n_seq_max is 2: set it to 1"),
+        ({"type_k": 2, "type_v": 2}, "the KV cache type q4_0 is not supported"),
+        ({"attention_type": 1}, "the attention is not causal"),
+    ],
+)
+def test_what_is_not_supported_is_refused_in_one_line(
+    llava: VisionModel, changes: dict[str, int], line: str
+) -> None:
+    assert context(llava, **changes) is None
+    message = str(library.failure("no context"))
+    assert line in message
+    # the same context without eviction is fine
+    library.set_head_eviction(llava.pointer, False)
+    found = context(llava, **changes, **({"flash_attn_type": 1} if "type_v" in changes else {}))
+    assert found
+    llama.llama_free(found)
+
+
+@pytest.mark.parametrize(
+    ("table", "window", "pool_kernel", "line"),
+    [
+        (np.full((5, 3), 40), 8, 7, "15 head budgets, expected 5 layers x 4 KV heads"),
+        (np.full((5, 4), 7), 8, 7, "the budget of layer 0, KV head 0 is 7, less than the window of 8"),
+        (np.full((5, 4), 40), 0, 7, "the window is 0"),
+        (np.full((5, 4), 40), 8, 6, "the pooling kernel is 6, expected an odd number"),
+    ],
+)
+def test_a_table_that_does_not_fit_is_refused_in_one_line(
+    llava: VisionModel, table: np.ndarray, window: int, pool_kernel: int, line: str
+) -> None:
+    with pytest.raises(SparseMMError, match=line):
+        library.set_head_budgets(llava.pointer, table.astype(np.uint32), window, pool_kernel)
+
+
+def decode(ctx: int, tokens: list[int], first: int) -> np.ndarray:
+    """Append tokens at position `first`; the logits after the last one."""
+    batch = llama.llama_batch_init(len(tokens), 0, 1)
+    batch.n_tokens = len(tokens)
+    for i, token in enumerate(tokens):
+        batch.token[i], batch.pos[i], batch.n_seq_id[i] = token, first + i, 1
+        batch.seq_id[i][0], batch.logits[i] = 0, i == len(tokens) - 1
+    status = llama.llama_decode(ctx, batch)
+    llama.llama_batch_free(batch)
+    assert status == 0
+    return np.ctypeslib.as_array(llama.llama_get_logits_ith(ctx, -1), (300,)).copy()
+
+
+def test_only_what_no_head_has_evicted_can_be_removed(llava: VisionModel) -> None:
+    ctx = context(llava)
+    assert ctx
+    memory = llama.llama_get_memory(ctx)
+    prompt = list(range(10, 110))
+    decode(ctx, prompt, 0)
+    first = decode(ctx, [20], 100)
+    decode(ctx, [21], 101)
+
+    assert not llama.llama_memory_can_shift(memory)
+    assert llama.llama_memory_seq_pos_max(memory, 0) == 101
+    assert not llama.llama_memory_seq_rm(memory, 0, 50, 60)
+    assert not llama.llama_memory_seq_rm(memory, 0, 99, -1)
+    assert llama.llama_memory_seq_pos_max(memory, 0) == 101, "a refusal changes nothing"
+
+    # what was appended after the eviction can go, and come back
+    assert llama.llama_memory_seq_rm(memory, 0, 100, -1)
+    assert llama.llama_memory_seq_pos_max(memory, 0) == 99
+    assert np.array_equal(decode(ctx, [20], 100), first)
+
+    # and all of it, for the next prompt
+    assert llama.llama_memory_seq_rm(memory, 0, -1, -1)
+    assert llama.llama_memory_seq_pos_max(memory, 0) == -1
+    decode(ctx, prompt, 0)
+    assert np.array_equal(decode(ctx, [20], 100), first)
+    stats = library.heads_stats(memory)
+    assert stats is not None and stats.n_evictions == 2
+    llama.llama_free(ctx)
+
+
+def test_a_prompt_that_is_aborted_leaves_a_context_that_reads_the_next(llava: VisionModel) -> None:
+    ctx = context(llava)
+    assert ctx
+    prompt = list(range(10, 110))
+    decode(ctx, prompt, 0)
+    expected = decode(ctx, [20], 100)
+    memory = llama.llama_get_memory(ctx)
+
+    for after in (0, 3, 40, 100):  # graph nodes until the abort
+        llama.llama_memory_clear(memory, True)
+        left = after
+
+        @llama.ggml_abort_callback
+        def abort(_: Any) -> bool:
+            nonlocal left
+            left -= 1
+            return left < 0
+
+        llama.llama_set_abort_callback(ctx, abort, None)
+        with pytest.raises(AssertionError):
+            decode(ctx, prompt, 0)
+        llama.llama_set_abort_callback(ctx, llama.ggml_abort_callback(), None)
+        assert llama.llama_memory_seq_pos_max(memory, 0) == -1
+        decode(ctx, prompt, 0)
+        assert np.array_equal(decode(ctx, [20], 100), expected)
+    llama.llama_free(ctx)
+
+
+def test_single_tokens_and_several_outputs_never_evict(llava: VisionModel) -> None:
+    ctx = context(llava)
+    assert ctx
+    memory = llama.llama_get_memory(ctx)
+    for i in range(60):
+        decode(ctx, [10 + i], i)
+    batch = llama.llama_batch_init(30, 0, 1)
+    batch.n_tokens = 30
+    for i in range(30):
+        batch.token[i], batch.pos[i], batch.n_seq_id[i] = 10 + i, 60 + i, 1
+        batch.seq_id[i][0], batch.logits[i] = 0, 1
+    assert llama.llama_decode(ctx, batch) == 0
+    llama.llama_batch_free(batch)
+    stats = library.heads_stats(memory)
+    assert stats is not None and (stats.n_evictions, stats.n_kept) == (0, 90 * 20)
+    decode(ctx, [30, 31], 90)  # the prompt ends
+    stats = library.heads_stats(memory)
+    assert stats is not None and (stats.n_evictions, stats.n_kept) == (1, 40 * 20)
+    llama.llama_free(ctx)
+
+
+def test_tokens_appended_together_are_those_appended_one_by_one(llava: VisionModel) -> None:
+    """After the eviction, a batch attends causally among its own tokens, over more than one growth step."""
+    prompt, more = list(range(10, 110)), [30 + i % 200 for i in range(150)]
+    logits = []
+    for size in (150, 1):
+        ctx = context(llava)
+        assert ctx
+        decode(ctx, prompt, 0)
+        for i in range(0, len(more), size):
+            last = decode(ctx, more[i : i + size], 100 + i)
+        logits.append(last)
+        llama.llama_free(ctx)
+    assert relative_error(np.array(logits[:1]), np.array(logits[1:])) < 2e-3
+
+
+def test_a_kv_override_switches_eviction_off(llava: VisionModel, tmp_path: Any) -> None:
+    from test_generate import random_scores
+
+    from sparsemm_edge.convert import convert
+
+    file = convert(
+        llava.path, random_scores(llava.path, tmp_path), tmp_path / "m.gguf", budget=40, window=8
+    ).path
+    for enabled in (True, False):
+        overrides = (llama.llama_model_kv_override * 2)()
+        overrides[0].key = b"sparsemm.enabled"
+        overrides[0].tag = llama.LLAMA_KV_OVERRIDE_TYPE_BOOL
+        overrides[0].value.val_bool = enabled
+        params = llama.llama_model_default_params()
+        params.kv_overrides = ctypes.cast(overrides, ctypes.POINTER(llama.llama_model_kv_override))
+        pointer = llama.llama_model_load_from_file(str(file).encode(), params)
+        assert llama._lib.llama_model_head_eviction(pointer) == enabled
+        llama.llama_model_free(pointer)
