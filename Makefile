@@ -15,7 +15,7 @@ setup-dev: $(VENV)/.dev
 demo: $(VENV)/.dev
 	$(VENV)/bin/sparsemm-edge demo --out build/demo
 
-test: $(VENV)/.dev
+test: lint
 	$(PY) -m pytest
 
 lint: $(VENV)/.dev

@@ -265,6 +265,10 @@ class Oracle:
             tap.keep = None
         return OracleResult(kept, scores, tokens, np.array(logits))
 
+    def conversation(self, window: int, pool_kernel: int = 7) -> Conversation:
+        """Prompts and answers in turn over one cache; every prompt ends in an eviction."""
+        return Conversation(self, window, pool_kernel)
+
     def _scores(self, tap: _Tap, n: int, window: int, n_voters: int, pool_kernel: int) -> list[np.ndarray]:
         """Per KV head the pooled votes on the positions before the window, float32 [n - window]."""
         if n <= window:
@@ -273,6 +277,95 @@ class Oracle:
         mean = votes.mean(1).view(self.n_head_kv, -1, n - window).mean(1)
         pooled = torch.nn.functional.max_pool1d(mean[None], pool_kernel, stride=1, padding=pool_kernel // 2)
         return list(pooled[0].numpy())
+
+
+class Conversation:
+    """Several prompts over one cache: each evicts among what a head still holds, pooled in position order.
+
+    Attributes:
+        held: held[layer][head], the positions that a KV head holds, ascending.
+        logits: what the next token is chosen from, float32 [n_vocab].
+    """
+
+    def __init__(self, oracle: Oracle, window: int, pool_kernel: int) -> None:
+        self.oracle, self.window, self.pool_kernel = oracle, window, pool_kernel
+        self.cache = DynamicCache(config=oracle.decoder.config)
+        self.held = [[np.empty(0, np.int64)] * oracle.n_head_kv for _ in range(oracle.n_layer)]
+        self.logits = np.empty(0, np.float32)
+        self.n = 0
+        self.next_pos = 0
+
+    def read(self, prompt: Prompt, table: np.ndarray) -> OracleResult:
+        """Append a prompt and say what each head would keep then; keep() makes it so."""
+        oracle, n_new = self.oracle, len(prompt)
+        for tap in oracle.taps:
+            tap.listening = True
+        self._append(prompt.embeds, prompt.position_ids + self.next_pos, prompt.next_pos)
+        kept, scores = [], []
+        for il, tap in enumerate(oracle.taps):
+            tap.listening = False
+            kept.append([])
+            scores.append([])
+            logits = masked_logits(tap.query, tap.key, min(self.window, n_new))
+            for ih, held in enumerate(self.held[il]):
+                group = tap.query.shape[0] // oracle.n_head_kv
+                votes = (
+                    logits[ih * group : (ih + 1) * group, :, torch.from_numpy(held)].softmax(-1).mean((0, 1))
+                )
+                candidates = held[held < self.n - self.window]
+                pooled = torch.nn.functional.max_pool1d(
+                    votes[None, None, : len(candidates)],
+                    self.pool_kernel,
+                    stride=1,
+                    padding=self.pool_kernel // 2,
+                )[0, 0].numpy()
+                budget = min(int(table[il, ih]), len(held))
+                best = np.argsort(-pooled, kind="stable")[: max(budget - self.window, 0)]
+                kept[-1].append(np.concatenate([np.sort(candidates[best]), held[len(candidates) :]]))
+                full = np.zeros(self.n - self.window, np.float32)
+                full[candidates] = pooled
+                scores[-1].append(full)
+        return OracleResult(kept, scores, [], self.logits[None])
+
+    def read_tokens(self, ids: Sequence[int], table: np.ndarray) -> OracleResult:
+        """The same for a prompt of text tokens."""
+        tokens = torch.tensor([list(ids)])
+        positions = torch.arange(len(ids))[None]
+        if self.oracle.is_qwen:
+            positions = positions.expand(3, 1, -1)
+        embeds = self.oracle.decoder.embed_tokens(tokens).detach()
+        none = np.zeros(len(ids), bool)
+        return self.read(Prompt(np.asarray(ids), none, embeds, positions, len(ids)), table)
+
+    def keep(self, kept: list[list[np.ndarray]]) -> None:
+        """The heads hold these positions from now on."""
+        self.held = [[np.asarray(head, np.int64) for head in heads] for heads in kept]
+
+    def say(self, token: int) -> None:
+        """Append one token."""
+        embeds = self.oracle.decoder.embed_tokens(torch.tensor([[token]])).detach()
+        positions = torch.zeros((3, 1, 1) if self.oracle.is_qwen else (1, 1), dtype=torch.int64)
+        self._append(embeds, positions + self.next_pos, 1)
+
+    @torch.no_grad()
+    def _append(self, embeds: torch.Tensor, position_ids: torch.Tensor, n_pos: int) -> None:
+        oracle = self.oracle
+        for tap, heads in zip(oracle.taps, self.held, strict=True):
+            tap.keep = None
+            if self.n:
+                tap.keep = torch.zeros(oracle.n_head_kv, self.n, dtype=torch.bool)
+                for ih, positions in enumerate(heads):
+                    tap.keep[ih, torch.from_numpy(positions)] = True
+        hidden = oracle.decoder(
+            inputs_embeds=embeds, position_ids=position_ids, past_key_values=self.cache, use_cache=True
+        ).last_hidden_state
+        self.logits = oracle.model.lm_head(hidden[0, -1]).numpy()
+        appended = np.arange(self.n, self.n + embeds.shape[1])
+        self.held = [[np.concatenate([head, appended]) for head in heads] for heads in self.held]
+        self.n += embeds.shape[1]
+        self.next_pos += n_pos
+        for tap in oracle.taps:
+            tap.keep = None
 
 
 def attention_of_the_last(query: torch.Tensor, key: torch.Tensor, n_voters: int) -> torch.Tensor:
@@ -284,11 +377,16 @@ def attention_of_the_last(query: torch.Tensor, key: torch.Tensor, n_voters: int)
     Returns:
         float32 [n_head, n_voters, n], rows sum to 1.
     """
+    return masked_logits(query, key, n_voters).softmax(-1)
+
+
+def masked_logits(query: torch.Tensor, key: torch.Tensor, n_voters: int) -> torch.Tensor:
+    """What attention_of_the_last takes the softmax of."""
     n = key.shape[1]
     key = key.repeat_interleave(query.shape[0] // key.shape[0], 0)
     logits = query[:, -n_voters:] @ key.transpose(1, 2) / query.shape[-1] ** 0.5
     own = torch.arange(n - n_voters, n)
-    return logits.masked_fill(torch.arange(n)[None] > own[:, None], -torch.inf).softmax(-1)
+    return logits.masked_fill(torch.arange(n)[None] > own[:, None], -torch.inf)
 
 
 def choose(scores: np.ndarray, budget: int, window: int, n: int) -> np.ndarray:

@@ -169,6 +169,46 @@ def test_a_last_call_shorter_than_the_window_votes_with_what_it_has(
     assert agreement.n_unexplained == 0
 
 
+TURNS = ("And what of the 7 red foxes and the 9 lazy dogs?", "Now say it again, in fewer words than before.")
+
+
+@pytest.mark.parametrize("window", [8, 32])
+def test_a_later_prompt_evicts_again_among_what_a_head_holds(
+    model: VisionModel, oracle: Oracle, window: int
+) -> None:
+    """Three turns with 20 generated tokens between them; each turn ends in an eviction."""
+    text, images = ask(model.path.parent.name, "image")
+    with model.tokenize(text, images) as prompt:
+        table = random_table(model, 48, window, prompt.n_tokens)
+        library.set_head_budgets(model.pointer, table, window, POOL_KERNEL)
+        library.set_head_eviction(model.pointer, True)
+        talk = oracle.conversation(window)
+        expected = talk.read(oracle.prompt(text, images), table)
+        with Session(model, prompt, n_ctx=prompt.n_tokens + 512) as session:
+            session.read_prompt()
+            for turn in (*TURNS, ""):
+                kept = [
+                    [session.kept_positions(il, ih) for ih in range(model.shape.n_head_kv)]
+                    for il in range(model.shape.n_layer)
+                ]
+                agreement = compare_kept(expected, kept)
+                assert agreement.share >= 0.97
+                assert agreement.n_unexplained == 0
+                talk.keep(kept)
+                for _ in range(20):
+                    logits = session.logits()
+                    assert relative_error(logits[None], talk.logits[None]) < 1e-2
+                    token = int(logits.argmax())
+                    session.decode(token)
+                    talk.say(token)
+                if turn:
+                    ids = oracle.tokenizer.encode(turn, add_special_tokens=False)
+                    session._decode_tokens(np.array(ids, np.int32), output=True)
+                    expected = talk.read_tokens(ids, table)
+            stats = library.heads_stats(llama.llama_get_memory(session.context))
+    assert stats is not None and stats.n_evictions == 3
+
+
 @pytest.mark.parametrize(
     ("cache_type", "tolerance"), [("f16", 1e-2), ("f32", 1e-2), ("bf16", 4e-2), ("q8_0", 8e-2)]
 )

@@ -93,10 +93,6 @@ class Session:
             # an image that attends to all of itself cannot be cut
             whole = [part.n_tokens for part in images if model.is_non_causal(part)]
             n_ubatch = max([n_ubatch, *whole])
-        # A single token does not end a prompt for the evicting cache, it looks like decoding. With n_ubatch 2
-        # nothing can be done about an odd prompt.
-        while n_ubatch > 2 and prompt.n_tokens % n_ubatch == 1:
-            n_ubatch -= 1
 
         params = llama.llama_context_default_params()
         params.n_ctx = n_ctx
