@@ -6,7 +6,7 @@ VENV   := .venv
 PY     := $(VENV)/bin/python
 PIP    := $(PY) -m pip install --quiet --disable-pip-version-check
 
-.PHONY: setup setup-dev demo test lint clean
+.PHONY: setup setup-dev demo test lint sanitize clean
 
 setup: $(VENV)/.package
 setup-dev: $(VENV)/.dev
@@ -22,6 +22,19 @@ lint: $(VENV)/.dev
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/mypy
+
+# The tests of the cache on a llama.cpp with AddressSanitizer and UBSan: builds for some 15 minutes
+SANITIZE := -DCMAKE_BUILD_TYPE=RelWithDebInfo -DBUILD_SHARED_LIBS=ON -DLLAMA_CURL=OFF -DLLAMA_BUILD_TESTS=OFF \
+	-DLLAMA_BUILD_EXAMPLES=OFF -DLLAMA_BUILD_SERVER=OFF -DLLAMA_SANITIZE_ADDRESS=ON \
+	-DLLAMA_SANITIZE_UNDEFINED=ON -DGGML_SANITIZE_ADDRESS=ON -DGGML_SANITIZE_UNDEFINED=ON
+sanitize: $(VENV)/.dev
+	$(PIP) cmake ninja
+	PATH="$(CURDIR)/$(VENV)/bin:$$PATH" cmake -G Ninja -B build/sanitize $(SANITIZE) \
+		-S "$$($(PY) scripts/build_llama_cpp_python.py source)/vendor/llama.cpp"
+	$(VENV)/bin/ninja -C build/sanitize llama mtmd
+	LLAMA_CPP_LIB_PATH=build/sanitize/bin MTMD_CPP_LIB=build/sanitize/bin ASAN_OPTIONS=detect_leaks=0 \
+		LD_PRELOAD="$$(gcc -print-file-name=libasan.so) $$(gcc -print-file-name=libubsan.so)" \
+		$(PY) -m pytest tests/test_eviction.py
 
 clean:
 	rm -rf $(VENV) build dist .pytest_cache .mypy_cache .ruff_cache

@@ -297,6 +297,30 @@ def test_a_converted_file_evicts_in_plain_llama_cpp_python(llava: Any, tmp_path:
     model.close()
 
 
+def test_a_converted_file_evicts_the_image_in_llama_cpp_pythons_chat_handler(
+    llava: Any, page: Path, tmp_path: Path
+) -> None:
+    """The handler asks for logits after the text before the image too: an eviction each time."""
+    import base64
+
+    from llama_cpp import Llama
+    from llama_cpp.llama_chat_format import Llava15ChatHandler
+
+    scores = random_scores(llava.gguf(), tmp_path)
+    path = convert(llava.gguf(), scores, tmp_path / "c.gguf", budget=48, window=8, water_fill=False).path
+    library.require_patched()
+    handler = Llava15ChatHandler(clip_model_path=str(llava.mmproj()), verbose=False)
+    model = Llama(str(path), chat_handler=handler, n_ctx=1024, n_threads=1, verbose=False)
+    url = "data:image/png;base64," + base64.b64encode(page.read_bytes()).decode()
+    content = [{"type": "image_url", "image_url": {"url": url}}, {"type": "text", "text": QUESTION}]
+    model.create_chat_completion([{"role": "user", "content": content}], max_tokens=4)  # type: ignore[list-item]
+    stats = library.heads_stats(llama.llama_get_memory(model._ctx.ctx))
+    assert stats is not None and stats.n_evictions == 2
+    held = stats.n_kept / (stats.n_layer * stats.n_head_kv)
+    assert held <= 48 + 4 < stats.n_pos / 2
+    model.close()
+
+
 # --- generating
 
 

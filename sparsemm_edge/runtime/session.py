@@ -65,6 +65,7 @@ class Session:
         cache_type_k: str = "f16",
         cache_type_v: str = "f16",
         one_batch: bool = True,
+        flash_attn: bool = True,
     ) -> None:
         """Make the context. What is evicted was set on the model before (VisionModel.start does it).
 
@@ -75,6 +76,7 @@ class Session:
             n_ubatch: prompt tokens computed at a time; None: all of them.
             cache_type_k, cache_type_v: one of CACHE_TYPES.
             one_batch: read text and images in one call where the model allows it; False: a call for each.
+            flash_attn: False is for comparisons; a context that evicts uses flash attention all the same.
         """
         self.image_ms = 0.0
         self.prompt_ms = 0.0
@@ -101,7 +103,9 @@ class Session:
         params.n_seq_max = 1
         params.n_outputs_max = 1
         params.n_threads = params.n_threads_batch = model.n_threads
-        params.flash_attn_type = llama.LLAMA_FLASH_ATTN_TYPE_ENABLED
+        params.flash_attn_type = (
+            llama.LLAMA_FLASH_ATTN_TYPE_ENABLED if flash_attn else llama.LLAMA_FLASH_ATTN_TYPE_DISABLED
+        )
         params.type_k, params.type_v = (int(kind) for kind in self._types)
         library.forget_errors()
         self._context: int | None = llama.llama_init_from_model(model.pointer, params)
