@@ -6,8 +6,10 @@ import ctypes
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache
+from pathlib import Path
 from typing import Any
 
+import gguf
 import numpy as np
 import psutil
 import pytest
@@ -369,6 +371,75 @@ def test_what_is_not_supported_is_refused_in_one_line(
     found = context(llava, **changes, **({"flash_attn_type": 1} if "type_v" in changes else {}))
     assert found
     llama.llama_free(found)
+
+
+def tiny_gemma3(path: Path, sliding_window: int, head_budgets: list[int]) -> Path:
+    """A Gemma 3 of one layer and one head with `sparsemm.*` keys: with a window it attends in windows."""
+    writer = gguf.GGUFWriter(path, "gemma3")
+    writer.add_context_length(512)
+    writer.add_embedding_length(32)
+    writer.add_block_count(1)
+    writer.add_feed_forward_length(32)
+    writer.add_head_count(1)
+    writer.add_head_count_kv(1)
+    writer.add_key_length(32)
+    writer.add_value_length(32)
+    writer.add_layer_norm_rms_eps(1e-5)
+    writer.add_sliding_window(sliding_window)
+    writer.add_tokenizer_model("llama")
+    writer.add_token_list(["<unk>", "<s>", "</s>", *(f"<0x{i:02X}>" for i in range(256))])
+    writer.add_token_types([2, 3, 3] + [6] * 256)
+    writer.add_token_scores([0.0] * 259)
+    writer.add_uint32("sparsemm.version", 1)
+    writer.add_uint32("sparsemm.window", 8)
+    writer.add_uint32("sparsemm.pool_kernel", 7)
+    writer.add_key_value(
+        "sparsemm.head_budgets", head_budgets, gguf.GGUFValueType.ARRAY, gguf.GGUFValueType.UINT32
+    )
+    matrices = ("attn_q", "attn_k", "attn_v", "attn_output", "ffn_gate", "ffn_up", "ffn_down")
+    vectors = ("attn_norm", "post_attention_norm", "attn_k_norm", "attn_q_norm", "ffn_norm", "post_ffw_norm")
+    writer.add_tensor("token_embd.weight", np.ones((259, 32), np.float32))
+    writer.add_tensor("output_norm.weight", np.ones(32, np.float32))
+    for name in matrices:
+        writer.add_tensor(f"blk.0.{name}.weight", np.ones((32, 32), np.float32))
+    for name in vectors:
+        writer.add_tensor(f"blk.0.{name}.weight", np.ones(32, np.float32))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return path
+
+
+@pytest.mark.parametrize(
+    ("sliding_window", "head_budgets", "evicts", "context_made"),
+    [
+        (0, [40], True, True),
+        (16, [40], True, False),  # sliding window attention is not supported: refused, not ignored
+        (0, [40, 40], False, True),  # a table that does not fit is dropped, the model still loads
+        (0, [7], False, True),
+    ],
+)
+def test_metadata_decides_whether_a_context_evicts(
+    tmp_path: Path, sliding_window: int, head_budgets: list[int], evicts: bool, context_made: bool
+) -> None:
+    library.require_patched()
+    library.start(show_log=False)
+    path = tiny_gemma3(tmp_path / "gemma3.gguf", sliding_window, head_budgets)
+    pointer = llama.llama_model_load_from_file(str(path).encode(), llama.llama_model_default_params())
+    assert pointer
+    assert llama._lib.llama_model_head_eviction(pointer) == evicts
+    params = llama.llama_context_default_params()
+    params.n_ctx = 256
+    library.forget_errors()
+    ctx = llama.llama_init_from_model(pointer, params)
+    assert bool(ctx) == context_made
+    if ctx:
+        assert (library.heads_stats(llama.llama_get_memory(ctx)) is not None) == evicts
+        llama.llama_free(ctx)
+    else:
+        assert "the model uses sliding window attention (SWA)" in str(library.failure("no context"))
+    llama.llama_model_free(pointer)
 
 
 @pytest.mark.parametrize(
