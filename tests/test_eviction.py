@@ -269,6 +269,19 @@ def test_budgets_over_the_prompt_change_nothing(
     assert relative_error(found.logits, stock.logits) < 2e-3
 
 
+def test_a_prompt_that_is_not_evicted_goes_on_in_a_cache_that_grows(model: VisionModel) -> None:
+    """The cache of a short prompt is made for 256 positions, and moves when the answer needs more."""
+    text, images = ask(model.path.parent.name, "image")
+    with model.tokenize(text, images) as prompt:
+        table = np.full((model.shape.n_layer, model.shape.n_head_kv), 2000, np.uint32)
+        n_predict = 320 - prompt.n_tokens % 256
+        stock = answer(model, prompt, None, n_predict=n_predict)
+        found = answer(model, prompt, table, n_predict=n_predict)
+    assert found.stats is not None and found.stats.n_pos > (prompt.n_tokens + 255) // 256 * 256
+    assert found.tokens == stock.tokens
+    assert relative_error(found.logits, stock.logits) < 2e-3
+
+
 def test_losing_one_position_in_one_head_leaves_the_rest_as_it_was(model: VisionModel) -> None:
     """The path after an eviction, with almost everything kept, is close to the plain cache; a head with a
     budget over the prompt keeps every position."""
@@ -501,31 +514,47 @@ def test_only_what_no_head_has_evicted_can_be_removed(llava: VisionModel) -> Non
     llama.llama_free(ctx)
 
 
-def test_a_prompt_that_is_aborted_leaves_a_context_that_reads_the_next(llava: VisionModel) -> None:
+def aborted(ctx: int, tokens: list[int], first: int, after: int) -> bool:
+    """Whether appending `tokens` failed when it was to be aborted after so many nodes of the graph."""
+    left = after
+
+    @llama.ggml_abort_callback
+    def abort(_: Any) -> bool:
+        nonlocal left
+        left -= 1
+        return left < 0
+
+    llama.llama_set_abort_callback(ctx, abort, None)
+    try:
+        decode(ctx, tokens, first)
+    except AssertionError:
+        return True
+    finally:
+        llama.llama_set_abort_callback(ctx, llama.ggml_abort_callback(), None)
+    return False
+
+
+@pytest.mark.parametrize("after", [0, 3, 40, 100])
+def test_a_prompt_that_is_aborted_leaves_a_context_that_reads_it_again(
+    llava: VisionModel, after: int
+) -> None:
+    """The first prompt, and a later one that evicts from what the heads hold."""
     ctx = context(llava)
     assert ctx
-    prompt = list(range(10, 110))
-    decode(ctx, prompt, 0)
-    expected = decode(ctx, [20], 100)
+    first, second = list(range(10, 110)), list(range(40, 60))
     memory = llama.llama_get_memory(ctx)
+    decode(ctx, first, 0)
+    expected = [decode(ctx, [20], 100), decode(ctx, second, 101), decode(ctx, [21], 121)]
 
-    for after in (0, 3, 40, 100):  # graph nodes until the abort
-        llama.llama_memory_clear(memory, True)
-        left = after
-
-        @llama.ggml_abort_callback
-        def abort(_: Any) -> bool:
-            nonlocal left
-            left -= 1
-            return left < 0
-
-        llama.llama_set_abort_callback(ctx, abort, None)
-        with pytest.raises(AssertionError):
-            decode(ctx, prompt, 0)
-        llama.llama_set_abort_callback(ctx, llama.ggml_abort_callback(), None)
-        assert llama.llama_memory_seq_pos_max(memory, 0) == -1
-        decode(ctx, prompt, 0)
-        assert np.array_equal(decode(ctx, [20], 100), expected)
+    llama.llama_memory_clear(memory, True)
+    assert aborted(ctx, first, 0, after)
+    assert llama.llama_memory_seq_pos_max(memory, 0) == -1
+    decode(ctx, first, 0)
+    found = [decode(ctx, [20], 100)]
+    assert aborted(ctx, second, 101, after)
+    assert llama.llama_memory_seq_pos_max(memory, 0) == 100
+    found += [decode(ctx, second, 101), decode(ctx, [21], 121)]
+    assert np.array_equal(found, expected)
     llama.llama_free(ctx)
 
 
