@@ -558,6 +558,95 @@ def test_a_prompt_that_is_aborted_leaves_a_context_that_reads_it_again(
     llama.llama_free(ctx)
 
 
+# --- state
+
+
+def saved(ctx: int, whole: bool) -> bytes:
+    size = llama.llama_state_get_size(ctx) if whole else llama.llama_state_seq_get_size(ctx, 0)
+    data = (ctypes.c_uint8 * size)()
+    if whole:
+        assert llama.llama_state_get_data(ctx, data, size) == size
+    else:
+        assert llama.llama_state_seq_get_data(ctx, data, size, 0) == size
+    return bytes(data)
+
+
+def restored(ctx: int, state: bytes, whole: bool) -> bool:
+    data = (ctypes.c_uint8 * len(state)).from_buffer_copy(state)
+    if whole:
+        return bool(llama.llama_state_set_data(ctx, data, len(state)) == len(state))
+    return bool(llama.llama_state_seq_set_data(ctx, data, len(state), 0) == len(state))
+
+
+@pytest.mark.parametrize("whole", [True, False])
+@pytest.mark.parametrize("n_prompt", [100, 30])  # evicted, and shorter than every budget
+def test_a_state_goes_on_as_if_nothing_had_been_between(
+    llava: VisionModel, n_prompt: int, whole: bool
+) -> None:
+    ctx, again = context(llava), context(llava)
+    assert ctx and again
+    decode(ctx, list(range(10, 10 + n_prompt)), 0)
+    for i in range(60):  # the head store has grown
+        decode(ctx, [20 + i], n_prompt + i)
+    state = saved(ctx, whole)
+    decode(again, list(range(50, 90)), 0)  # is replaced
+    assert restored(again, state, whole)
+    held = [
+        [library.heads_positions(llama.llama_get_memory(c), 1, head) for head in range(4)]
+        for c in (ctx, again)
+    ]
+    assert np.array_equal(*held)
+    for step, tokens in enumerate(([7], list(range(120, 140)), [9])):  # the second evicts again
+        at = n_prompt + 60 + (0, 1, 21)[step]
+        assert np.array_equal(decode(ctx, tokens, at), decode(again, tokens, at))
+    assert len(saved(ctx, whole)) == len(saved(again, whole))
+    llama.llama_free(ctx)
+    llama.llama_free(again)
+
+
+def test_a_state_is_as_small_as_what_was_kept(llava: VisionModel) -> None:
+    ctx = context(llava)
+    assert ctx
+    decode(ctx, list(range(10, 210)), 0)
+    row = 2 * 32 * 2  # K and V of one position and head, f16
+    kept = 5 * 4 * 40 * row
+    assert kept < len(saved(ctx, True)) < 1.1 * kept
+    llama.llama_free(ctx)
+
+
+def test_a_state_of_other_budgets_types_or_caches_is_refused(llava: VisionModel) -> None:
+    ctx = context(llava)
+    assert ctx
+    decode(ctx, list(range(10, 110)), 0)
+    state = saved(ctx, True)
+
+    others = [context(llava, type_k=8, type_v=8)]
+    library.set_head_budgets(llava.pointer, np.full((5, 4), 41, np.uint32), 8, POOL_KERNEL)
+    others.append(context(llava))
+    library.set_head_eviction(llava.pointer, False)
+    others.append(context(llava, flash_attn_type=1))
+    for other in others:
+        assert other
+        assert not restored(other, state, True)
+        llama.llama_free(other)
+
+    # cut short or damaged: refused, and the context reads the next prompt
+    library.set_head_budgets(llava.pointer, np.full((5, 4), 40, np.uint32), 8, POOL_KERNEL)
+    library.set_head_eviction(llava.pointer, True)
+    expected = decode(ctx, [7], 100)
+    for broken in (state[: len(state) // 2], state[:700], state[:690] + b"\xff" * 200 + state[890:]):
+        other = context(llava)
+        assert other
+        assert not restored(other, broken, True)
+        decode(other, list(range(10, 110)), 0)
+        assert np.array_equal(decode(other, [7], 100), expected)
+        llama.llama_free(other)
+    llama.llama_free(ctx)
+
+
+# --- when
+
+
 def test_single_tokens_and_several_outputs_never_evict(llava: VisionModel) -> None:
     ctx = context(llava)
     assert ctx
