@@ -8,6 +8,7 @@ that they share the budget out by, so one function serves them all.
 import numpy as np
 import numpy.typing as npt
 
+from sparsemm_edge import defaults
 from sparsemm_edge.errors import SparseMMError
 
 POLICIES = ("sparsemm", "uniform", "pyramid", "random", "full")
@@ -28,7 +29,7 @@ def head_budgets(
     n_head_kv: int,
     budget: int,
     window: int,
-    floor_ratio: float = 0.1,
+    floor_ratio: float = defaults.FLOOR_RATIO,
     water_fill: bool = True,
     n_prompt: int | None = None,
     seed: int = 0,

@@ -10,7 +10,7 @@ from typing import Annotated, Any
 
 import typer
 
-from sparsemm_edge import __version__
+from sparsemm_edge import __version__, defaults
 from sparsemm_edge.errors import SparseMMError
 
 # Rich's boxes would break a one-line error into a picture, and help texts hold examples to be copied.
@@ -46,9 +46,15 @@ def convert(
     out: Annotated[
         Path | None, typer.Option(help="File to write [default: <model>.sparsemm.gguf beside the model].")
     ] = None,
-    budget: Annotated[int, typer.Option(help="Positions a KV head keeps on average, window included.")] = 256,
-    window: Annotated[int, typer.Option(help="Last prompt positions, which vote and are always kept.")] = 32,
-    floor_ratio: Annotated[float, typer.Option(help="Share of the budget that every head gets.")] = 0.1,
+    budget: Annotated[
+        int, typer.Option(help="Positions a KV head keeps on average, window included.")
+    ] = defaults.BUDGET,
+    window: Annotated[
+        int, typer.Option(help="Last prompt positions, which vote and are always kept.")
+    ] = defaults.WINDOW,
+    floor_ratio: Annotated[
+        float, typer.Option(help="Share of the budget that every head gets.")
+    ] = defaults.FLOOR_RATIO,
     policy: Annotated[
         str, typer.Option(help="How heads share: sparsemm, uniform, pyramid or random.")
     ] = "sparsemm",

@@ -10,6 +10,7 @@ import numpy as np
 from gguf import GGUFReader, GGUFWriter
 from gguf.scripts.gguf_new_metadata import copy_with_new_metadata
 
+from sparsemm_edge import defaults
 from sparsemm_edge.budgets import head_budgets
 from sparsemm_edge.errors import SparseMMError
 from sparsemm_edge.files import atomic_path
@@ -32,9 +33,9 @@ def convert(
     scores: Path,
     out: Path | None = None,
     *,
-    budget: int = 256,
-    window: int = 32,
-    floor_ratio: float = 0.1,
+    budget: int = defaults.BUDGET,
+    window: int = defaults.WINDOW,
+    floor_ratio: float = defaults.FLOOR_RATIO,
     policy: str = "sparsemm",
     water_fill: bool = True,
     n_prompt: int = 2944,

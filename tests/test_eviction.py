@@ -63,6 +63,12 @@ class Answer:
     stats: library.HeadsStats | None
 
 
+def all_kept(model: VisionModel, session: Session) -> list[list[np.ndarray]]:
+    """kept[layer][head]: the positions that each KV head holds."""
+    layers, heads = range(model.shape.n_layer), range(model.shape.n_head_kv)
+    return [[session.kept_positions(il, ih) for ih in heads] for il in layers]
+
+
 def answer(
     model: VisionModel,
     prompt: Prompt,
@@ -74,7 +80,6 @@ def answer(
     **options: Any,
 ) -> Answer:
     """Read a prompt, evict by a table of head budgets (None: the plain cache), decode greedily."""
-    shape = model.shape
     if table is not None:
         library.set_head_budgets(model.pointer, table, window, POOL_KERNEL)
     library.set_head_eviction(model.pointer, table is not None)
@@ -82,10 +87,7 @@ def answer(
         session.read_prompt()
         kept = []
         if table is not None:
-            kept = [
-                [session.kept_positions(il, ih) for ih in range(shape.n_head_kv)]
-                for il in range(shape.n_layer)
-            ]
+            kept = all_kept(model, session)
         tokens: list[int] = []
         logits = []
         for i in range(n_predict):
@@ -161,10 +163,7 @@ def test_a_last_call_shorter_than_the_window_votes_with_what_it_has(
         with Session(model, prompt, n_ctx=len(tokens) + 8) as session:
             session._decode_tokens(tokens[:-n_vote], output=False)
             session._decode_tokens(tokens[-n_vote:], output=True)
-            kept = [
-                [session.kept_positions(il, ih) for ih in range(model.shape.n_head_kv)]
-                for il in range(model.shape.n_layer)
-            ]
+            kept = all_kept(model, session)
     expected = oracle.run(oracle.prompt(text), table, window, 1, n_vote=n_vote)
     agreement = compare_kept(expected, kept)
     assert agreement.share >= 0.97
@@ -189,10 +188,7 @@ def test_a_later_prompt_evicts_again_among_what_a_head_holds(
         with Session(model, prompt, n_ctx=prompt.n_tokens + 512) as session:
             session.read_prompt()
             for turn in (*TURNS, ""):
-                kept = [
-                    [session.kept_positions(il, ih) for ih in range(model.shape.n_head_kv)]
-                    for il in range(model.shape.n_layer)
-                ]
+                kept = all_kept(model, session)
                 agreement = compare_kept(expected, kept)
                 assert agreement.share >= 0.97
                 assert agreement.n_unexplained == 0

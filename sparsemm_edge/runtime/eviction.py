@@ -6,14 +6,11 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
+from sparsemm_edge import defaults
 from sparsemm_edge.budgets import head_budgets
 from sparsemm_edge.errors import SparseMMError
 from sparsemm_edge.gguf_metadata import POOL_KERNEL, ModelShape, SparseMMMetadata
 from sparsemm_edge.scores import HeadScores, group_scores
-
-DEFAULT_BUDGET = 256
-DEFAULT_WINDOW = 32
-DEFAULT_FLOOR_RATIO = 0.1
 
 
 @dataclass(frozen=True)
@@ -89,8 +86,8 @@ def plan(
         raise SparseMMError(
             f"{model} holds no head scores: convert it first (sparsemm-edge convert), or give --scores"
         )
-    budget, window = DEFAULT_BUDGET, DEFAULT_WINDOW
-    floor_ratio, pool_kernel, seed = DEFAULT_FLOOR_RATIO, POOL_KERNEL, 0
+    budget, window = defaults.BUDGET, defaults.WINDOW
+    floor_ratio, pool_kernel, seed = defaults.FLOOR_RATIO, POOL_KERNEL, 0
     if metadata is not None:
         budget, window = metadata.budget, metadata.window
         floor_ratio, pool_kernel, seed = metadata.floor_ratio, metadata.pool_kernel, metadata.seed
