@@ -1,0 +1,93 @@
+"""`sparsemm-edge generate`."""
+
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from sparsemm_edge.commands.output import print_json
+
+
+def generate(
+    model: Annotated[Path, typer.Option("--model", "-m", help="The text model, a GGUF file.")],
+    prompt: Annotated[str, typer.Option("--prompt", "-p", help="What to ask.")],
+    mmproj: Annotated[Path | None, typer.Option(help="Its image encoder, a GGUF file.")] = None,
+    image: Annotated[
+        list[Path] | None, typer.Option(help="Image that the question is about; may be given several times.")
+    ] = None,
+    n_predict: Annotated[int, typer.Option("--n-predict", "-n", help="Most tokens to generate.")] = 256,
+    temp: Annotated[float, typer.Option(help="0: the likeliest token; above: sample.")] = 0.0,
+    seed: Annotated[int, typer.Option(help="Seed for sampling.")] = 0,
+    n_ctx: Annotated[
+        int | None, typer.Option(help="Most positions of prompt and reply [default: what they need].")
+    ] = None,
+    n_ubatch: Annotated[
+        int | None, typer.Option(help="Prompt tokens computed at a time [default: the whole prompt].")
+    ] = None,
+    threads: Annotated[int | None, typer.Option(help="Threads [default: the physical cores].")] = None,
+    cache_type_k: Annotated[str, typer.Option(help="Numbers of K: f16, f32, bf16 or q8_0.")] = "f16",
+    cache_type_v: Annotated[str, typer.Option(help="Numbers of V: f16, f32, bf16 or q8_0.")] = "f16",
+    budget: Annotated[
+        int | None, typer.Option(help="Positions a KV head keeps on average, instead of the file's budget.")
+    ] = None,
+    policy: Annotated[
+        str | None, typer.Option(help="sparsemm, uniform, pyramid, random or full, instead of the file's.")
+    ] = None,
+    window: Annotated[
+        int | None,
+        typer.Option(help="Last prompt positions, which vote and are kept, instead of the file's."),
+    ] = None,
+    scores: Annotated[
+        Path | None, typer.Option(help="Head scores to use instead of the file's, a JSON file.")
+    ] = None,
+    evict: Annotated[bool, typer.Option("--evict/--no-evict", help="Evict, or keep the whole cache.")] = True,
+    chat_template: Annotated[
+        str | None, typer.Option(help="Jinja text or file to use instead of the model's chat template.")
+    ] = None,
+    verbose: Annotated[bool, typer.Option("--verbose", help="Show llama.cpp's log.")] = False,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="Print text and figures as one JSON object.")
+    ] = False,
+) -> None:
+    """Answer a question about images, evicting as the converted model file says.
+
+    \b
+    Examples:
+      sparsemm-edge generate -m llava.sparsemm.gguf --mmproj mmproj.gguf --image page.png -p "What is this?"
+      sparsemm-edge generate -m llava.gguf --scores llava.head-scores.json --budget 128 -p "Hello"
+    """
+    from sparsemm_edge.runtime import Eviction, VisionModel
+    from sparsemm_edge.runtime.chat_template import read_template
+
+    template = None if chat_template is None else read_template(chat_template)
+    text = ""
+    with VisionModel.load(model, mmproj, n_threads=threads, show_log=verbose) as loaded:
+        for piece in loaded.generate(
+            prompt,
+            image or [],
+            n_predict=n_predict,
+            temperature=temp,
+            seed=seed,
+            n_ctx=n_ctx,
+            n_ubatch=n_ubatch,
+            cache_type_k=cache_type_k,
+            cache_type_v=cache_type_v,
+            chat_template=template,
+            eviction=Eviction(evict, policy, budget, window, scores),
+        ):
+            text += piece
+            if not as_json:
+                print(piece, end="", flush=True)
+        stats = loaded.stats()
+    if as_json:
+        print_json(stats.figures(text))
+    else:
+        print()
+        kv, per_token = stats.kv, stats.timings.decode_ms_per_token
+        print(
+            f"[KV cache {kv.bytes_now / 2**20:.1f} MiB of {kv.bytes_full / 2**20:.1f} MiB unevicted;"
+            f" {kv.positions_kept_mean:.0f} of {stats.n_prompt + stats.n_generated} positions a head"
+            + (f"; {per_token:.1f} ms a token]" if per_token is not None else "]"),
+            file=sys.stderr,
+        )

@@ -1,0 +1,70 @@
+"""`sparsemm-edge inspect`."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from sparsemm_edge.commands.output import print_figures, print_json
+from sparsemm_edge.errors import SparseMMError
+
+
+def inspect(
+    model: Annotated[Path, typer.Argument(help="A GGUF file.", show_default=False)],
+    plot: Annotated[
+        Path | None, typer.Option(help="Draw the head map as a picture: layers x KV heads (PNG).")
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the figures as one JSON object.")] = False,
+) -> None:
+    """Show the head budgets that a GGUF file holds, and what they save.
+
+    \b
+    Example:
+      sparsemm-edge inspect llava-7b.sparsemm.gguf --plot head-map.png
+    """
+    from sparsemm_edge.gguf_header import read_header
+    from sparsemm_edge.gguf_metadata import model_shape, sparsemm_metadata
+    from sparsemm_edge.inspection import figures, kv_bytes
+
+    header = read_header(model)
+    metadata = sparsemm_metadata(header)
+    if metadata is None:
+        if plot:
+            raise SparseMMError(f"{model} holds no sparsemm metadata, so there is no head map to draw")
+        if as_json:
+            print_json({"path": str(model), "sparsemm": None})
+        else:
+            print(f"{model} holds no sparsemm metadata: llama.cpp keeps its whole KV cache.")
+        return
+
+    shape = model_shape(header)
+    report = figures(shape, metadata)
+    saved = kv_bytes(shape, metadata)
+    if plot:
+        from sparsemm_edge.plot import save_head_map
+
+        save_head_map(
+            metadata.head_budgets, plot, title=f"{shape.name}: {metadata.policy}, budget {metadata.budget}"
+        )
+    if as_json:
+        print_json({"path": str(model), "sparsemm": report, "kv_bytes": saved})
+    else:
+        print_figures(report)
+        _print_kv_bytes(saved)
+        if plot:
+            print(f"wrote {plot}")
+
+
+def _print_kv_bytes(saved: dict[str, dict[int, int]]) -> None:
+    """KV bytes per policy and prompt length, as MiB and as a share of the full cache."""
+    from rich.console import Console
+    from rich.table import Table
+
+    full = saved["full"]
+    table = Table(title="K and V after the prompt, f16", title_justify="left")
+    table.add_column("policy")
+    for n_prompt in full:
+        table.add_column(f"{n_prompt} positions", justify="right")
+    for row, cells in saved.items():
+        table.add_row(row, *(f"{size / 2**20:.1f} MiB {size / full[n]:7.1%}" for n, size in cells.items()))
+    Console().print(table)

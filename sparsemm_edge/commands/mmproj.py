@@ -1,0 +1,48 @@
+"""`sparsemm-edge mmproj`."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from sparsemm_edge.commands.output import print_json
+
+
+def mmproj(
+    hf_dir: Annotated[
+        Path, typer.Argument(metavar="HF_DIR", help="Folder of a LLaVA checkpoint.", show_default=False)
+    ],
+    out: Annotated[Path, typer.Option(help="File to write.")] = Path("mmproj.gguf"),
+    outtype: Annotated[str, typer.Option(help="Type of the matrices: f16 or f32.")] = "f16",
+    force: Annotated[bool, typer.Option("--force", help="Replace the file to write if it exists.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the figures as one JSON object.")] = False,
+) -> None:
+    """Write the image encoder of a LLaVA-1.5 or LLaVA-NeXT checkpoint as mmproj.gguf.
+
+    The text model of the same checkpoint is converted by llama.cpp's convert_hf_to_gguf.py.
+
+    \b
+    Example:
+      sparsemm-edge mmproj llava-1.5-7b-hf --out mmproj.gguf
+    """
+    from sparsemm_edge.mmproj import convert_mmproj
+
+    done = convert_mmproj(hf_dir, out, outtype=outtype, force=force)
+    if as_json:
+        print_json(
+            {
+                "path": str(done.path),
+                "tower": done.tower,
+                "n_layer": done.n_layer,
+                "feature_layers": list(done.feature_layers),
+                "image_size": done.image_size,
+                "n_image_tokens": done.n_image_tokens,
+                "bytes": done.size,
+            }
+        )
+    else:
+        print(f"wrote {done.path}: {done.size / 2**20:.1f} MiB")
+        print(
+            f"{done.tower}, {done.n_layer} layers; {done.image_size} x {done.image_size} pixels "
+            f"become {done.n_image_tokens} tokens"
+        )
