@@ -1,0 +1,161 @@
+"""Pages that the demo model reads: lines of a key and a value, one glyph per patch of the image encoder.
+
+A page is SIZE x SIZE pixels in GRID x GRID cells, as LLaVA-1.5 cuts an image into patches. Two to eight
+lines `KEY value`, such as `KQ 7F3`, lie on rows and from columns of their own; each has a font, a size and a
+colour. A key is two letters, and they appear nowhere else on the page.
+
+A seed makes a page: the same seed the same page (with the same Pillow and matplotlib, whose fonts are used).
+Seeds below FIRST_TRAINING_SEED are held out. The demo model is trained on seeds from there on only.
+"""
+
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+
+import matplotlib
+import numpy as np
+import numpy.typing as npt
+from PIL import Image, ImageDraw, ImageFont
+
+from sparsemm_edge.pages import Chunk, Page
+
+CELL = 14
+GRID = 24
+SIZE = CELL * GRID
+LETTERS = "ABCDEFGHJKLMNPQRSTUVWXYZ"  # no I and O: they look like digits
+DIGITS = "0123456789"
+N_LINES = (2, 8)  # least and most
+VALUE_LENGTH = (3, 6)
+FIRST_TRAINING_SEED = 1_000_000
+
+READ_PROMPTS = ("Read the page.", "What does the page say?")
+LOOKUP_PROMPTS = ("What is {}?", "Look up {}.")
+READ_PROMPT = READ_PROMPTS[0]
+
+_FONTS = (
+    "DejaVuSans",
+    "DejaVuSans-Bold",
+    "DejaVuSans-Oblique",
+    "DejaVuSansMono",
+    "DejaVuSansMono-Bold",
+    "DejaVuSerif",
+    "DejaVuSerif-Bold",
+    "DejaVuSerif-Italic",
+)
+_FONT_SIZES = (10, 11, 12, 13)  # pixels an em
+_MARGIN = 3  # by how much a glyph's mask is larger than its cell, on every side
+_LEAST_CONTRAST = 90.0  # of ink and paper, in steps of grey
+
+
+@dataclass(frozen=True)
+class GridPage(Page):
+    """A page of lines; its chunks are its glyphs, since the model's tokens are characters.
+
+    Attributes:
+        text: the whole page as the model writes it: its lines in reading order, with newlines between.
+        lookups: for every line its key and the answer to lookup_prompt(key), which is the line.
+    """
+
+    text: str
+    lookups: tuple[tuple[str, str], ...]
+
+
+@dataclass(frozen=True)
+class Line:
+    """A line of text on the grid; `row` and `column` are the cell of its first character."""
+
+    row: int
+    column: int
+    text: str
+
+
+def lookup_prompt(key: str) -> str:
+    """The question for the value of a key."""
+    return LOOKUP_PROMPTS[0].format(key)
+
+
+def grid_page(seed: int, n_lines: int | None = None) -> GridPage:
+    """The page of a seed.
+
+    Args:
+        seed: 0 or more; below FIRST_TRAINING_SEED it is held out from training.
+        n_lines: N_LINES[0] to N_LINES[1]; None: the seed chooses.
+    """
+    rng = np.random.default_rng(seed)
+    if n_lines is None:
+        n_lines = int(rng.integers(N_LINES[0], N_LINES[1] + 1))
+    lines = _random_lines(rng, n_lines)
+    texts = [line.text for line in lines]
+    return GridPage(
+        name=f"grid-{seed}",
+        image=Image.fromarray(draw_lines(rng, lines)),
+        chunks=tuple(chunk for line in lines for chunk in _glyphs(line)),
+        text="\n".join(texts),
+        lookups=tuple((text.split()[0], text) for text in texts),
+    )
+
+
+def draw_lines(rng: np.random.Generator, lines: list[Line]) -> npt.NDArray[np.uint8]:
+    """A page with these lines, in random fonts and colours: [SIZE, SIZE, 3]."""
+    paper = rng.uniform(0, 255, 3)
+    page = np.empty((SIZE + 2 * _MARGIN, SIZE + 2 * _MARGIN, 3), np.float32)
+    page[:] = paper
+    for line in lines:
+        font, size = rng.choice(_FONTS), int(rng.choice(_FONT_SIZES))
+        ink = _ink(rng, paper)
+        jitter = rng.integers(-1, 2, (len(line.text), 2))
+        for i, char in enumerate(line.text):
+            if char == " ":
+                continue
+            mask = _glyph_mask(font, size, char)
+            # of the mask, margin included, in the page with its own margin
+            y, x = np.maximum(np.array([line.row, line.column + i]) * CELL + jitter[i], 0)
+            region = page[y : y + len(mask), x : x + len(mask)]
+            region += mask[: len(region), : region.shape[1]] * (ink - region)
+    page = page[_MARGIN:-_MARGIN, _MARGIN:-_MARGIN]
+    noise = rng.standard_normal((SIZE, SIZE, 1), np.float32) * np.float32(rng.uniform(0, 10))
+    return np.clip(page + noise, 0, 255).astype(np.uint8)
+
+
+def _random_lines(rng: np.random.Generator, n_lines: int) -> list[Line]:
+    shuffled = rng.permutation(list(LETTERS))
+    keys = ["".join(shuffled[2 * i : 2 * i + 2]) for i in range(n_lines)]
+    rest = [*shuffled[2 * n_lines :], *DIGITS]
+    lines = []
+    for row, key in zip(np.sort(rng.choice(GRID, n_lines, replace=False)), keys, strict=True):
+        length = int(rng.integers(VALUE_LENGTH[0], VALUE_LENGTH[1] + 1))
+        text = f"{key} {''.join(rng.choice(rest, length))}"
+        lines.append(Line(int(row), int(rng.integers(0, GRID - len(text) + 1)), text))
+    return lines
+
+
+def _glyphs(line: Line) -> list[Chunk]:
+    """The characters of a line, each with its cell as the box: ink reaches over it by a pixel or two."""
+    top = line.row * CELL
+    return [
+        Chunk(char, ((line.column + i) * CELL, top, (line.column + i + 1) * CELL, top + CELL))
+        for i, char in enumerate(line.text)
+        if char != " "
+    ]
+
+
+def _ink(rng: np.random.Generator, paper: npt.NDArray[np.float64]) -> npt.NDArray[np.float32]:
+    """A colour that can be told from the paper."""
+    grey = np.array([0.299, 0.587, 0.114])
+    while True:
+        ink = rng.uniform(0, 255, 3)
+        if abs((ink - paper) @ grey) >= _LEAST_CONTRAST:
+            return ink.astype(np.float32)
+
+
+@cache
+def _glyph_mask(font: str, size: int, char: str) -> npt.NDArray[np.float32]:
+    """Coverage of a glyph in the middle of a cell with a margin all round: [side, side, 1], 0 to 1."""
+    path = Path(matplotlib.get_data_path()) / "fonts" / "ttf" / f"{font}.ttf"
+    # the basic layout is the same with and without libraqm
+    face = ImageFont.truetype(str(path), size, layout_engine=ImageFont.Layout.BASIC)
+    side = CELL + 2 * _MARGIN
+    mask = Image.new("L", (side, side))
+    height = -face.getbbox("H", anchor="ls")[1]
+    ImageDraw.Draw(mask).text((side / 2, round((side + height) / 2)), char, fill=255, font=face, anchor="ms")
+    return np.asarray(mask, np.float32)[..., None] / np.float32(255)
