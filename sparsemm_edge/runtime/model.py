@@ -18,6 +18,7 @@ from PIL import Image
 from sparsemm_edge.errors import SparseMMError
 from sparsemm_edge.gguf_header import read_header
 from sparsemm_edge.gguf_metadata import check_supported, model_shape, sparsemm_metadata
+from sparsemm_edge.kept_map import ImageGrid
 from sparsemm_edge.runtime import chat_template, library
 from sparsemm_edge.runtime.eviction import Eviction, plan
 from sparsemm_edge.runtime.library import llama, mtmd
@@ -104,6 +105,7 @@ class VisionModel:
         self.n_threads = n_threads
         self.pointer = 0
         self._vision: int | None = None
+        self._n_patches = 0  # a side of the image encoder's picture in patches, 0 if it is not fixed
         self._stats: GenerationStats | None = None
         try:
             self._header = read_header(path)
@@ -320,6 +322,32 @@ class VisionModel:
         """Whether the tokens of an image attend to those after them."""
         return bool(mtmd.mtmd_decode_use_non_causal(self.vision, image.chunk))
 
+    def image_grid(self, prompt: Prompt) -> ImageGrid:
+        """Where the tokens of a prompt's one image are in the sequence.
+
+        Raises:
+            SparseMMError: not exactly one image, or its tokens are not one grid (an image cut into tiles).
+        """
+        start = 0
+        grids = []
+        for part in prompt.parts:
+            if isinstance(part, ImagePart):
+                tokens = mtmd.mtmd_input_chunk_get_tokens_image(part.chunk)
+                n_columns = int(mtmd.mtmd_image_tokens_get_nx(tokens))
+                n_rows = int(mtmd.mtmd_image_tokens_get_ny(tokens))
+                if n_rows == 1 and part.n_tokens == self._n_patches**2:  # without M-RoPE mtmd tells no rows
+                    n_columns = n_rows = self._n_patches
+                grids.append(ImageGrid(start, n_rows, n_columns, padded=not self.uses_mrope))
+            start += part.n_tokens
+        if len(grids) != 1:
+            raise SparseMMError(f"a prompt of one image was expected, this one has {len(grids)}")
+        if grids[0].n_rows == 1:
+            raise SparseMMError(
+                f"{self.path}: the {grids[0].n_columns} tokens of the image are not one grid of rows and"
+                " columns (an image cut into tiles?)"
+            )
+        return grids[0]
+
     def _load_text_model(self) -> None:
         library.forget_errors()
         params = llama.llama_model_default_params()
@@ -332,9 +360,13 @@ class VisionModel:
         self.n_ctx_train: int = llama.llama_model_n_ctx_train(self.pointer)
 
     def _load_vision(self, mmproj: Path) -> None:
-        arch = read_header(mmproj).value("general.architecture")
+        header = read_header(mmproj)
+        arch = header.value("general.architecture")
         if arch != "clip":
             raise SparseMMError(f"{mmproj}: not an image encoder (mmproj): its architecture is {arch!r}")
+        size, patch = (header.fields.get(f"clip.vision.{key}_size") for key in ("image", "patch"))
+        if size is not None and patch is not None:
+            self._n_patches = size.value // patch.value
         params = mtmd.mtmd_context_params_default()
         params.n_threads = self.n_threads
         params.print_timings = False

@@ -159,6 +159,14 @@ class Session:
         """The positions that one KV head holds, ascending: [n] indices of tokens in the sequence."""
         return library.heads_positions(self._memory(), layer, head_kv)
 
+    def kept(self) -> list[list[npt.NDArray[np.int32]]]:
+        """The positions that every KV head holds: kept[layer][head_kv], as kept_positions."""
+        shape = self._model.shape
+        return [
+            [self.kept_positions(layer, head) for head in range(shape.n_head_kv)]
+            for layer in range(shape.n_layer)
+        ]
+
     def kv_stats(self) -> KVStats:
         """What the KV cache takes now and took at most."""
         stats = library.heads_stats(self._memory())
