@@ -1,7 +1,9 @@
 """llama.cpp under llama-cpp-python: whether it is the patched one, its extra functions, its error lines."""
 
 import ctypes
+import re
 import sys
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -19,6 +21,8 @@ except (ImportError, OSError, RuntimeError) as error:
     ) from error
 
 _LOG_ERROR, _LOG_CONTINUED = 4, 5  # ggml_log_level
+
+_BUFFER_SIZE = re.compile(r"(\S+)\s+(model|output|KV|compute) buffer size\s*=\s*([0-9.]+) MiB")
 
 
 class HeadsStats(ctypes.Structure):
@@ -125,12 +129,28 @@ def heads_positions(memory: int, layer: int, head_kv: int) -> npt.NDArray[np.int
     return positions
 
 
+@dataclass(frozen=True)
+class Buffer:
+    """A buffer that llama.cpp logged when it made it.
+
+    Attributes:
+        backend: where it is: CPU, CPU_Mapped (the model file), CPU_REPACK, Metal, ...
+        content: model, output, KV or compute.
+        n_bytes: its size, as logged: to 0.01 MiB.
+    """
+
+    backend: str
+    content: str
+    n_bytes: int
+
+
 class _Log:
     """Where llama.cpp's log goes: error lines are kept for messages, all of it is shown if asked for."""
 
     def __init__(self) -> None:
         self.show = False
         self.errors: list[str] = []
+        self.buffers: list[Buffer] = []
         self._level = 0
         # the C side keeps a pointer to it: it must live as long as this
         self._callback = llama.llama_log_callback(self._take)
@@ -148,6 +168,8 @@ class _Log:
         self._level = level
         if level == _LOG_ERROR and self.errors:
             self.errors[-1] += line
+        elif found := _BUFFER_SIZE.search(line):
+            self.buffers.append(Buffer(found[1], found[2], round(float(found[3]) * 2**20)))
         if self.show:
             sys.stderr.write(line)
 
@@ -176,3 +198,9 @@ def failure(what: str) -> SparseMMError:
 def forget_errors() -> None:
     """Drop the error lines so far, so that a later failure does not report them."""
     _log.errors.clear()
+
+
+def logged_buffers() -> list[Buffer]:
+    """The buffers that llama.cpp made since the last call. C++ could say it exactly, its C API cannot."""
+    buffers, _log.buffers = _log.buffers, []
+    return buffers

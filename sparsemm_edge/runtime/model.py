@@ -5,7 +5,7 @@ import ctypes
 import os
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
@@ -266,6 +266,8 @@ class VisionModel:
         cache_type_v: str = "f16",
         eviction: Eviction | None = None,
         one_batch: bool = True,
+        flash_attn: bool = True,
+        on_phase: Callable[[str], None] | None = None,
     ) -> Session:
         """A session that is about to read this prompt; arguments as for generate and Session."""
         for name, value in (("n_predict", n_predict), ("n_ctx", n_ctx), ("n_ubatch", n_ubatch)):
@@ -295,6 +297,8 @@ class VisionModel:
             cache_type_k=cache_type_k,
             cache_type_v=cache_type_v,
             one_batch=one_batch,
+            flash_attn=flash_attn,
+            on_phase=on_phase,
         )
 
     @property

@@ -2,7 +2,7 @@
 
 import ctypes
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
@@ -24,6 +24,7 @@ CACHE_TYPES = {
     "f32": GGMLQuantizationType.F32,
     "bf16": GGMLQuantizationType.BF16,
     "q8_0": GGMLQuantizationType.Q8_0,
+    "q4_0": GGMLQuantizationType.Q4_0,  # full cache only: a context that evicts refuses it
 }
 _N_POS_MROPE = 4
 
@@ -66,6 +67,7 @@ class Session:
         cache_type_v: str = "f16",
         one_batch: bool = True,
         flash_attn: bool = True,
+        on_phase: Callable[[str], None] | None = None,
     ) -> None:
         """Make the context. What is evicted was set on the model before (VisionModel.start does it).
 
@@ -77,6 +79,8 @@ class Session:
             cache_type_k, cache_type_v: one of CACHE_TYPES.
             one_batch: read text and images in one call where the model allows it; False: a call for each.
             flash_attn: False is for comparisons; a context that evicts uses flash attention all the same.
+            on_phase: called with "image" and "prompt" when read_prompt begins to encode an image, and to run
+                the text model.
         """
         self.image_ms = 0.0
         self.prompt_ms = 0.0
@@ -85,7 +89,9 @@ class Session:
         self._prompt = prompt
         self._n_past = 0  # the next position, which is not n_tokens with M-RoPE
         self._n_tokens = 0
+        self._after_prompt = (0, 0)
         self._n_calls = 0
+        self._on_phase = on_phase or (lambda _: None)
         self._types = (cache_type(cache_type_k), cache_type(cache_type_v))
 
         images = [part for part in prompt.parts if isinstance(part, ImagePart)]
@@ -134,6 +140,7 @@ class Session:
 
     def read_prompt(self) -> None:
         """Encode the images and run the prompt; afterwards logits() are those of the first new token."""
+        self._on_phase("prompt")
         start, self.image_ms = time.perf_counter(), 0.0
         if self._as_embeddings:
             self._read_as_embeddings()
@@ -142,6 +149,13 @@ class Session:
         llama.llama_synchronize(self.context)
         self.prompt_ms = _ms_since(start) - self.image_ms
         self.n_prompt_calls = self._n_calls
+        self._after_prompt = (self._n_past, self._n_tokens)
+
+    def forget_reply(self) -> None:
+        """Drop what was decoded since read_prompt, so that the next token follows the prompt again."""
+        self._n_past, self._n_tokens = self._after_prompt
+        if not llama.llama_memory_seq_rm(self._memory(), 0, self._n_past, -1):
+            raise library.failure("llama.cpp cannot drop the reply")
 
     def decode(self, token: int) -> None:
         """Append one token; afterwards logits() are those of the token after it."""
@@ -246,6 +260,7 @@ class Session:
 
     def _encode(self, part: ImagePart) -> npt.NDArray[np.float32]:
         """An image through the vision tower: [n_tokens, n_embd_inp]."""
+        self._on_phase("image")
         start = time.perf_counter()
         if mtmd.mtmd_encode_chunk(self._model.vision, part.chunk) != 0:
             raise library.failure("llama.cpp cannot encode the image")
@@ -253,6 +268,7 @@ class Session:
         shape = (part.n_tokens, self._model.n_embd_inp)
         embeddings = np.ctypeslib.as_array(pointer, shape=shape).copy()
         self.image_ms += _ms_since(start)
+        self._on_phase("prompt")
         return embeddings
 
     def _image_positions(self, part: ImagePart, pos: int) -> npt.NDArray[np.int32]:
