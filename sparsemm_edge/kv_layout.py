@@ -1,0 +1,141 @@
+"""What a KV cache will allocate, computed without allocating it.
+
+The full cache is llama.cpp's own: every layer has rows for the whole context. The evicting cache is
+patches/, llama-kv-cache-heads.cpp, whose rules are said again here: how KV heads are grouped by length, how
+rows are padded, how room for appended tokens grows. tests/test_fit.py holds both to what is really allocated.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
+
+from sparsemm_edge.gguf_metadata import ModelShape
+
+_CELLS_PAD = 256  # cells of a context, and of a prompt cache
+_SHARED_CELLS_PAD = 64  # cells of a prompt cache that all layers share
+_ALIGNMENT = 32  # bytes, of the tensors in one buffer
+
+# the constants of llama-kv-cache-heads.cpp
+_N_ROOM = 48
+_N_SLOTS_PAD = 16
+_N_GROUPS_MAX = 8
+_N_PAD_FRACTION = 12
+
+
+@dataclass(frozen=True)
+class KVBytes:
+    """Bytes of K and V together.
+
+    Attributes:
+        now: allocated after the prompt and the reply.
+        peak: the same when it was largest.
+    """
+
+    now: int
+    peak: int
+
+
+def row_bytes(cache_type: str, n: int) -> int:
+    """Bytes of n numbers of a cache type (f16, q8_0, ...)."""
+    block, n_bytes = GGML_QUANT_SIZES[GGMLQuantizationType[cache_type.upper()]]
+    return n // block * n_bytes
+
+
+def full_cache(shape: ModelShape, n_ctx: int, type_k: str = "f16", type_v: str = "f16") -> KVBytes:
+    """The cache of a context that does not evict: allocated up front, for all of n_ctx."""
+    allocated = _cells(shape, _pad(n_ctx, _CELLS_PAD), shape.n_layer, type_k, type_v)
+    return KVBytes(allocated, allocated)
+
+
+def evicting_cache(
+    shape: ModelShape,
+    head_budgets: npt.NDArray[np.integer[Any]],
+    *,
+    n_prompt: int,
+    n_reply: int,
+    n_ctx: int,
+    one_ubatch: bool = True,
+    type_k: str = "f16",
+    type_v: str = "f16",
+) -> KVBytes:
+    """The cache of a context that evicts.
+
+    Args:
+        shape: the model's.
+        head_budgets: [n_layer, n_head_kv] positions that a KV head keeps, window included.
+        n_prompt: positions of the prompt.
+        n_reply: tokens decoded after it, one at a time.
+        n_ctx: places that the context was made for.
+        one_ubatch: whether the prompt is computed in one go, so that all layers can share the cache of one.
+        type_k, type_v: cache types.
+    """
+    n_ctx = _pad(n_ctx, _CELLS_PAD)
+    if int(head_budgets.min()) >= n_prompt:  # nothing to evict: a plain cache that grows
+        cells = min(n_ctx, _pad(n_prompt + n_reply, _CELLS_PAD))
+        allocated = _cells(shape, cells, shape.n_layer, type_k, type_v)
+        return KVBytes(allocated, allocated)
+
+    if one_ubatch:
+        prompt = _cells(shape, min(n_ctx, _pad(n_prompt, _SHARED_CELLS_PAD)), 1, type_k, type_v)
+    else:
+        prompt = _cells(shape, min(n_ctx, _pad(n_prompt, _CELLS_PAD)), shape.n_layer, type_k, type_v)
+    room = _N_ROOM
+    while room < n_reply:  # appending token room + 1 finds no room left
+        room += 1 + _N_ROOM
+    row = row_bytes(type_k, shape.n_embd_head_k) + row_bytes(type_v, shape.n_embd_head_v)
+    kept = np.minimum(head_budgets, n_prompt).astype(np.int64)
+    groups = [_groups(layer) for layer in kept]
+    evicted, grown = (_store_rows(groups, n_room) * row for n_room in (_N_ROOM, room))
+    return KVBytes(grown, max(prompt + evicted, grown))
+
+
+def _groups(kept: npt.NDArray[np.int64]) -> list[tuple[int, int]]:
+    """One layer's KV heads in groups of similar length: (heads, longest of them) of each group.
+
+    The cheapest split of the sorted lengths into g groups, for the smallest g whose padding is little.
+    """
+    lengths = np.sort(kept)[::-1]
+    n = len(lengths)
+    least = int(lengths.sum())
+    cost = np.full(n + 1, np.inf)  # cost[i]: rows for the first i heads
+    cost[0] = 0
+    starts = []  # starts[g][i]: where the last of g + 1 groups over the first i heads begins
+    while len(starts) < min(n, _N_GROUPS_MAX):
+        g = len(starts)
+        following, start = np.full(n + 1, np.inf), np.zeros(n + 1, dtype=int)
+        for i in range(g + 1, n + 1):
+            first = np.arange(g, i)
+            rows = cost[first] + (i - first) * lengths[first]
+            start[i] = first[int(rows.argmin())]
+            following[i] = rows.min()
+        cost = following
+        starts.append(start)
+        if cost[n] <= least + least // _N_PAD_FRACTION:
+            break
+    groups, end = [], n
+    for start in reversed(starts):
+        begin = int(start[end])
+        groups.append((end - begin, int(lengths[begin])))
+        end = begin
+    return groups
+
+
+def _store_rows(groups: list[list[tuple[int, int]]], room: int) -> int:
+    """Rows of all layers with room for this many appended tokens in every head."""
+    return sum(heads * _pad(longest + room, _N_SLOTS_PAD) for layer in groups for heads, longest in layer)
+
+
+def _cells(shape: ModelShape, n_cells: int, n_layer: int, type_k: str, type_v: str) -> int:
+    """Bytes of n_layer K tensors and V tensors with a row of all KV heads in each cell."""
+    sizes = (
+        n_cells * row_bytes(kind, n_embd * shape.n_head_kv)
+        for kind, n_embd in ((type_k, shape.n_embd_head_k), (type_v, shape.n_embd_head_v))
+    )
+    return n_layer * sum(_pad(size, _ALIGNMENT) for size in sizes)
+
+
+def _pad(n: int, multiple: int) -> int:
+    return -(-n // multiple) * multiple

@@ -1,0 +1,309 @@
+"""Real shapes with random weights: what a model would take and how fast it would be, without the model.
+
+Speed and memory depend on a model's shape and its number format, not on what its weights say.
+"""
+
+import os
+import shutil
+from collections.abc import Callable, Iterator
+from dataclasses import astuple, dataclass, replace
+from hashlib import sha256
+from math import prod
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from gguf import GGUFReader, GGUFWriter, TokenType
+from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType, GGUFValueType
+from gguf.quants import quantize
+
+from sparsemm_edge.errors import SparseMMError
+from sparsemm_edge.files import atomic_path
+from sparsemm_edge.gguf_metadata import ModelShape
+from sparsemm_edge.scores import HeadScores
+
+PUBLISHED_SCORES = Path(__file__).parents[2] / "scores" / "llava-v1.6-vicuna-7b.head-scores.json"
+"""Head scores of LLaVA-NeXT-Vicuna-7B, where the package lies in a checkout."""
+
+_WEIGHTS = GGMLQuantizationType.Q4_0
+_N_ROWS = 256  # a matrix repeats this many random rows
+_SEED = 0
+_GAMMA = (
+    0.12  # of scores as concentrated as the published: the top 5 % hold 56 % (55), the top 10 % 76 % (77)
+)
+
+
+@dataclass(frozen=True)
+class TextShape:
+    """The shape of a text model.
+
+    Attributes:
+        arch: architecture, as llama.cpp calls it.
+        n_layer, n_embd, n_head, n_head_kv, n_ff, n_vocab: as in the GGUF keys.
+        n_ctx: the context it was trained for.
+        rope_base: of the rotary positions.
+        rms_eps: of the norms.
+        tied: whether the output matrix is the token embeddings.
+        vocab: the vocabulary of llama.cpp's models/ggml-vocab-<vocab>.gguf.
+        qkv_bias: whether the query, key and value projections have biases.
+        rope_sections: of M-RoPE: time, height, width, unused; empty without.
+    """
+
+    arch: str
+    n_layer: int
+    n_embd: int
+    n_head: int
+    n_head_kv: int
+    n_ff: int
+    n_vocab: int
+    n_ctx: int
+    rope_base: float
+    rms_eps: float
+    tied: bool
+    vocab: str
+    qkv_bias: bool = False
+    rope_sections: tuple[int, ...] = ()
+
+    @property
+    def head_dim(self) -> int:
+        return self.n_embd // self.n_head
+
+    def model_shape(self, name: str) -> ModelShape:
+        """The part of it that the KV cache depends on."""
+        return ModelShape(
+            self.arch, name, self.n_layer, self.n_head, self.n_head_kv, self.head_dim, self.head_dim
+        )
+
+    def tensors(self) -> dict[str, tuple[int, ...]]:
+        """Every tensor's shape, output dimension first. Vectors are f32, matrices _WEIGHTS."""
+        n_kv = self.n_head_kv * self.head_dim
+        shapes: dict[str, tuple[int, ...]] = {"token_embd.weight": (self.n_vocab, self.n_embd)}
+        for layer in range(self.n_layer):
+            block: dict[str, tuple[int, ...]] = {
+                "attn_norm.weight": (self.n_embd,),
+                "ffn_norm.weight": (self.n_embd,),
+                "attn_q.weight": (self.n_embd, self.n_embd),
+                "attn_k.weight": (n_kv, self.n_embd),
+                "attn_v.weight": (n_kv, self.n_embd),
+                "attn_output.weight": (self.n_embd, self.n_embd),
+                "ffn_gate.weight": (self.n_ff, self.n_embd),
+                "ffn_up.weight": (self.n_ff, self.n_embd),
+                "ffn_down.weight": (self.n_embd, self.n_ff),
+            }
+            if self.qkv_bias:
+                block |= {"attn_q.bias": (self.n_embd,), "attn_k.bias": (n_kv,), "attn_v.bias": (n_kv,)}
+            shapes |= {f"blk.{layer}.{name}": shape for name, shape in block.items()}
+        shapes["output_norm.weight"] = (self.n_embd,)
+        if not self.tied:
+            shapes["output.weight"] = (self.n_vocab, self.n_embd)
+        return shapes
+
+    def weight_bytes(self) -> int:
+        """Bytes of all weights."""
+        return sum(_tensor_bytes(shape) for shape in self.tensors().values())
+
+
+_VICUNA = TextShape("llama", 32, 4096, 32, 32, 11008, 32000, 4096, 1e4, 1e-5, False, "llama-spm")
+_QWEN2 = TextShape(
+    "qwen2vl", 28, 3584, 28, 4, 18944, 152064, 32768, 1e6, 1e-6, False, "qwen2", True, (16, 24, 24, 0)
+)
+
+# From the checkpoints' published config.json.
+SHAPES: dict[str, TextShape] = {
+    "llava-1.5-7b": _VICUNA,
+    "llava-1.5-13b": replace(_VICUNA, n_layer=40, n_embd=5120, n_head=40, n_head_kv=40, n_ff=13824),
+    "llava-next-7b": _VICUNA,
+    "llava-next-mistral-7b": replace(_VICUNA, n_head_kv=8, n_ff=14336, n_ctx=32768, rope_base=1e6),
+    "qwen2-vl-2b": replace(_QWEN2, n_embd=1536, n_head=12, n_head_kv=2, n_ff=8960, n_vocab=151936, tied=True),
+    "qwen2-vl-7b": _QWEN2,
+    "qwen2.5-vl-3b": replace(
+        _QWEN2,
+        n_layer=36,
+        n_embd=2048,
+        n_head=16,
+        n_head_kv=2,
+        n_ff=11008,
+        n_vocab=151936,
+        n_ctx=128000,
+        tied=True,
+    ),
+    "qwen2.5-vl-7b": replace(_QWEN2, n_ctx=128000),
+}
+"""The text models of vision-language models, by the names that `bench --shape` takes."""
+
+
+def find_shape(name: str, n_layer: int | None) -> TextShape:
+    """The shape of this name, cut to n_layer layers.
+
+    Raises:
+        SparseMMError: no such shape, or not so many layers.
+    """
+    if name not in SHAPES:
+        raise SparseMMError(f"unknown shape {name!r}: expected one of {', '.join(SHAPES)}")
+    shape = SHAPES[name]
+    if n_layer is None:
+        return shape
+    if not 1 <= n_layer <= shape.n_layer:
+        raise SparseMMError(f"{name} has {shape.n_layer} layers: --layers {n_layer} is not among 1 to them")
+    return replace(shape, n_layer=n_layer)
+
+
+def cache_dir() -> Path:
+    """The folder of the models made here."""
+    home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    return home / "sparsemm-edge" / "bench-models"
+
+
+def model_of_shape(
+    name: str, shape: TextShape, folder: Path, progress: Callable[[float], None] | None = None
+) -> Path:
+    """A GGUF file of this shape, Q4_0, made in the folder if it is not there yet.
+
+    Args:
+        name: what to call it.
+        shape: its shape.
+        folder: see cache_dir.
+        progress: told the share that is written, 0 to 1.
+
+    Raises:
+        SparseMMError: the disk has no room for it.
+    """
+    vocab = find_vocabulary(shape.vocab)
+    key = sha256(repr((astuple(shape), _WEIGHTS, _N_ROWS, _SEED, vocab is not None)).encode()).hexdigest()
+    path = folder / f"{name}-{shape.n_layer}-layers-{key[:8]}.gguf"
+    if path.exists():
+        return path
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise SparseMMError(f"cannot make the folder {folder}: {error.strerror}") from error
+    needed, free = shape.weight_bytes() + 2**26, shutil.disk_usage(folder).free
+    if needed > free:
+        raise SparseMMError(
+            f"{path} would take {_gb(needed)}, the disk has {_gb(free)} free:"
+            " cut the model with --layers, or set XDG_CACHE_HOME to a larger disk"
+        )
+    with atomic_path(path) as part:
+        _write(part, name, shape, vocab, progress or (lambda _: None))
+    return path
+
+
+def find_vocabulary(name: str) -> Path | None:
+    """llama.cpp's file of this vocabulary in the pinned source, if that was unpacked on this machine."""
+    home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    sources = [Path(stated) for stated in (os.environ.get("SPARSEMM_LLAMA_CPP_SOURCE"),) if stated]
+    sources += sorted((home / "sparsemm-edge" / "source").glob("*/vendor/llama.cpp"))
+    files = (source / "models" / f"ggml-vocab-{name}.gguf" for source in sources)
+    return next((file for file in files if file.is_file()), None)
+
+
+def head_scores(shape: ModelShape) -> tuple[HeadScores, str]:
+    """Head scores for a model whose own are not known, and in a few words where they come from."""
+    if PUBLISHED_SCORES.is_file() and (shape.n_head, shape.n_head_kv) == (32, 32):
+        published = HeadScores.load(PUBLISHED_SCORES)
+        if shape.n_layer <= published.n_layer:
+            cut = "" if shape.n_layer == published.n_layer else f", its first {shape.n_layer} layers"
+            scores = replace(published, scores=published.scores[: shape.n_layer])
+            return scores, f"published scores of {published.model}{cut}"
+    drawn = np.random.default_rng(_SEED).gamma(_GAMMA, size=(shape.n_layer, shape.n_head))
+    return (
+        HeadScores("synthetic", drawn, provenance={"dataset": "none"}),
+        "synthetic scores, as concentrated as the published ones of LLaVA-NeXT-Vicuna-7B",
+    )
+
+
+def _write(
+    path: Path, name: str, shape: TextShape, vocab: Path | None, progress: Callable[[float], None]
+) -> None:
+    """Write the file, one tensor in memory at a time."""
+    writer = GGUFWriter(path, shape.arch)
+    writer.add_name(f"{name}, {shape.n_layer} layers, random weights")
+    writer.add_block_count(shape.n_layer)
+    writer.add_context_length(shape.n_ctx)
+    writer.add_embedding_length(shape.n_embd)
+    writer.add_feed_forward_length(shape.n_ff)
+    writer.add_head_count(shape.n_head)
+    writer.add_head_count_kv(shape.n_head_kv)
+    writer.add_layer_norm_rms_eps(shape.rms_eps)
+    writer.add_rope_dimension_count(shape.head_dim)
+    writer.add_rope_freq_base(shape.rope_base)
+    writer.add_vocab_size(shape.n_vocab)
+    if shape.rope_sections:
+        writer.add_rope_dimension_sections(list(shape.rope_sections))
+    if vocab is None:
+        _add_made_up_vocabulary(writer, shape.n_vocab)
+    else:
+        _add_vocabulary(writer, vocab, shape.n_vocab)
+
+    tensors = shape.tensors()
+    for tensor, dims in tensors.items():
+        kind = GGMLQuantizationType.F32 if len(dims) == 1 else _WEIGHTS
+        writer.add_tensor_info(tensor, dims, np.dtype(np.float32), _tensor_bytes(dims), kind)
+    try:
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_ti_data_to_file()
+        written, total = 0, shape.weight_bytes()
+        for data in _data(tensors):
+            writer.write_tensor_data(data)
+            written += data.nbytes
+            progress(written / total)
+    finally:
+        writer.close()
+
+
+def _data(tensors: dict[str, tuple[int, ...]]) -> Iterator[npt.NDArray[Any]]:
+    """The data of the tensors in their order: norms of one, biases of zero, matrices of random rows."""
+    rng = np.random.default_rng(_SEED)
+    rows: dict[int, npt.NDArray[np.uint8]] = {}  # by length
+    for name, dims in tensors.items():
+        if len(dims) == 1:
+            yield np.full(dims, not name.endswith(".bias"), dtype=np.float32)
+            continue
+        n_out, n_in = dims
+        if n_in not in rows:
+            drawn = rng.standard_normal((_N_ROWS, n_in), dtype=np.float32) / np.sqrt(n_in)
+            rows[n_in] = quantize(drawn, _WEIGHTS)
+        yield rows[n_in][rng.integers(0, _N_ROWS, n_out)]
+
+
+def _add_vocabulary(writer: GGUFWriter, vocab: Path, n_vocab: int) -> None:
+    """Copy a vocabulary's keys, with unused tokens up to n_vocab."""
+    for key, field in GGUFReader(vocab).fields.items():
+        if not key.startswith("tokenizer."):
+            continue
+        value = field.contents()
+        if field.types[0] != GGUFValueType.ARRAY:
+            writer.add_key_value(key, value, field.types[0])
+            continue
+        unused = range(len(value), n_vocab) if key != "tokenizer.ggml.merges" else ()
+        if key == "tokenizer.ggml.tokens":
+            value += [f"[PAD{index}]" for index in unused]
+        elif key == "tokenizer.ggml.token_type":
+            value += [int(TokenType.UNUSED)] * len(unused)
+        elif unused:
+            value += [0.0] * len(unused)
+        writer.add_key_value(key, value, GGUFValueType.ARRAY, field.types[1])
+
+
+def _add_made_up_vocabulary(writer: GGUFWriter, n_vocab: int) -> None:
+    """A vocabulary of bytes and numbered words, which loads like any other."""
+    tokens = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256))]
+    kinds = [TokenType.UNKNOWN, TokenType.CONTROL, TokenType.CONTROL, *[TokenType.BYTE] * 256]
+    words = range(len(tokens), n_vocab)
+    writer.add_tokenizer_model("llama")
+    writer.add_token_list(tokens + [f"t{index}" for index in words])
+    writer.add_token_types([*kinds, *[TokenType.NORMAL] * len(words)])
+    writer.add_token_scores([0.0] * n_vocab)
+
+
+def _tensor_bytes(dims: tuple[int, ...]) -> int:
+    if len(dims) == 1:
+        return dims[0] * 4
+    block, n_bytes = GGML_QUANT_SIZES[_WEIGHTS]
+    return prod(dims) // block * n_bytes
+
+
+def _gb(n_bytes: int) -> str:
+    return f"{n_bytes / 2**30:.1f} GiB"
