@@ -12,6 +12,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 import psutil
 from PIL import Image
 
@@ -20,7 +22,7 @@ from sparsemm_edge.gguf_header import read_header
 from sparsemm_edge.gguf_metadata import check_supported, model_shape, sparsemm_metadata
 from sparsemm_edge.kept_map import ImageGrid
 from sparsemm_edge.runtime import chat_template, library
-from sparsemm_edge.runtime.eviction import Eviction, plan
+from sparsemm_edge.runtime.eviction import Eviction, HeadBudgetTable, plan
 from sparsemm_edge.runtime.library import llama, mtmd
 from sparsemm_edge.runtime.prompt import (
     ImagePart,
@@ -301,6 +303,14 @@ class VisionModel:
             on_phase=on_phase,
         )
 
+    def start_with(self, prompt: Prompt, table: HeadBudgetTable | None, **options: Any) -> Session:
+        """A session that evicts by this table, None: keeps the whole cache; options as for Session."""
+        if table is not None:
+            check_supported(self._header, self.shape)
+            library.set_head_budgets(self.pointer, table.head_budgets, table.window, table.pool_kernel)
+        library.set_head_eviction(self.pointer, table is not None)
+        return Session(self, prompt, **options)
+
     @property
     def vision(self) -> int:
         """mtmd_context pointer."""
@@ -316,6 +326,13 @@ class VisionModel:
     @cached_property
     def token_embeddings(self) -> TokenEmbeddings:
         return TokenEmbeddings(self._header)
+
+    def encode_image(self, part: ImagePart) -> npt.NDArray[np.float32]:
+        """An image through the vision tower and the projector: [n_tokens, n_embd_inp]."""
+        if mtmd.mtmd_encode_chunk(self.vision, part.chunk) != 0:
+            raise library.failure("llama.cpp cannot encode the image")
+        pointer = mtmd.mtmd_get_output_embd(self.vision)
+        return np.ctypeslib.as_array(pointer, shape=(part.n_tokens, self.n_embd_inp)).copy()
 
     def takes_embeddings(self, images: Sequence[ImagePart]) -> bool:
         """Whether text may be given as embeddings together with these images, with the same result."""

@@ -2,7 +2,7 @@
 
 import ctypes
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
@@ -48,6 +48,19 @@ class KVStats:
     n_evictions: int
 
 
+@dataclass(frozen=True)
+class Prefix:
+    """The first tokens of a prompt, read and not evicted: sessions with any head budgets can start from them.
+
+    Attributes:
+        state: their keys and values as llama.cpp saves them, for a cache of the same types.
+        n_tokens: places in the KV cache.
+    """
+
+    state: npt.NDArray[np.uint8]
+    n_tokens: int
+
+
 class Session:
     """A context with one prompt. Close it, or use it in a `with`: it owns memory of llama.cpp.
 
@@ -68,6 +81,8 @@ class Session:
         one_batch: bool = True,
         flash_attn: bool = True,
         on_phase: Callable[[str], None] | None = None,
+        embeddings: Sequence[npt.NDArray[np.float32]] | None = None,
+        n_outputs: int = 1,
     ) -> None:
         """Make the context. What is evicted was set on the model before (VisionModel.start does it).
 
@@ -81,6 +96,8 @@ class Session:
             flash_attn: False is for comparisons; a context that evicts uses flash attention all the same.
             on_phase: called with "image" and "prompt" when read_prompt begins to encode an image, and to run
                 the text model.
+            embeddings: of the prompt's images in order, see VisionModel.encode_image; None: encode them.
+            n_outputs: most tokens that one decode_all appends.
         """
         self.image_ms = 0.0
         self.prompt_ms = 0.0
@@ -92,6 +109,7 @@ class Session:
         self._after_prompt = (0, 0)
         self._n_calls = 0
         self._on_phase = on_phase or (lambda _: None)
+        self._embeddings = embeddings
         self._types = (cache_type(cache_type_k), cache_type(cache_type_v))
 
         images = [part for part in prompt.parts if isinstance(part, ImagePart)]
@@ -107,7 +125,7 @@ class Session:
         params.n_batch = prompt.n_tokens
         params.n_ubatch = n_ubatch
         params.n_seq_max = 1
-        params.n_outputs_max = 1
+        params.n_outputs_max = n_outputs
         params.n_threads = params.n_threads_batch = model.n_threads
         params.flash_attn_type = (
             llama.LLAMA_FLASH_ATTN_TYPE_ENABLED if flash_attn else llama.LLAMA_FLASH_ATTN_TYPE_DISABLED
@@ -138,11 +156,32 @@ class Session:
             raise SparseMMError("the session is closed")
         return self._context
 
-    def read_prompt(self) -> None:
-        """Encode the images and run the prompt; afterwards logits() are those of the first new token."""
+    @property
+    def takes_prefix(self) -> bool:
+        """Whether this prompt can be read in parts that begin and end anywhere."""
+        return self._as_embeddings
+
+    def read_prefix(self, n_tokens: int) -> Prefix:
+        """Read only the first tokens of the prompt; none asks for logits, so that nothing is evicted.
+
+        Needs takes_prefix, and a context that may evict.
+        """
+        self._read_as_embeddings(stop=n_tokens)
+        return Prefix(self._state(), n_tokens)
+
+    def read_prompt(self, prefix: Prefix | None = None) -> None:
+        """Encode the images and run the prompt; afterwards logits() are those of the first new token.
+
+        Args:
+            prefix: what read_prefix of another session read of the same prompt; only the rest is run.
+        """
         self._on_phase("prompt")
         start, self.image_ms = time.perf_counter(), 0.0
-        if self._as_embeddings:
+        if prefix is not None:
+            self._set_state(prefix.state)
+            self._n_tokens = prefix.n_tokens
+            self._read_as_embeddings(start=prefix.n_tokens)
+        elif self._as_embeddings:
             self._read_as_embeddings()
         else:
             self._read_by_parts()
@@ -151,9 +190,9 @@ class Session:
         self.n_prompt_calls = self._n_calls
         self._after_prompt = (self._n_past, self._n_tokens)
 
-    def forget_reply(self) -> None:
-        """Drop what was decoded since read_prompt, so that the next token follows the prompt again."""
-        self._n_past, self._n_tokens = self._after_prompt
+    def forget_reply(self, n_keep: int = 0) -> None:
+        """Drop what was decoded since read_prompt, but for the first n_keep tokens of it."""
+        self._n_past, self._n_tokens = (place + n_keep for place in self._after_prompt)
         if not llama.llama_memory_seq_rm(self._memory(), 0, self._n_past, -1):
             raise library.failure("llama.cpp cannot drop the reply")
 
@@ -161,6 +200,15 @@ class Session:
         """Append one token; afterwards logits() are those of the token after it."""
         self._decode_tokens(np.array([token], dtype=np.int32), output=True)
         llama.llama_synchronize(self.context)
+
+    def decode_all(self, tokens: npt.NDArray[np.int32]) -> npt.NDArray[np.float32]:
+        """Append tokens at once, which evicts nothing: the logits after each of them, [n, n_vocab]."""
+        if not len(tokens):
+            return np.empty((0, self._model.n_vocab), dtype=np.float32)
+        self._decode_tokens(tokens, output=True, all_outputs=True)
+        llama.llama_synchronize(self.context)
+        pointer = llama.llama_get_logits(self.context)
+        return np.ctypeslib.as_array(pointer, shape=(len(tokens), self._model.n_vocab)).copy()
 
     def logits(self) -> npt.NDArray[np.float32]:
         """The logits of the next token: [n_vocab], a copy."""
@@ -204,25 +252,16 @@ class Session:
     def _memory(self) -> int:
         return int(llama.llama_get_memory(self.context))
 
-    def _read_as_embeddings(self) -> None:
-        """The whole prompt in one call, text as embeddings too: text and images cannot mix otherwise."""
-        model = self._model
-        rows = np.zeros((self._prompt.n_tokens, model.n_embd_inp), dtype=np.float32)
-        positions = np.zeros((_N_POS_MROPE if model.uses_mrope else 1, len(rows)), dtype=np.int32)
-        at, pos = 0, 0
-        for part in self._prompt.parts:
-            span = slice(at, at + part.n_tokens)
-            if isinstance(part, TextPart):
-                embeddings = model.token_embeddings.rows(part.tokens)
-                rows[span, : embeddings.shape[1]] = embeddings
-                # M-RoPE: time, height and width are alike for text, the fourth is unused
-                positions[:3, span] = np.arange(pos, pos + part.n_tokens)
-            else:
-                rows[span] = self._encode(part)
-                positions[:, span] = self._image_positions(part, pos)
-            at, pos = span.stop, pos + part.n_pos
+    def _read_as_embeddings(self, start: int = 0, stop: int | None = None) -> None:
+        """The prompt's tokens from start to stop in one call, text as embeddings too: they cannot mix.
+
+        Only the prompt's last token asks for logits.
+        """
+        rows, positions = self._embedding_rows()
         outputs = np.zeros(len(rows), dtype=np.int8)
         outputs[-1] = 1
+        rows, outputs = rows[start:stop], outputs[start:stop]
+        positions = np.ascontiguousarray(positions[:, start:stop])
         self._decode(
             llama.llama_batch(
                 n_tokens=len(rows),
@@ -231,15 +270,37 @@ class Session:
                 logits=outputs.ctypes.data_as(ctypes.POINTER(ctypes.c_int8)),
             )
         )
-        self._n_past = pos
+        self._n_past = self._prompt.n_pos
+
+    def _embedding_rows(self) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.int32]]:
+        """The whole prompt as embeddings, [n, n_embd_inp], and its positions, [1, n], with M-RoPE [4, n]."""
+        model = self._model
+        rows = np.zeros((self._prompt.n_tokens, model.n_embd_inp), dtype=np.float32)
+        positions = np.zeros((_N_POS_MROPE if model.uses_mrope else 1, len(rows)), dtype=np.int32)
+        at, pos, n_images = 0, 0, 0
+        for part in self._prompt.parts:
+            span = slice(at, at + part.n_tokens)
+            if isinstance(part, TextPart):
+                embeddings = model.token_embeddings.rows(part.tokens)
+                rows[span, : embeddings.shape[1]] = embeddings
+                # M-RoPE: time, height and width are alike for text, the fourth is unused
+                positions[:3, span] = np.arange(pos, pos + part.n_tokens)
+            else:
+                rows[span] = self._encode(part, n_images)
+                positions[:, span] = self._image_positions(part, pos)
+                n_images += 1
+            at, pos = span.stop, pos + part.n_pos
+        return rows, positions
 
     def _read_by_parts(self) -> None:
         """A call for each stretch of text and each image; only the last token asks for logits."""
+        n_images = 0
         for part, is_last in _with_last(self._prompt.parts):
             if isinstance(part, TextPart):
                 self._decode_tokens(part.tokens, output=is_last)
                 continue
-            embeddings = self._encode(part)
+            embeddings = self._encode(part, n_images)
+            n_images += 1
             after = ctypes.c_int32()
             status = mtmd.mtmd_helper_decode_image_chunk(
                 self._model.vision,
@@ -258,15 +319,13 @@ class Session:
             self._n_tokens += part.n_tokens
             self._n_calls += 1
 
-    def _encode(self, part: ImagePart) -> npt.NDArray[np.float32]:
-        """An image through the vision tower: [n_tokens, n_embd_inp]."""
+    def _encode(self, part: ImagePart, index: int) -> npt.NDArray[np.float32]:
+        """An image through the vision tower, or what was given for it: [n_tokens, n_embd_inp]."""
+        if self._embeddings is not None:
+            return self._embeddings[index]
         self._on_phase("image")
         start = time.perf_counter()
-        if mtmd.mtmd_encode_chunk(self._model.vision, part.chunk) != 0:
-            raise library.failure("llama.cpp cannot encode the image")
-        pointer = mtmd.mtmd_get_output_embd(self._model.vision)
-        shape = (part.n_tokens, self._model.n_embd_inp)
-        embeddings = np.ctypeslib.as_array(pointer, shape=shape).copy()
+        embeddings = self._model.encode_image(part)
         self.image_ms += _ms_since(start)
         self._on_phase("prompt")
         return embeddings
@@ -281,10 +340,34 @@ class Session:
         t, x, y, z = np.ctypeslib.as_array(found).view(np.uint32).reshape(-1, 4).T
         return np.stack([t, y, x, z]).astype(np.int32)
 
-    def _decode_tokens(self, tokens: npt.NDArray[np.int32], *, output: bool) -> None:
+    def _state(self) -> npt.NDArray[np.uint8]:
+        """The KV cache as llama.cpp saves it."""
+        state = np.empty(llama.llama_state_seq_get_size(self.context, 0), dtype=np.uint8)
+        pointer = state.ctypes.data_as(ctypes.POINTER(ctypes.c_uint8))
+        if llama.llama_state_seq_get_data(self.context, pointer, len(state), 0) != len(state):
+            raise library.failure("llama.cpp cannot save the KV cache")
+        return state
+
+    def _set_state(self, state: npt.NDArray[np.uint8]) -> None:
+        """Fill this empty cache with what _state of a cache with other head budgets returned.
+
+        A state begins with what it is a state of, head budgets included, and llama.cpp takes back no other's.
+        What has not been evicted is the same under all of them: so the state gets the beginning of this
+        cache's own empty one, which ends with three counters.
+        """
+        own = self._state()[: -3 * 4]
+        state = np.concatenate([own, state[len(own) :]])
+        pointer = state.ctypes.data_as(ctypes.POINTER(ctypes.c_uint8))
+        library.forget_errors()
+        if llama.llama_state_seq_set_data(self.context, pointer, len(state), 0) != len(state):
+            raise library.failure("llama.cpp cannot restore the KV cache")
+
+    def _decode_tokens(
+        self, tokens: npt.NDArray[np.int32], *, output: bool, all_outputs: bool = False
+    ) -> None:
         positions = np.arange(self._n_past, self._n_past + len(tokens), dtype=np.int32)
         outputs = np.zeros(len(tokens), dtype=np.int8)
-        outputs[-1] = output
+        outputs[0 if all_outputs else -1 :] = output
         self._decode(
             llama.llama_batch(
                 n_tokens=len(tokens),
