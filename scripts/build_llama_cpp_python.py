@@ -4,6 +4,9 @@
     build_llama_cpp_python.py              build the patched wheel (or find it in the cache), print its path
     build_llama_cpp_python.py install      the same, then install it into this Python (or --python)
     build_llama_cpp_python.py source       print where the patched source lies, convert_hf_to_gguf.py in it
+    build_llama_cpp_python.py tools        for the tests: build llama-server, llama-mtmd-cli, ggml-rpc-server
+                                           too, print the folder of programs and libraries
+    build_llama_cpp_python.py stock        for the tests: build libllama without the patches, print its folder
     build_llama_cpp_python.py unpack DIR   make a git tree: the pinned source as base, one commit per patch
     build_llama_cpp_python.py export DIR   the inverse: write that tree's commits back to patches/
 
@@ -32,15 +35,17 @@ import sys
 import sysconfig
 import tarfile
 import tempfile
+import zipfile
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 
-# What a wheel for this project does not need. LLAMA_BUILD_COMMON is forced ON in the CMakeLists.txt
-# of llama-cpp-python although nothing in the wheel links it, and it is over 40 % of the compile time.
+# What a wheel for this project does not need, but for the RPC backend: a few seconds, and a laptop can
+# lend its memory to another.
 CMAKE_OPTIONS = (
+    "-DGGML_RPC=ON",
     "-DLLAMA_BUILD_TESTS=OFF",
     "-DLLAMA_BUILD_EXAMPLES=OFF",
     "-DLLAMA_BUILD_TOOLS=OFF",
@@ -49,11 +54,34 @@ CMAKE_OPTIONS = (
     "-DCMAKE_PLATFORM_NO_VERSIONED_SONAME=ON",
 )
 
+# The programs that the tests run. They come out of the wheel's own build, which then takes 1.6 times as long.
+TOOLS = ("llama-server", "llama-mtmd-cli", "ggml-rpc-server")
+TOOLS_OPTIONS = (
+    "-DLLAMA_BUILD_COMMON=ON",
+    "-DLLAMA_BUILD_TOOLS=ON",
+    "-DLLAMA_BUILD_SERVER=ON",
+    "-DLLAMA_USE_PREBUILT_UI=OFF",  # would be downloaded
+    "-DLLAMA_OPENSSL=OFF",
+    # programs and libraries can be moved together
+    "-DCMAKE_BUILD_RPATH_USE_ORIGIN=ON",
+)
+LIBRARIES = ("llama", "mtmd", "ggml", "ggml-base", "ggml-cpu", "ggml-rpc")
+
+# Unpatched, for comparison: its mtmd is not needed.
+STOCK_OPTIONS = ("-DLLAVA_BUILD=OFF", "-DGGML_RPC=OFF")
+
 # Edits to the build's copy only, never to the tree that `unpack` makes: (file, old, new).
-# {version} and {local} come from the pin.
+# {version} and {full_version} come from the pin.
 BUILD_EDITS = (
-    ("llama_cpp/__init__.py", '__version__ = "{version}"', '__version__ = "{version}+sparsemm.{local}"'),
-    ("CMakeLists.txt", "set(LLAMA_BUILD_COMMON ON CACHE", "set(LLAMA_BUILD_COMMON OFF CACHE"),
+    ("llama_cpp/__init__.py", '__version__ = "{version}"', '__version__ = "{full_version}"'),
+    # forced ON, although nothing in the wheel links it, and it is over 40 % of the compile time
+    ("CMakeLists.txt", 'set(LLAMA_BUILD_COMMON ON CACHE BOOL "Build llama.cpp common library" FORCE)', ""),
+    # TOOLS_OPTIONS add it already
+    (
+        "CMakeLists.txt",
+        "add_subdirectory(vendor/llama.cpp/tools/mtmd)",
+        "if (NOT TARGET mtmd)\nadd_subdirectory(vendor/llama.cpp/tools/mtmd)\nendif()",
+    ),
 )
 
 # Headers, pkg-config and CMake files that upstream's install rules put at the top of site-packages.
@@ -100,27 +128,39 @@ class Series:
 
     @property
     def full_version(self) -> str:
-        return f"{self.version}+sparsemm.{self.local_version}"
+        return f"{self.version}+sparsemm.{self.local_version}" if self.patches else self.version
 
     @property
     def sdist_name(self) -> str:
         return f"{self.project.replace('-', '_')}-{self.version}.tar.gz"
 
     def key(self) -> str:
-        """Changes with the pin and with any patch's name or content."""
-        parts = [(self.directory / "pin.json").read_bytes()]
+        """Changes with the pinned source and with any patch's name or content."""
+        parts = [self.project.encode(), self.version.encode(), self.sha256.encode()]
         for patch in self.patches:
             parts += [patch.name.encode(), patch.read_bytes()]
         return digest(*parts)
 
-    def wheel_key(self) -> str:
+    def build_key(self, *options: str) -> str:
         """Changes with everything that changes the built libraries."""
         cmake_args = os.environ.get("CMAKE_ARGS", "")
-        parts = [self.key(), repr((CMAKE_OPTIONS, BUILD_EDITS, WHEEL_EXCLUDE)), cmake_args]
-        parts += [sysconfig.get_platform(), *platform.libc_ver()]
+        parts = [self.key(), self.full_version, repr((CMAKE_OPTIONS, BUILD_EDITS, WHEEL_EXCLUDE, options))]
+        parts += [cmake_args, sysconfig.get_platform(), *platform.libc_ver()]
         if "GGML_NATIVE=OFF" not in cmake_args:
             parts.append(cpu_features())
         return digest(*(part.encode() for part in parts))
+
+    def wheel_dir(self) -> Path:
+        """Where the wheel of this series lies once it is built."""
+        return cache_dir("wheels") / self.build_key()
+
+    def tools_dir(self) -> Path:
+        """Where the programs of this series lie once they are built, with their libraries."""
+        return cache_dir("tools") / self.build_key(*TOOLS_OPTIONS)
+
+    def stock_dir(self) -> Path:
+        """Where the libraries of the pinned source without the patches lie once they are built."""
+        return cache_dir("stock") / replace(self, patches=()).build_key(*STOCK_OPTIONS)
 
 
 def digest(*parts: bytes) -> str:
@@ -399,43 +439,84 @@ def check_compilers() -> None:
 
 def build_wheel(series: Series, given_sdist: Path | None) -> Path:
     """The wheel of the patched source, from the cache or built now."""
-    target = cache_dir("wheels") / series.wheel_key()
-    if wheels := list(target.glob("*.whl")):
-        return wheels[0]
+    target = series.wheel_dir()
+    if not target.is_dir():
+        with temporary_beside(target) as folder:
+            move_into_place(compile_wheel(series, given_sdist, folder).parent, target)
+    (wheel,) = target.glob("*.whl")
+    return wheel
+
+
+def build_tools(series: Series, given_sdist: Path | None) -> Path:
+    """The folder of TOOLS and their libraries; the same build leaves the wheel in the cache."""
+    target = series.tools_dir()
+    if not target.is_dir():
+        with temporary_beside(target) as folder:
+            wheel = compile_wheel(series, given_sdist, folder, TOOLS_OPTIONS, (*LIBRARIES, *TOOLS))
+            # the programs lie among object files and libraries
+            move_into_place(folder / "build" / "bin", target)
+            if not series.wheel_dir().is_dir():
+                move_into_place(wheel.parent, series.wheel_dir())
+    return target
+
+
+def build_stock(series: Series, given_sdist: Path | None) -> Path:
+    """The folder of libllama and ggml built from the pinned source without the patches."""
+    target = series.stock_dir()
+    if not target.is_dir():
+        with temporary_beside(target) as folder:
+            wheel = compile_wheel(replace(series, patches=()), given_sdist, folder, STOCK_OPTIONS)
+            made = folder / "lib"
+            made.mkdir()
+            with zipfile.ZipFile(wheel) as archive:
+                for name in archive.namelist():
+                    if name.startswith("llama_cpp/lib/"):
+                        (made / Path(name).name).write_bytes(archive.read(name))
+            move_into_place(made, target)
+    return target
+
+
+def compile_wheel(
+    series: Series,
+    given_sdist: Path | None,
+    folder: Path,
+    options: Sequence[str] = (),
+    targets: Sequence[str] = (),
+) -> Path:
+    """Build a wheel in `folder`, which is temporary: the wheel in wheel/, CMake's files in build/.
+
+    Args:
+        options: for CMake, after CMAKE_OPTIONS and before the user's CMAKE_ARGS.
+        targets: of CMake; none: all.
+    """
     check_compilers()
     source = patched_source(series, given_sdist)
-    log_path = cache_dir("logs") / f"build-{target.name}.log"
+    log_path = cache_dir("logs") / f"build-{series.build_key(*options)}.log"
     n_jobs = str(usable_cores())
-    say(
-        f"building {series.project} {series.full_version} on {n_jobs} cores, "
-        f"minutes, once per machine; log: {log_path}"
-    )
+    what = f"{series.project} {series.full_version}" + (f" and {', '.join(TOOLS)}" if targets else "")
+    say(f"building {what} on {n_jobs} cores, minutes, once per machine; log: {log_path}")
 
-    with temporary_beside(target) as folder:
-        # the build writes into its source: work on a copy
-        build = folder / "source"
-        shutil.copytree(source, build, symlinks=True)
-        apply_build_edits(series, build)
-        environment = dict(os.environ)
-        environment.setdefault("CMAKE_BUILD_PARALLEL_LEVEL", n_jobs)
-        options = (*CMAKE_OPTIONS, f"-DLLAMA_BUILD_COMMIT={series.llama_cpp_commit}")
-        environment["CMAKE_ARGS"] = " ".join([*options, os.environ.get("CMAKE_ARGS", "")]).strip()
-        wheel_dir = folder / "wheel"
-        command = [
-            sys.executable,
-            "-m",
-            "pip",
-            "wheel",
-            "--verbose",
-            "--no-deps",
-            "--wheel-dir",
-            str(wheel_dir),
-        ]
-        command += ["--config-settings", "wheel.exclude=" + ";".join(WHEEL_EXCLUDE), str(build)]
-        if run_logged(command, environment, log_path) != 0:
-            raise BuildError(f"the build failed: {failure_reason(log_path)} (all of it: {log_path})")
-        move_into_place(wheel_dir, target)
-    (wheel,) = target.glob("*.whl")
+    # the build writes into its source: work on a copy
+    build = folder / "source"
+    shutil.copytree(source, build, symlinks=True)
+    apply_build_edits(series, build)
+    environment = dict(os.environ)
+    environment.setdefault("CMAKE_BUILD_PARALLEL_LEVEL", n_jobs)
+    options = (*CMAKE_OPTIONS, f"-DLLAMA_BUILD_COMMIT={series.llama_cpp_commit}", *options)
+    environment["CMAKE_ARGS"] = " ".join([*options, os.environ.get("CMAKE_ARGS", "")]).strip()
+    settings = {
+        "wheel.exclude": WHEEL_EXCLUDE,
+        "build-dir": (str(folder / "build"),),
+        "build.targets": targets,
+    }
+    command = [sys.executable, "-m", "pip", "wheel", "--verbose", "--no-deps"]
+    command += ["--wheel-dir", str(folder / "wheel")]
+    for name, values in settings.items():
+        if values:
+            command += ["--config-settings", f"{name}={';'.join(values)}"]
+    if run_logged([*command, str(build)], environment, log_path) != 0:
+        raise BuildError(f"the build failed: {failure_reason(log_path)} (all of it: {log_path})")
+    (wheel,) = (folder / "wheel").glob("*.whl")
     return wheel
 
 
@@ -444,7 +525,7 @@ def usable_cores() -> int:
 
 
 def apply_build_edits(series: Series, build: Path) -> None:
-    names = {"version": series.version, "local": series.local_version}
+    names = {"version": series.version, "full_version": series.full_version}
     for name, old, new in BUILD_EDITS:
         path = build / name
         text = path.read_text(encoding="utf-8")
@@ -543,6 +624,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "--python", default=sys.executable, help="install into this interpreter's environment"
     )
     commands.add_parser("source", help="print the folder of the patched source")
+    commands.add_parser("tools", help=f"build {', '.join(TOOLS)}, print their folder")
+    commands.add_parser("stock", help="build libllama without the patches, print its folder")
     command = commands.add_parser("unpack", help="make a git tree for work on the patches")
     command.add_argument("folder", type=Path)
     command = commands.add_parser("export", help="write a tree's commits back to the patch folder")
@@ -555,6 +638,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
             install(series, build_wheel(series, options.sdist), options.python)
         elif options.command == "source":
             print(patched_source(series, options.sdist))
+        elif options.command == "tools":
+            print(build_tools(series, options.sdist))
+        elif options.command == "stock":
+            print(build_stock(series, options.sdist))
         elif options.command == "unpack":
             unpack(series, options.sdist, options.folder)
         elif options.command == "export":

@@ -204,18 +204,21 @@ def test_unpack_never_writes_into_a_folder_with_files(
     assert "not empty" in error_line(capsys)
 
 
-def test_the_wheel_key_follows_series_and_cmake_args(
+def test_what_is_built_is_kept_by_cmake_args_and_all_but_stock_by_series(
     workspace: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def key() -> str:
-        return build.Series.read(workspace / "patches").wheel_key()
+    def places() -> tuple[Path, ...]:
+        series = build.Series.read(workspace / "patches")
+        return series.wheel_dir(), series.tools_dir(), series.stock_dir()
 
-    stock = key()
+    unpatched = places()
     monkeypatch.setenv("CMAKE_ARGS", "-DGGML_BLAS=ON")
-    blas = key()
+    blas = places()
     monkeypatch.delenv("CMAKE_ARGS")
     series_of_two(workspace)
-    assert len({stock, blas, key()}) == 3
+    patched = places()
+    assert [len(set(kind)) for kind in zip(unpatched, blas, patched, strict=True)] == [3, 3, 2]
+    assert patched[2] == unpatched[2]
 
 
 def test_the_shipped_pin_is_the_version_that_the_edits_expect() -> None:
