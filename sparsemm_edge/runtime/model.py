@@ -311,6 +311,14 @@ class VisionModel:
         library.set_head_eviction(self.pointer, table is not None)
         return Session(self, prompt, **options)
 
+    def ends_turn(self, token: int) -> bool:
+        """Whether a token ends the model's turn."""
+        return bool(llama.llama_vocab_is_eog(self._vocab, token))
+
+    def text_of(self, tokens: Sequence[int]) -> str:
+        """The text of generated tokens; control tokens have none."""
+        return b"".join(self._piece(token) for token in tokens).decode("utf-8", "replace")
+
     @property
     def vision(self) -> int:
         """mtmd_context pointer."""
@@ -415,7 +423,7 @@ class VisionModel:
                 token = llama.llama_sampler_sample(sampler, session.context, -1)
                 if tokens:
                     decode_ms.append((time.perf_counter() - started) * 1000)
-                if llama.llama_vocab_is_eog(self._vocab, token):
+                if self.ends_turn(token):
                     break
                 tokens.append(token)
                 if piece := text.decode(self._piece(token)):

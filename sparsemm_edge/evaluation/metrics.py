@@ -1,0 +1,172 @@
+"""How right one answer is: the standard metrics of the data sets that `eval` reads.
+
+Every metric takes the model's answer and the accepted answers and returns a score from 0 (wrong) to 1.
+"""
+
+import re
+from collections.abc import Callable, Sequence
+
+from sparsemm_edge.errors import SparseMMError
+
+_ANLS_THRESHOLD = 0.5
+_RELATIVE_TOLERANCE = 0.05
+
+_NUMBER_WORDS = {"none": "0", "zero": "0", "one": "1", "two": "2", "three": "3", "four": "4", "five": "5"} | {
+    "six": "6",
+    "seven": "7",
+    "eight": "8",
+    "nine": "9",
+    "ten": "10",
+}
+_ARTICLES = {"a", "an", "the"}
+_PUNCTUATION = ';/[]"{}()=+\\_-><@`,?!'
+_COMMA_IN_NUMBER = re.compile(r"(?<=\d),(?=\d)")
+_FULL_STOP = re.compile(r"\.(?!\d)")
+
+
+def exact_match(answer: str, accepted: Sequence[str]) -> float:
+    """1 if the answer is one of the accepted, but for white space at its ends."""
+    return float(answer.strip() in {each.strip() for each in accepted})
+
+
+def anls(answer: str, accepted: Sequence[str]) -> float:
+    """Average normalised Levenshtein similarity, of one question.
+
+    1 - d where d is the edit distance over the longer length, and 0 where d is not below 0.5; the best of the
+    accepted answers; case and runs of white space do not matter. DocVQA's metric. Source: Biten et al. 2019
+    (arXiv 1907.00490), equation 1.
+    """
+    return max((_anls_of_one(_plain(answer), _plain(each)) for each in accepted), default=0.0)
+
+
+def vqa_accuracy(answer: str, accepted: Sequence[str]) -> float:
+    """VQA accuracy: an answer that at least three of ten people gave is right.
+
+    min(1, people who gave it / 3), averaged over leaving each person out in turn. Answers are compared
+    without case, articles and punctuation, with numbers up to ten as digits. TextVQA's metric. Source: Antol
+    et al. 2015 (arXiv 1505.00468), section 4, and the normalisation of the VQA challenge's evaluation; it
+    restores missing apostrophes, here all are dropped, which finds the same answers equal.
+
+    Args:
+        answer: the model's answer.
+        accepted: one for each person, so that answers repeat; at least four.
+    """
+    given = vqa_normalised(answer)
+    same = [vqa_normalised(each) == given for each in accepted]
+    total = sum(same)
+    return sum(min(1.0, (total - mine) / 3) for mine in same) / len(same)
+
+
+def relaxed_accuracy(answer: str, accepted: Sequence[str]) -> float:
+    """1 if a number is within 5 % of an accepted one, or another answer equals it but for case.
+
+    A number with a per cent sign is a hundredth. Zero has no relative distance and is compared as text.
+    ChartQA's metric. Source: Masry et al. 2022 (arXiv 2203.10244), section 5.1, after Methani et al. 2020.
+    """
+    return float(any(_relaxed(answer.strip(), each.strip()) for each in accepted))
+
+
+def ocrbench(answer: str, accepted: Sequence[str]) -> float:
+    """1 if an accepted answer is contained in the answer, but for case and line breaks.
+
+    Source: Liu et al. 2023 (arXiv 2305.07895), section 3. For its handwritten formulas see ocrbench_formula.
+    """
+    found = _one_line(answer).lower()
+    return float(any(_one_line(each).lower() in found for each in accepted))
+
+
+def ocrbench_formula(answer: str, accepted: Sequence[str]) -> float:
+    """OCRBench's rule for handwritten formulas (HME100k): case matters, white space does not."""
+    found = _one_line(answer).replace(" ", "")
+    return float(any(_one_line(each).replace(" ", "") in found for each in accepted))
+
+
+def character_accuracy(answer: str, accepted: Sequence[str]) -> float:
+    """1 - character error rate, at least 0: the best of the accepted answers."""
+    return max(max(0.0, 1 - character_error_rate(answer, each)) for each in accepted)
+
+
+METRICS: dict[str, Callable[[str, Sequence[str]], float]] = {
+    "exact_match": exact_match,
+    "anls": anls,
+    "vqa_accuracy": vqa_accuracy,
+    "relaxed_accuracy": relaxed_accuracy,
+    "ocrbench": ocrbench,
+    "ocrbench_formula": ocrbench_formula,
+    "cer": character_accuracy,
+}
+"""By the name that a data set gives; `cer` is scored as 1 - character error rate, as all are better above."""
+
+
+def score(metric: str, answer: str, accepted: Sequence[str]) -> float:
+    """The score of one answer, 0 to 1, by the metric of this name."""
+    return METRICS[metric](answer, accepted)
+
+
+def check_question(metric: str, accepted: Sequence[str], where: str) -> None:
+    """Raise SparseMMError, naming `where`, unless these answers can be scored by this metric."""
+    if metric not in METRICS:
+        raise SparseMMError(f"{where}: unknown metric {metric!r}: expected one of {', '.join(METRICS)}")
+    if not accepted:
+        raise SparseMMError(f"{where}: there are no answers")
+    if metric == "vqa_accuracy" and len(accepted) < 4:
+        raise SparseMMError(f"{where}: vqa_accuracy wants the answers of at least 4 people (10 as published)")
+    if metric == "cer" and not all(accepted):
+        raise SparseMMError(f"{where}: an empty answer has no character error rate")
+
+
+def character_error_rate(answer: str, reference: str) -> float:
+    """Insertions, deletions and substitutions over the length of the reference; may be above 1."""
+    return edit_distance(answer, reference) / len(reference)
+
+
+def edit_distance(one: str, other: str) -> int:
+    """Levenshtein's distance: the fewest insertions, deletions and substitutions of a character."""
+    above = list(range(len(other) + 1))
+    for i, left in enumerate(one):
+        row = [i + 1]
+        for j, right in enumerate(other):
+            row.append(min(above[j] + (left != right), above[j + 1] + 1, row[j] + 1))
+        above = row
+    return above[-1]
+
+
+def vqa_normalised(answer: str) -> str:
+    """An answer as the VQA challenge compares it: case, articles, punctuation, number words."""
+    text = given = answer.replace("\n", " ").replace("\t", " ").strip()
+    has_number = _COMMA_IN_NUMBER.search(given) is not None
+    for mark in _PUNCTUATION:
+        # a mark beside a space vanishes, wherever it stands, any other becomes a space
+        beside_space = f"{mark} " in given or f" {mark}" in given
+        text = text.replace(mark, "" if beside_space or has_number else " ")
+    text = _FULL_STOP.sub("", text).replace("'", "").lower()
+    words = (_NUMBER_WORDS.get(word, word) for word in text.split())
+    return " ".join(word for word in words if word not in _ARTICLES)
+
+
+def _anls_of_one(answer: str, accepted: str) -> float:
+    longer = max(len(answer), len(accepted))
+    distance = edit_distance(answer, accepted) / longer if longer else 0.0
+    return 1 - distance if distance < _ANLS_THRESHOLD else 0.0
+
+
+def _relaxed(answer: str, accepted: str) -> bool:
+    found, wanted = _number(answer), _number(accepted)
+    if found is not None and wanted:
+        return abs(found - wanted) / abs(wanted) <= _RELATIVE_TOLERANCE
+    return answer.lower() == accepted.lower()
+
+
+def _number(text: str) -> float | None:
+    try:
+        return float(text[:-1]) / 100 if text.endswith("%") else float(text)
+    except ValueError:
+        return None
+
+
+def _plain(text: str) -> str:
+    return " ".join(text.lower().split())
+
+
+def _one_line(text: str) -> str:
+    return text.strip().replace("\n", " ")

@@ -1,0 +1,150 @@
+"""What is compared: a policy at a budget, and how the budget is shared out."""
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from sparsemm_edge.budgets import MAX_WINDOW, POLICIES, head_budgets
+from sparsemm_edge.errors import SparseMMError
+from sparsemm_edge.gguf_metadata import ModelShape
+
+
+@dataclass(frozen=True)
+class Setting:
+    """One way to shrink the cache.
+
+    Attributes:
+        policy: one of budgets.POLICIES.
+        budget: mean head budget in positions; None if `retention` says it. Both are None for `full`.
+        retention: mean head budget in per cent of the prompt.
+        window: observation window in positions, at most; see `window_of`.
+        floor_ratio: the share of the budget that every head gets.
+        water_fill: whether what a head cannot use goes to the others.
+        seed: of policy `random`.
+        cache_type: the number type of K and V.
+    """
+
+    policy: str
+    budget: int | None = None
+    retention: float | None = None
+    window: int = 0
+    floor_ratio: float = 0.0
+    water_fill: bool = True
+    seed: int = 0
+    cache_type: str = "f16"
+
+    @property
+    def key(self) -> str:
+        """Names the setting in files of results; no other setting has it."""
+        return ",".join(f"{name}={value}" for name, value in asdict(self).items() if value is not None)
+
+    def budget_of(self, n_prompt: int) -> int:
+        """The mean head budget for a prompt of this length, in positions; at least 2."""
+        if self.budget is not None:
+            return self.budget
+        assert self.retention is not None
+        return max(2, round(self.retention / 100 * n_prompt))
+
+    def window_of(self, n_prompt: int) -> int:
+        """The window for a prompt of this length: at most half of the budget.
+
+        A window must be smaller than the budget that it is a part of; what is left is chosen by attention.
+        """
+        return max(1, min(self.window, self.budget_of(n_prompt) // 2))
+
+    def table(
+        self, scores: npt.NDArray[np.float64] | None, shape: ModelShape, n_prompt: int
+    ) -> npt.NDArray[np.uint32]:
+        """The head budgets for a prompt: [n_layer, n_head_kv] positions. Not for policy `full`.
+
+        Args:
+            scores: [n_layer, n_head_kv] head scores; only `sparsemm` needs them.
+            shape: the model's.
+            n_prompt: the prompt's length in positions.
+        """
+        return head_budgets(
+            self.policy,
+            scores,
+            n_layer=shape.n_layer,
+            n_head_kv=shape.n_head_kv,
+            budget=self.budget_of(n_prompt),
+            window=self.window_of(n_prompt),
+            floor_ratio=self.floor_ratio,
+            water_fill=self.water_fill,
+            n_prompt=n_prompt,
+            seed=self.seed,
+        )
+
+
+def settings_of(
+    *,
+    policies: Sequence[str],
+    budgets: Sequence[int] = (),
+    retentions: Sequence[float] = (),
+    windows: Sequence[int],
+    floor_ratios: Sequence[float],
+    water_fills: Sequence[bool],
+    cache_types: Sequence[str] = ("f16",),
+    n_random: int = 3,
+) -> list[Setting]:
+    """All combinations that differ, the full cache first.
+
+    Floor ratios and water-filling are swept for `sparsemm`; `pyramid` and `random` take the first floor ratio
+    and are water-filled, `uniform` has no use for either. The full f16 cache is always there: it is what
+    fidelity compares with.
+
+    Args:
+        policies: of budgets.POLICIES.
+        budgets, retentions: mean head budgets in positions, or in per cent of the prompt; not both.
+        windows, floor_ratios, water_fills, cache_types: as in Setting.
+        n_random: seeds of policy `random`, from 0.
+
+    Raises:
+        SparseMMError: an unknown policy, budgets in both units or in none, or a value out of its range.
+    """
+    unknown = [policy for policy in policies if policy not in POLICIES]
+    if unknown:
+        raise SparseMMError(f"unknown policy {unknown[0]!r}: expected some of {', '.join(POLICIES)}")
+    if bool(budgets) == bool(retentions):
+        raise SparseMMError("give budgets in positions or retentions in per cent, one of the two")
+    for what, values, low, high in (
+        ("budget", budgets, 2, 2**31 - 1),
+        ("retention", retentions, 0.01, 100),
+        ("window", windows, 1, MAX_WINDOW),
+        ("floor ratio", floor_ratios, 0, 1),
+        ("number of random seeds", [n_random], 1, 1000),
+    ):
+        for value in values:
+            if not low <= value <= high:
+                raise SparseMMError(f"a {what} of {value} was asked for: it must be {low} to {high}")
+    places: list[dict[str, Any]] = [{"budget": each} for each in budgets]
+    places += [{"retention": float(each)} for each in retentions]
+    settings = []
+    for cache_type in cache_types:
+        settings.append(Setting("full", cache_type=cache_type))
+        for policy in policies:
+            if policy == "full":
+                continue
+            swept = policy == "sparsemm"
+            settings += [
+                Setting(
+                    policy,
+                    **place,
+                    window=window,
+                    floor_ratio=0.0 if policy == "uniform" else float(floor_ratio),
+                    water_fill=water_fill,
+                    seed=seed,
+                    cache_type=cache_type,
+                )
+                for window in windows
+                for floor_ratio in (floor_ratios if swept else floor_ratios[:1])
+                for water_fill in (water_fills if swept else (True,))
+                for seed in (range(n_random) if policy == "random" else (0,))
+                for place in places
+            ]
+    if "f16" not in cache_types:
+        settings.insert(0, Setting("full"))
+    return list(dict.fromkeys(settings))
