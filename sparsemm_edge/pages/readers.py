@@ -1,0 +1,215 @@
+"""Where pages come from: made here, or read from a user's folder.
+
+A folder holds images and files that say what stands on them: .json, .jsonl or (with pyarrow) .parquet, a record
+a page, in one of two forms:
+
+- {"image": file name, "chunks": [{"text": "...", "box": [left, top, right, bottom]}, ...]}, boxes in pixels;
+- as synthdog-en-detection is published: `2_coord`, a list of {"chunk", "coord": corner points}, and the image as
+  a file name or as bytes.
+"""
+
+import json
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from io import BytesIO
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+
+from sparsemm_edge.errors import SparseMMError
+from sparsemm_edge.pages import Chunk, Page, documents, grid
+
+FIRST_SCORING_SEED = 10_000
+"""Seeds of grid pages: those below are evaluation's, so that no budgets are judged on what they were made of."""
+
+PAGES_A_SEED = 10_000
+"""How many pages a seed has before the next seed's begin."""
+
+
+@dataclass(frozen=True)
+class PageSource:
+    """Pages to read one by one.
+
+    Attributes:
+        name: what they are, for reports.
+        prompt: what a model is asked about them.
+        n_pages: how many there are.
+        page: the page of an index below n_pages.
+    """
+
+    name: str
+    prompt: str
+    n_pages: int
+    page: Callable[[int], Page]
+
+
+def open_pages(
+    data: str, n_pages: int, *, seed: int = 0, size: tuple[int, int] = documents.SIZE
+) -> PageSource:
+    """Pages to score on.
+
+    Args:
+        data: "documents" (pages/documents.py), "grid" (what the demo model reads), or a folder.
+        n_pages: how many; a folder with fewer gives all it has.
+        seed: which pages are made; pages of different seeds differ. A folder ignores it.
+        size: width and height in pixels of "documents".
+
+    Raises:
+        SparseMMError: no such folder, no page descriptions in it, or an argument out of range.
+    """
+    if not 1 <= n_pages <= PAGES_A_SEED:
+        raise SparseMMError(f"{n_pages} pages: it must be 1 to {PAGES_A_SEED}")
+    n_seeds = (grid.FIRST_TRAINING_SEED - FIRST_SCORING_SEED) // PAGES_A_SEED
+    if not 0 <= seed < n_seeds:
+        raise SparseMMError(f"the seed is {seed}: it must be 0 to {n_seeds - 1}")
+    first = FIRST_SCORING_SEED + seed * PAGES_A_SEED
+    if data == "documents":
+        documents.document_page(first, size)  # refuses a wrong size at once
+        name = f"documents of {size[0]} x {size[1]} pixels, seed {seed}"
+        return PageSource(
+            name, documents.PROMPT, n_pages, lambda index: documents.document_page(first + index, size)
+        )
+    if data == "grid":
+        return PageSource(
+            f"grid pages, seed {seed}",
+            grid.READ_PROMPT,
+            n_pages,
+            lambda index: grid.grid_page(first + index),
+        )
+    folder = Path(data)
+    if not folder.is_dir():
+        raise SparseMMError(f"there is no folder {data}; --data is documents, grid or a folder with pages")
+    return _folder(folder, n_pages)
+
+
+def _folder(folder: Path, n_pages: int) -> PageSource:
+    records = []
+    for where, record in _records(folder):
+        records.append((where, record))
+        if len(records) == n_pages:
+            break
+    if not records:
+        raise SparseMMError(f"{folder} holds no pages")
+    for where, record in records:  # everything but the pixels is checked before a model is loaded
+        _chunks(where, record)
+        _image_of(where, record)
+    return PageSource(
+        folder.resolve().name, documents.PROMPT, len(records), lambda index: _page(folder, *records[index])
+    )
+
+
+def _records(folder: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Every page description in a folder with where it stands, files by name."""
+    files = sorted(path for path in folder.iterdir() if path.suffix in (".json", ".jsonl", ".parquet"))
+    if not files:
+        raise SparseMMError(f"{folder} holds no .json, .jsonl or .parquet file that describes pages")
+    for path in files:
+        for number, record in enumerate(_read(path), 1):
+            where = f"{path}, page {number}"
+            if not isinstance(record, dict):
+                raise SparseMMError(f"{where}: expected an object, found {type(record).__name__}")
+            yield where, record
+
+
+def _read(path: Path) -> Iterator[Any]:
+    if path.suffix == ".parquet":
+        try:
+            from pyarrow import parquet
+        except ImportError as error:
+            raise SparseMMError(f"reading {path} needs pyarrow: pip install pyarrow") from error
+        for batch in parquet.ParquetFile(path).iter_batches(16):
+            yield from batch.to_pylist()
+        return
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise SparseMMError(f"cannot read {path}: {error}") from error
+    try:
+        if path.suffix == ".jsonl":
+            yield from (json.loads(line) for line in text.splitlines() if line.strip())
+            return
+        content = json.loads(text)
+    except ValueError as error:
+        raise SparseMMError(f"{path}: not a JSON file ({error})") from error
+    if not isinstance(content, list):
+        raise SparseMMError(f"{path}: expected a list of pages, found {type(content).__name__}")
+    yield from content
+
+
+def _page(folder: Path, where: str, record: dict[str, Any]) -> Page:
+    source = _image_of(where, record)
+    try:
+        with Image.open(BytesIO(source) if isinstance(source, bytes) else folder / source) as image:
+            picture = image.convert("RGB")
+    except (OSError, ValueError) as error:
+        raise SparseMMError(f"{where}: cannot read its image: {error}") from error
+    return Page(where if isinstance(source, bytes) else source, picture, _chunks(where, record))
+
+
+def _image_of(where: str, record: dict[str, Any]) -> str | bytes:
+    """The file name of a record's image, or its bytes."""
+    image = record.get("image", record.get("file_name"))
+    if isinstance(image, dict):  # as the datasets library stores images
+        image = image.get("bytes") or image.get("path")
+    if not isinstance(image, str | bytes) or not image:
+        raise SparseMMError(f'{where}: "image" must be a file name')
+    return image
+
+
+def _chunks(where: str, record: dict[str, Any]) -> tuple[Chunk, ...]:
+    if "chunks" in record:
+        return tuple(_own(where, chunk) for chunk in _list(where, "chunks", record["chunks"]))
+    if "2_coord" in record:
+        coords = record["2_coord"]
+        if isinstance(coords, str):  # nested fields are sometimes stored as JSON text
+            try:
+                coords = json.loads(coords)
+            except ValueError as error:
+                raise SparseMMError(f'{where}: "2_coord" is not a list ({error})') from error
+        return tuple(
+            chunk for item in _list(where, "2_coord", coords) if (chunk := _synthdog(where, item)) is not None
+        )
+    raise SparseMMError(f'{where}: expected "chunks" or "2_coord", found {", ".join(map(str, record))}')
+
+
+def _list(where: str, key: str, value: Any) -> list[Any]:
+    if not isinstance(value, list):
+        raise SparseMMError(f'{where}: "{key}" is not a list')
+    return value
+
+
+def _own(where: str, chunk: Any) -> Chunk:
+    text = chunk.get("text") if isinstance(chunk, dict) else None
+    box = chunk.get("box") if isinstance(chunk, dict) else None
+    if not isinstance(text, str) or not text.strip():
+        raise SparseMMError(f'{where}: a chunk needs a "text", found {chunk!r}'[:300])
+    numbers = _numbers(box)
+    if len(numbers) != 4 or numbers[0] >= numbers[2] or numbers[1] >= numbers[3]:
+        raise SparseMMError(
+            f'{where}: chunk {text!r} needs a "box" of left, top, right, bottom in pixels, found {box!r}'
+        )
+    return Chunk(text, (numbers[0], numbers[1], numbers[2], numbers[3]))
+
+
+def _synthdog(where: str, item: Any) -> Chunk | None:
+    """A chunk with its corner points, or None if it is blank or has no extent."""
+    text = item.get("chunk") if isinstance(item, dict) else None
+    coord = item.get("coord") if isinstance(item, dict) else None
+    points = [_numbers(point) for point in coord] if isinstance(coord, list) else []
+    if not isinstance(text, str) or not points or any(len(point) != 2 for point in points):
+        raise SparseMMError(
+            f'{where}: "2_coord" needs a "chunk" and the "coord" of its corners, found {item!r}'[:300]
+        )
+    xs, ys = zip(*points, strict=True)
+    box = (min(xs), min(ys), max(xs), max(ys))
+    return Chunk(text, box) if text.strip() and box[0] < box[2] and box[1] < box[3] else None
+
+
+def _numbers(values: Any) -> list[float]:
+    """A list of numbers as floats; anything else is empty."""
+    if not isinstance(values, list | tuple) or not all(
+        isinstance(value, int | float) and not isinstance(value, bool) for value in values
+    ):
+        return []
+    return [float(value) for value in values]

@@ -1,0 +1,87 @@
+"""How concentrated head scores are, how alike two rankings of heads are, and how a ranking settles."""
+
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+Scores = npt.NDArray[np.floating[Any]]
+
+TOP_SHARES = (0.01, 0.05, 0.10, 0.20)
+"""The shares of the heads that reports speak of."""
+
+N_SPLITS = 20
+"""Random halvings that a convergence figure is the mean of."""
+
+
+def n_top(n_heads: int, share: float) -> int:
+    """How many heads the top `share` of `n_heads` is: rounded down, at least one."""
+    return max(1, int(n_heads * share))
+
+
+def top_heads(scores: Scores, share: float) -> npt.NDArray[np.intp]:
+    """The flat indices of the top `share` of the heads, best first; the earlier head wins a tie."""
+    flat = scores.ravel()
+    return np.argsort(-flat, kind="stable")[: n_top(flat.size, share)]
+
+
+def held_by_top(scores: Scores, share: float) -> float:
+    """The part of the total score that the top `share` of the heads holds, 0 to 1."""
+    return float(scores.ravel()[top_heads(scores, share)].sum() / scores.sum())
+
+
+def overlap_of_top(one: Scores, other: Scores, share: float) -> float:
+    """The part of the top `share` of the heads that two rankings have in common, 0 to 1."""
+    common = np.intersect1d(top_heads(one, share), top_heads(other, share))
+    return len(common) / n_top(one.size, share)
+
+
+def spearman(one: Scores, other: Scores) -> float:
+    """Spearman's rank correlation of two tables of scores, -1 to 1; ties share their mean rank.
+
+    A table whose scores are all alike ranks nothing: its correlation with any other is 0.
+    """
+    ranks = [_ranks(table.ravel()) for table in (one, other)]
+    deviations = [rank - rank.mean() for rank in ranks]
+    norm = np.sqrt((deviations[0] ** 2).sum() * (deviations[1] ** 2).sum())
+    return float((deviations[0] * deviations[1]).sum() / norm) if norm else 0.0
+
+
+def convergence(pages: Scores, seed: int = 0) -> list[dict[str, float]]:
+    """How well the halves of 10, 20, 50, 100, ... pages agree on the ranking, and those of all pages.
+
+    The first n pages are cut in two at random N_SPLITS times. What two halves of n pages agree on is what
+    another n / 2 pages would have said.
+
+    Args:
+        pages: [n_pages, n_layer, n_head], each page's scores.
+        seed: of the halvings.
+
+    Returns:
+        For each number of pages `n_pages`, `spearman` (rank correlation of the halves) and `top_overlap`
+        (part of the top 5 % of the heads that both halves name), means over the halvings.
+    """
+    total = len(pages)
+    steps = [step * 10**power for power in range(1, 7) for step in (1, 2, 5)]
+    report = []
+    for n in [*(step for step in steps if step < total), total]:
+        if n < 2:
+            continue
+        rng = np.random.default_rng(seed)
+        correlations, overlaps = [], []
+        for _ in range(N_SPLITS):
+            order = rng.permutation(n)
+            half, rest = (pages[order[i::2]].mean(axis=0) for i in range(2))
+            correlations.append(spearman(half, rest))
+            overlaps.append(overlap_of_top(half, rest, 0.05))
+        report.append(
+            {"n_pages": n, "spearman": float(np.mean(correlations)), "top_overlap": float(np.mean(overlaps))}
+        )
+    return report
+
+
+def _ranks(values: Scores) -> npt.NDArray[np.float64]:
+    """Ranks from 0 in ascending order, the mean rank for equal values."""
+    _, inverse, counts = np.unique(values, return_inverse=True, return_counts=True)
+    last = np.cumsum(counts)
+    return (last - (counts + 1) / 2)[inverse]

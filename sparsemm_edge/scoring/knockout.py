@@ -1,0 +1,115 @@
+"""Do heads with high scores matter? Silence them, or as many others, and see what the model still reads."""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from sparsemm_edge.errors import SparseMMError
+from sparsemm_edge.pages.readers import PageSource
+from sparsemm_edge.pages.text import character_accuracy, page_text
+from sparsemm_edge.ranking import n_top, top_heads
+from sparsemm_edge.scores import HeadScores
+from sparsemm_edge.scoring.models import VisionLanguageModel
+from sparsemm_edge.scoring.target_response import answer_limit
+
+
+@dataclass(frozen=True)
+class Knockout:
+    """Character accuracies, means over the pages, 0 to 1.
+
+    Attributes:
+        n_heads: how many heads were silenced, of how many.
+        n_pages: pages read, each time the same.
+        none: with all heads.
+        top: without the heads with the highest scores.
+        random: without as many of the other heads, one figure for each draw.
+    """
+
+    n_heads: tuple[int, int]
+    n_pages: int
+    none: float
+    top: float
+    random: list[float]
+
+
+def knockout(
+    model: VisionLanguageModel,
+    scores: HeadScores,
+    pages: PageSource,
+    *,
+    question: str | None = None,
+    share: float = 0.05,
+    n_draws: int = 5,
+    seed: int = 0,
+    max_new_tokens: int | None = None,
+    progress: Callable[[int, int], None] = lambda done, total: None,
+) -> Knockout:
+    """Read the same pages with all heads, without the top `share` of them, and without random others.
+
+    The random heads are drawn from those that are not among the top, so that no draw silences one of these.
+
+    Args:
+        question: what is asked; None: what the source of the pages says.
+        share: of the query heads, above 0, at most 0.5.
+        n_draws: random choices of heads, each from `seed` + its number.
+
+    Raises:
+        SparseMMError: the scores are not those of this model, or an argument is out of range.
+    """
+    scores.check_fits(model.n_layer, model.n_head, model.n_head_kv)
+    if not 0 < share <= 0.5:
+        raise SparseMMError(f"the share of heads is {share}: it must be above 0 and at most 0.5")
+    if n_draws < 1:
+        raise SparseMMError(f"{n_draws} random draws: it must be at least 1")
+    top = top_heads(scores.scores, share)
+    rest = np.setdiff1d(np.arange(scores.scores.size), top)
+    draws = [
+        np.random.default_rng(seed + i).choice(rest, n_top(scores.scores.size, share), replace=False)
+        for i in range(n_draws)
+    ]
+    choices = [np.empty(0, np.intp), top, *draws]
+    total = np.zeros(len(choices))
+    for i in range(pages.n_pages):
+        page = pages.page(i)
+        text = page_text(page)
+        prompt = model.prompt(question or pages.prompt, page.image)
+        limit = max_new_tokens or answer_limit(model, page)
+        for j, heads in enumerate(choices):
+            with silenced(model, heads):
+                total[j] += character_accuracy(model.decode(model.answer(prompt, limit)), text)
+            progress(i * len(choices) + j + 1, pages.n_pages * len(choices))
+    means = [float(value) for value in total / pages.n_pages]
+    return Knockout((len(top), scores.scores.size), pages.n_pages, means[0], means[1], means[2:])
+
+
+@contextmanager
+def silenced(model: VisionLanguageModel, heads: npt.NDArray[np.intp]) -> Iterator[None]:
+    """Within, these query heads add nothing to what the model says.
+
+    Args:
+        heads: flat indices, layer * n_head + head.
+    """
+    handles = []
+    for il, attention in enumerate(model.attentions):
+        chosen = torch.as_tensor(heads[heads // model.n_head == il] % model.n_head)
+        if not len(chosen):
+            continue
+
+        def hook(
+            module: torch.nn.Module, arguments: tuple[torch.Tensor, ...], chosen: torch.Tensor = chosen
+        ) -> tuple[torch.Tensor, ...]:
+            # the projection's input holds the heads' outputs side by side
+            outputs = arguments[0].clone()
+            outputs.unflatten(-1, (model.n_head, -1))[..., chosen.to(outputs.device), :] = 0
+            return (outputs, *arguments[1:])
+
+        handles.append(attention.o_proj.register_forward_pre_hook(hook))
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()

@@ -1,0 +1,442 @@
+"""Loading a Hugging Face vision-language model, and its prompt: a question about one page.
+
+The parts of the checkpoint's processor are used one by one (tokenizer, image processor, chat template), since
+transformers builds some whole processors only where torchvision is there for their videos.
+"""
+
+import inspect
+import json
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from PIL import Image
+from transformers import AutoConfig, AutoImageProcessor, AutoModelForImageTextToText, AutoTokenizer
+from transformers.image_processing_utils import select_best_resolution
+from transformers.utils import cached_file, logging
+
+from sparsemm_edge.errors import SparseMMError
+from sparsemm_edge.scoring import geometry
+from sparsemm_edge.scoring.geometry import ImageLayout
+
+DTYPES = {"auto": "auto", "float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """A question about one page, as the model gets it.
+
+    Attributes:
+        inputs: arguments of the model's `generate`, on its device.
+        n_tokens: length of the prompt.
+        image_positions: int64 [n_image_tokens], where in the prompt the image tokens are.
+        layout: what part of the page each of them shows.
+    """
+
+    inputs: dict[str, torch.Tensor]
+    n_tokens: int
+    image_positions: npt.NDArray[np.int64]
+    layout: ImageLayout
+
+
+@dataclass(frozen=True)
+class View:
+    """An image as one architecture sees it.
+
+    Attributes:
+        text: what replaces the image token in the prompt.
+        layout: of the image tokens in `text`.
+        inputs: what the image processor made, without the tokens.
+    """
+
+    text: str
+    layout: ImageLayout
+    inputs: dict[str, torch.Tensor]
+
+
+class VisionLanguageModel:
+    """A checkpoint, ready to answer questions about pages greedily.
+
+    Attributes:
+        name: the checkpoint's folder or hub id.
+        model, decoder: the whole model, and its text model.
+        n_layer, n_head, n_head_kv: of the text model.
+    """
+
+    def __init__(
+        self, name: str, model: Any, tokenizer: Any, image_processor: Any, chat_template: str | None = None
+    ) -> None:
+        self.name = name
+        self.model = model.eval()
+        self.tokenizer = tokenizer
+        self.image_processor = image_processor
+        self.chat_template = chat_template or getattr(tokenizer, "chat_template", None)
+        self.decoder = model.get_decoder()
+        config = self.decoder.config
+        self.n_layer: int = config.num_hidden_layers
+        self.n_head: int = config.num_attention_heads
+        self.n_head_kv: int = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+        self.image_token_id: int = model.config.image_token_id
+        self.image_token: str = tokenizer.convert_ids_to_tokens(self.image_token_id)
+        if (
+            self.image_token is None
+            or tokenizer.convert_tokens_to_ids(self.image_token) != self.image_token_id
+        ):
+            raise SparseMMError(f"{name}: its tokenizer has no image token (id {self.image_token_id})")
+
+    @property
+    def attentions(self) -> list[Any]:
+        """The self-attention module of each layer of the text model."""
+        return [layer.self_attn for layer in self.decoder.layers]
+
+    def question(self, text: str) -> str:
+        """The whole prompt for a question: the chat template's; the text itself if it has the image token."""
+        if self.image_token in text:
+            return text
+        if not self.chat_template:
+            raise SparseMMError(
+                f"{self.name} has no chat template: give the whole prompt, with {self.image_token} in it"
+            )
+        parts = [{"type": "image"}, {"type": "text", "text": text}]
+        for content in (parts, f"{self.image_token}\n{text}"):
+            prompt: str = self.tokenizer.apply_chat_template(
+                [{"role": "user", "content": content}],
+                chat_template=self.chat_template,
+                tokenize=False,
+                add_generation_prompt=True,
+            )
+            if prompt.count(self.image_token) == 1 and text in prompt:
+                return prompt
+        raise SparseMMError(
+            f"{self.name}: its chat template does not place one image: give the whole prompt,"
+            f" with {self.image_token} in it"
+        )
+
+    def prompt(self, question: str, page: Image.Image) -> Prompt:
+        """The prompt that asks a question about a page.
+
+        Raises:
+            SparseMMError: prompt or processor do not go with the model.
+        """
+        text = self.question(question)
+        if text.count(self.image_token) != 1:
+            raise SparseMMError(
+                f"the prompt must hold {self.image_token} once, not {text.count(self.image_token)}"
+            )
+        view = ARCHITECTURES[self.model.config.model_type](self, page.convert("RGB"))
+        text = text.replace(self.image_token, view.text)
+        bos = self.tokenizer.bos_token
+        has_bos = bool(bos) and text.startswith(bos)
+        ids = self.tokenizer(text, add_special_tokens=not has_bos, return_tensors="pt")["input_ids"]
+        is_image = ids[0] == self.image_token_id
+        if int(is_image.sum()) != len(view.layout):
+            raise SparseMMError(
+                f"{self.name}: {int(is_image.sum())} image tokens in the prompt, {len(view.layout)} expected"
+            )
+        inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids), **view.inputs}
+        if "mm_token_type_ids" in inspect.signature(self.model.forward).parameters:
+            inputs["mm_token_type_ids"] = is_image[None].int()
+        device, dtype = self.model.device, self.model.dtype
+        return Prompt(
+            {k: v.to(device, dtype) if v.is_floating_point() else v.to(device) for k, v in inputs.items()},
+            n_tokens=ids.shape[1],
+            image_positions=torch.nonzero(is_image)[:, 0].numpy(),
+            layout=view.layout,
+        )
+
+    @torch.inference_mode()
+    def answer(self, prompt: Prompt, max_new_tokens: int) -> list[int]:
+        """The greedy answer's tokens, the end token included."""
+        own = self.model.generation_config
+        done = self.model.generate(
+            **prompt.inputs,
+            # what else a checkpoint states (sampling, penalties) would not be greedy
+            generation_config=type(own)(
+                do_sample=False,
+                max_new_tokens=max_new_tokens,
+                bos_token_id=own.bos_token_id,
+                eos_token_id=own.eos_token_id,
+                pad_token_id=_first(own.pad_token_id, own.eos_token_id),
+            ),
+        )
+        return list(done[0, prompt.n_tokens :].tolist())
+
+    def decode(self, tokens: list[int]) -> str:
+        """Tokens as text, without special tokens."""
+        text: str = self.tokenizer.decode(tokens, skip_special_tokens=True)
+        return text
+
+    def _process(self, page: Image.Image, **options: Any) -> dict[str, Any]:
+        """What the image processor makes of a page; arrays as tensors."""
+        batch = self.image_processor([page], return_tensors="pt", **options)
+        return dict(batch)
+
+
+def _first(*values: Any) -> Any:
+    """The first value that is not None; of a list of end tokens its first."""
+    value = next((value for value in values if value is not None), None)
+    return value[0] if isinstance(value, list) else value
+
+
+# --- architectures ------------------------------------------------------------------------------------
+
+
+def _height_width(page: Image.Image) -> tuple[int, int]:
+    return page.height, page.width
+
+
+def _vision(model: VisionLanguageModel) -> Any:
+    return model.model.config.vision_config
+
+
+def _has_class_token(model: VisionLanguageModel) -> bool:
+    tower = _vision(model).model_type
+    known = {"clip_vision_model": True, "siglip_vision_model": False}
+    if tower not in known:
+        raise SparseMMError(
+            f"{model.name}: image encoder {tower!r} is not supported; expected {' or '.join(sorted(known))}"
+        )
+    return known[tower]
+
+
+def _view_llava(model: VisionLanguageModel, page: Image.Image) -> View:
+    processor = model.image_processor
+    pixels = model._process(page)["pixel_values"]
+    size = {key: value for key, value in dict(processor.size).items() if value is not None}
+    layout = geometry.cropped_square(
+        _height_width(page),
+        (pixels.shape[-2], pixels.shape[-1]),
+        patch=_vision(model).patch_size,
+        resize=size if processor.do_resize else None,
+        pad_to_square=bool(processor.do_pad) if hasattr(processor, "pad_to_square") else False,
+        n_class_tokens=int(_has_class_token(model)),
+        n_dropped=int(model.model.config.vision_feature_select_strategy == "default"),
+    )
+    return View(model.image_token * len(layout), layout, {"pixel_values": pixels})
+
+
+def _view_anyres(model: VisionLanguageModel, page: Image.Image) -> View:
+    config = model.model.config
+    batch = model._process(page)
+    height, width = batch["image_sizes"][0].tolist()
+    canvas = select_best_resolution((height, width), config.image_grid_pinpoints)
+    tile, patch = batch["pixel_values"].shape[-1], _vision(model).patch_size
+    n_tiles = batch["pixel_values"].shape[1] - 1
+    if n_tiles != (canvas[0] // tile) * (canvas[1] // tile):
+        raise SparseMMError(
+            f"{model.name}: its image processor makes {n_tiles} tiles of {tile} pixels of a page of {width} x"
+            f" {height}, which is not the {canvas[1]} x {canvas[0]} that the model's config chooses"
+        )
+    if (config.vision_feature_select_strategy == "default") != _has_class_token(model):
+        raise SparseMMError(
+            f"{model.name}: vision_feature_select_strategy {config.vision_feature_select_strategy!r} does not"
+            f" go with an image encoder of type {_vision(model).model_type!r}"
+        )
+    ratio = getattr(config, "vision_aspect_ratio", None)  # "anyres_max_9": LLaVA-OneVision
+    layout = geometry.padded_tiles(
+        (height, width),
+        canvas,
+        tile=tile,
+        patch=patch,
+        max_tiles=None if ratio is None else int(ratio.removeprefix("anyres_max_")),
+    )
+    inputs = {key: batch[key] for key in ("pixel_values", "image_sizes")}
+    return View(model.image_token * len(layout), layout, inputs)
+
+
+def _view_qwen(model: VisionLanguageModel, page: Image.Image) -> View:
+    batch = model._process(page)
+    _, n_rows, n_columns = batch["image_grid_thw"][0].tolist()
+    merge = _vision(model).spatial_merge_size
+    layout = geometry.merged_patches(_height_width(page), (n_rows, n_columns), merge=merge)
+    inputs = {key: batch[key] for key in ("pixel_values", "image_grid_thw")}
+    return View(model.image_token * len(layout), layout, inputs)
+
+
+def _view_internvl(model: VisionLanguageModel, page: Image.Image) -> View:
+    batch = model._process(page, crop_to_patches=True)
+    pixels = batch["pixel_values"]
+    patch = _vision(model).patch_size
+    patch_height = patch if isinstance(patch, int) else patch[0]
+    side = round(pixels.shape[-2] // patch_height * model.model.config.downsample_ratio)
+    n_tiles = len(pixels) - 1 if len(pixels) > 1 else 1
+    layout = geometry.stretched_tiles(
+        _height_width(page), geometry.tiling(_height_width(page), n_tiles), side
+    )
+    start, end = (
+        getattr(model.tokenizer, f"{which}_image_token", None) or default
+        for which, default in (("start", "<img>"), ("end", "</img>"))
+    )
+    return View(f"{start}{model.image_token * len(layout)}{end}", layout, {"pixel_values": pixels})
+
+
+def _view_idefics3(model: VisionLanguageModel, page: Image.Image) -> View:
+    batch = model._process(page, return_row_col_info=True)
+    n_rows, n_columns = (max(1, int(np.asarray(batch[key]).ravel()[0])) for key in ("rows", "cols"))
+    config = model.model.config
+    side = batch["pixel_values"].shape[-1] // config.vision_config.patch_size // config.scale_factor
+    layout = geometry.stretched_tiles(_height_width(page), (n_rows, n_columns), side)
+    around = getattr(model.tokenizer, "fake_image_token", None) or "<fake_token_around_image>"
+    whole = getattr(model.tokenizer, "global_image_token", None) or "<global-img>"
+    tokens = model.image_token * side**2
+    text = f"{around}{whole}{tokens}{around}"
+    if n_rows * n_columns > 1:
+        rows = (
+            "".join(f"{around}<row_{row + 1}_col_{column + 1}>{tokens}" for column in range(n_columns))
+            for row in range(n_rows)
+        )
+        text = "\n".join(rows) + "\n\n" + text
+    inputs: dict[str, torch.Tensor] = {"pixel_values": batch["pixel_values"]}
+    if "pixel_attention_mask" in batch:
+        inputs["pixel_attention_mask"] = batch["pixel_attention_mask"]
+    return View(text, layout, inputs)
+
+
+ARCHITECTURES: dict[str, Callable[[VisionLanguageModel, Image.Image], View]] = {
+    "llava": _view_llava,
+    "llava_next": _view_anyres,
+    "llava_onevision": _view_anyres,
+    "qwen2_vl": _view_qwen,
+    "qwen2_5_vl": _view_qwen,
+    "qwen3_vl": _view_qwen,
+    "internvl": _view_internvl,
+    "idefics3": _view_idefics3,
+    "smolvlm": _view_idefics3,
+}
+"""What can be scored, by the checkpoint's `model_type`."""
+
+
+# --- loading ------------------------------------------------------------------------------------------
+
+
+def load(name: str, *, device: str | None = None, dtype: str = "auto") -> VisionLanguageModel:
+    """Load a checkpoint.
+
+    Args:
+        name: a folder, which is read without the network, or a hub id, which is downloaded if need be.
+        device: a torch device; "auto" shares the model out over all there are (needs accelerate); None: the
+            GPU if there is one, or the CPU.
+        dtype: one of DTYPES; "auto" is the checkpoint's own.
+
+    Raises:
+        SparseMMError: no such checkpoint, one that cannot be scored, or files of it are missing.
+    """
+    local = _is_local(name)
+    if dtype not in DTYPES:
+        raise SparseMMError(f"unknown dtype {dtype!r}: expected one of {', '.join(DTYPES)}")
+    device = _checked_device(device)
+    offline: dict[str, Any] = {"local_files_only": True} if local else {}
+    logging.disable_progress_bar()
+    with _one_line(name, "config.json"):
+        config = AutoConfig.from_pretrained(name, **offline)
+    check_architecture(name, config)
+    with _one_line(name, "the tokenizer"):
+        tokenizer = AutoTokenizer.from_pretrained(name, **offline)
+    with _one_line(name, "the image processor (preprocessor_config.json or processor_config.json)"):
+        image_processor = AutoImageProcessor.from_pretrained(name, **offline)
+    with _one_line(name, "the weights"):
+        model: Any = AutoModelForImageTextToText.from_pretrained(
+            name,
+            config=config,
+            dtype=DTYPES[dtype],
+            attn_implementation="sdpa",
+            device_map="auto" if device == "auto" else None,
+            **offline,
+        )
+        if device != "auto":
+            model.to(device)
+    return VisionLanguageModel(name, model, tokenizer, image_processor, _chat_template(name, offline))
+
+
+def check_architecture(name: str, config: Any) -> None:
+    """Raise SparseMMError unless a checkpoint with this config can be scored."""
+    if config.model_type in ARCHITECTURES:
+        return
+    supported = ", ".join(ARCHITECTURES)
+    if getattr(config, "vision_config", None) is None:
+        raise SparseMMError(
+            f"{name} reads no images (model type {config.model_type!r}): scored can be {supported}"
+        )
+    raise SparseMMError(
+        f"{name}: model type {config.model_type!r} cannot be scored yet; scored can be {supported}"
+    )
+
+
+def _is_local(name: str) -> bool:
+    """True for a folder, False for a hub id; SparseMMError for neither."""
+    path = Path(name).expanduser()
+    if path.is_dir():
+        if not (path / "config.json").is_file():
+            raise SparseMMError(f"{name} is no Hugging Face checkpoint: it holds no config.json")
+        return True
+    if path.is_file():
+        raise SparseMMError(f"{name} is a file: scoring takes the folder of a Hugging Face checkpoint")
+    if name.count("/") > 1 or name.startswith(("/", "./", "../", "~")) or name.endswith("/") or "\\" in name:
+        raise SparseMMError(f"there is no folder {name}")
+    return False
+
+
+def _checked_device(device: str | None) -> str:
+    """A device that can be used, or "auto" where accelerate is there; SparseMMError otherwise."""
+    if device == "auto":
+        try:
+            import accelerate  # noqa: F401
+        except ImportError as error:
+            raise SparseMMError(
+                "--device auto needs accelerate, which is not installed: pip install accelerate"
+            ) from error
+        return device
+    if device is None:
+        device = default_device()
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError, ValueError) as error:
+        raise SparseMMError(f"device {device!r} cannot be used: {_line(error)}") from error
+    return device
+
+
+def default_device() -> str:
+    """The GPU if there is one, or the CPU."""
+    if torch.cuda.is_available():
+        return "cuda"
+    return "mps" if torch.backends.mps.is_available() else "cpu"
+
+
+def _chat_template(name: str, offline: dict[str, Any]) -> str | None:
+    """The processor's chat template, if the checkpoint has one beside the tokenizer's."""
+    for file, read in (
+        ("chat_template.jinja", str),
+        ("chat_template.json", lambda text: json.loads(text)["chat_template"]),
+    ):
+        path = cached_file(
+            name,
+            file,
+            _raise_exceptions_for_gated_repo=False,
+            _raise_exceptions_for_missing_entries=False,
+            _raise_exceptions_for_connection_errors=False,
+            **offline,
+        )
+        if path is not None:
+            with _one_line(name, file):
+                template: str = read(Path(path).read_text(encoding="utf-8"))
+                return template
+    return None
+
+
+@contextmanager
+def _one_line(name: str, what: str) -> Iterator[None]:
+    """Whatever goes wrong in loading becomes one line."""
+    try:
+        yield
+    except (OSError, ValueError, KeyError, ImportError, RuntimeError, AttributeError, TypeError) as error:
+        raise SparseMMError(f"{name}: cannot load {what}: {_line(error)}") from error
+
+
+def _line(error: BaseException) -> str:
+    lines = str(error).strip().splitlines()
+    return lines[0].strip() if lines else type(error).__name__

@@ -1,0 +1,318 @@
+"""Scoring a model on many pages: in one process or several, with what is done saved as it goes."""
+
+import json
+import math
+import multiprocessing
+import os
+import queue
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from sparsemm_edge import __version__
+from sparsemm_edge.errors import SparseMMError
+from sparsemm_edge.files import atomic_path
+from sparsemm_edge.pages.readers import PageSource, open_pages
+from sparsemm_edge.ranking import convergence
+from sparsemm_edge.scores import HeadScores
+from sparsemm_edge.scoring.models import VisionLanguageModel, load
+from sparsemm_edge.scoring.target_response import PageScores, score_page
+
+SAVE_EVERY = 30.0  # seconds between two saves of what is done
+
+FEW_TOKENS = 1000
+"""Scored tokens below which a ranking is called unsettled (scores/README.md: how that was found)."""
+
+
+@dataclass(frozen=True)
+class Job:
+    """What to score: everything that the scores depend on, and a worker needs.
+
+    Attributes:
+        model: checkpoint folder or hub id.
+        data, n_pages, seed, size: as `open_pages` takes them.
+        question: what is asked about each page; None: what its source says.
+        max_new_tokens: where an answer is cut off; None: after twice what the page's own text takes.
+        device, dtype: as `load` takes them.
+    """
+
+    model: str
+    data: str
+    n_pages: int
+    seed: int
+    size: tuple[int, int]
+    question: str | None
+    max_new_tokens: int | None
+    device: str | None
+    dtype: str
+
+    def pages(self) -> PageSource:
+        return open_pages(self.data, self.n_pages, seed=self.seed, size=self.size)
+
+    def key(self) -> dict[str, Any]:
+        """What two runs must have in common for one to go on where the other stopped."""
+        pages = self.pages()
+        return {
+            "model": self.model,
+            "data": pages.name,
+            "question": self.question or pages.prompt,
+            "max_new_tokens": self.max_new_tokens,
+            "dtype": self.dtype,
+        }
+
+
+@dataclass
+class Report:
+    """What scoring found out, beside the scores themselves.
+
+    Attributes:
+        scores: as saved.
+        unread: names of the pages whose answer matches nothing on them.
+        warnings: what makes the scores doubtful, a line each.
+    """
+
+    scores: HeadScores
+    unread: list[str] = field(default_factory=list)
+    warnings: list[str] = field(default_factory=list)
+
+
+Progress = Callable[[int, int], None]
+"""Called with the pages done and their number."""
+
+
+def score(
+    job: Job,
+    out: Path,
+    *,
+    n_jobs: int = 1,
+    resume: bool = False,
+    force: bool = False,
+    progress: Progress = lambda done, total: None,
+) -> Report:
+    """Score a model's heads and write them to `out`.
+
+    What is done is saved to `<out>.partial` now and then, and removed at the end. The scores do not depend on
+    the number of processes: each page is scored alone, and the pages are summed in their order.
+
+    Args:
+        n_jobs: processes, each with the model in its own memory (the i-th takes GPU i if there are several).
+        resume: go on from `<out>.partial`.
+        force: replace `out`, and start anew if there is a partial result.
+
+    Raises:
+        SparseMMError: the model cannot be scored, the pages cannot be read, or a file is in the way.
+    """
+    pages = job.pages()
+    partial = out.with_name(out.name + ".partial")
+    if out.exists() and not force:
+        raise SparseMMError(f"{out} exists: choose another --out, or replace it with --force")
+    if not out.absolute().parent.is_dir():
+        raise SparseMMError(f"cannot write {out}: there is no directory {out.parent}")
+    if not 1 <= n_jobs <= 64:
+        raise SparseMMError(f"{n_jobs} processes: it must be 1 to 64")
+    if job.max_new_tokens is not None and job.max_new_tokens < 1:
+        raise SparseMMError(f"answers of at most {job.max_new_tokens} tokens: it must be at least 1")
+    done: dict[int, dict[str, Any]] = {}
+    shape: dict[str, int] = {}
+    if resume:
+        done, shape = _read_partial(partial, job, pages.n_pages)
+    elif partial.exists() and not force:
+        raise SparseMMError(
+            f"{partial} holds an unfinished run: go on with --resume, or start anew with --force"
+        )
+
+    todo = [index for index in range(pages.n_pages) if index not in done]
+    saved = time.monotonic()
+    progress(len(done), pages.n_pages)
+    try:
+        for message in _results(job, todo, n_jobs):
+            if isinstance(message, dict):
+                shape = message
+                continue
+            index, result = message
+            done[index] = _to_json(index, pages, result)
+            progress(len(done), pages.n_pages)
+            if time.monotonic() - saved > SAVE_EVERY:
+                _write_partial(partial, job, shape, done)
+                saved = time.monotonic()
+    except BaseException:  # interrupted, too
+        if done:
+            _write_partial(partial, job, shape, done)
+        raise
+
+    report = _report(job, pages, shape, [done[index] for index in range(pages.n_pages)])
+    report.scores.save(out)
+    partial.unlink(missing_ok=True)
+    return report
+
+
+# --- results, page by page ----------------------------------------------------------------------------
+
+Message = dict[str, int] | tuple[int, PageScores]
+"""The model's shape, once a process; then pages."""
+
+
+def _results(job: Job, todo: list[int], n_jobs: int) -> Iterator[Message]:
+    if not todo:
+        return
+    if n_jobs == 1:
+        yield from _score_pages(job, iter(todo))
+        return
+    yield from _in_processes(job, todo, min(n_jobs, len(todo)))
+
+
+def _score_pages(job: Job, indices: Iterator[int]) -> Iterator[Message]:
+    pages = job.pages()
+    model = load(job.model, device=job.device, dtype=job.dtype)
+    yield _shape(model)
+    for index in indices:
+        yield (
+            index,
+            score_page(model, pages.page(index), job.question or pages.prompt, job.max_new_tokens),
+        )
+
+
+def _shape(model: VisionLanguageModel) -> dict[str, int]:
+    return {"n_layer": model.n_layer, "n_head": model.n_head, "n_head_kv": model.n_head_kv}
+
+
+def _in_processes(job: Job, todo: list[int], n_jobs: int) -> Iterator[Message]:
+    """Pages go to whichever process is free."""
+    context = multiprocessing.get_context("spawn")
+    tasks, results = context.Queue(), context.Queue()
+    for index in todo:
+        tasks.put(index)
+    for _ in range(n_jobs):
+        tasks.put(None)
+    processes = [
+        context.Process(target=_work, args=(job, rank, n_jobs, tasks, results), daemon=True)
+        for rank in range(n_jobs)
+    ]
+    for process in processes:
+        process.start()
+    try:
+        n_left = len(todo)
+        while n_left:
+            try:
+                message = results.get(timeout=1)
+            except queue.Empty:
+                lost = next((p for p in processes if p.exitcode not in (None, 0)), None)
+                if lost is not None:
+                    raise SparseMMError(
+                        f"a scoring process ended with status {lost.exitcode} (out of memory?):"
+                        " take fewer with --jobs, then go on with --resume"
+                    ) from None
+                continue
+            if isinstance(message, str):
+                raise SparseMMError(message)
+            n_left -= isinstance(message, tuple)
+            yield message
+    finally:
+        for process in processes:
+            process.terminate()
+        for process in processes:
+            process.join()
+
+
+def _work(job: Job, rank: int, n_jobs: int, tasks: Any, results: Any) -> None:
+    """A scoring process: pages until there are none, each result or one error message to the parent."""
+    if job.device in (None, "cuda") and torch.cuda.device_count() > 1:
+        job = Job(**{**vars(job), "device": f"cuda:{rank % torch.cuda.device_count()}"})
+    torch.set_num_threads(max(1, (os.cpu_count() or 1) // n_jobs))
+    try:
+        for message in _score_pages(job, iter(tasks.get, None)):
+            results.put(message)
+    except SparseMMError as error:
+        results.put(str(error))
+
+
+# --- partial results ----------------------------------------------------------------------------------
+
+
+def _to_json(index: int, pages: PageSource, result: PageScores) -> dict[str, Any]:
+    heads = np.argwhere(result.scores)
+    return {
+        "name": pages.page(index).name,
+        "n_tokens": result.n_tokens,
+        "n_scored": result.n_scored,
+        "accuracy": result.accuracy,
+        "scores": [[int(il), int(ih), float(result.scores[il, ih])] for il, ih in heads],
+    }
+
+
+def _write_partial(path: Path, job: Job, shape: dict[str, int], done: dict[int, dict[str, Any]]) -> None:
+    content = {"key": job.key(), "shape": shape, "pages": {str(index): done[index] for index in sorted(done)}}
+    with atomic_path(path) as part:
+        part.write_text(json.dumps(content), encoding="utf-8")
+
+
+def _read_partial(path: Path, job: Job, n_pages: int) -> tuple[dict[int, dict[str, Any]], dict[str, int]]:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        key, shape, pages = content["key"], content["shape"], content["pages"]
+    except FileNotFoundError as error:
+        raise SparseMMError(f"nothing to resume: there is no {path}") from error
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise SparseMMError(f"{path} is no partial result: start anew with --force") from error
+    for name, value in job.key().items():
+        if key.get(name) != value:
+            raise SparseMMError(
+                f"{path} was made with {name} {key.get(name)!r}, not {value!r}: ask for the same,"
+                " or start anew with --force"
+            )
+    return {int(index): page for index, page in pages.items() if int(index) < n_pages}, shape
+
+
+# --- the report ---------------------------------------------------------------------------------------
+
+
+def _report(job: Job, pages: PageSource, shape: dict[str, int], done: list[dict[str, Any]]) -> Report:
+    tables = np.zeros((len(done), shape["n_layer"], shape["n_head"]))
+    for table, page in zip(tables, done, strict=True):
+        for il, ih, value in page["scores"]:
+            table[il, ih] = value
+    n_scored = sum(page["n_scored"] for page in done)
+    unread = [page["name"] for page in done if not page["n_scored"]]
+    accuracy = math.fsum(page["accuracy"] for page in done) / len(done)
+    if not n_scored:
+        raise SparseMMError(
+            f"{job.model} named nothing that stands on any of {len(done)} pages (character accuracy"
+            f" {accuracy:.1%}): it does not read them; try other pages (--data) or another --prompt"
+        )
+    if not tables.any():
+        raise SparseMMError(
+            f"{job.model}: no head looked at what was being read, for {n_scored} tokens on {len(done)} pages"
+        )
+    halves = convergence(tables)
+    scores = HeadScores(
+        model=Path(job.model).resolve().name if Path(job.model).is_dir() else job.model,
+        scores=tables.mean(axis=0),
+        n_head_kv=shape["n_head_kv"],
+        provenance={
+            "dataset": pages.name,
+            "prompt": job.question or pages.prompt,
+            "n_pages": len(done),
+            "n_pages_unread": len(unread),
+            "n_tokens": sum(page["n_tokens"] for page in done),
+            "n_tokens_scored": n_scored,
+            "character_accuracy": round(accuracy, 4),
+            "convergence": halves,
+            "created_by": f"sparsemm-edge {__version__}",
+            "packages": {name: version(name) for name in ("torch", "transformers", "pillow", "numpy")},
+        },
+    )
+    warnings = []
+    if n_scored < FEW_TOKENS:
+        warnings.append(
+            f"only {n_scored} tokens were scored, fewer than {FEW_TOKENS}: the ranking may not have settled;"
+            " take more pages"
+        )
+    if len(unread) > len(done) / 2:
+        warnings.append(f"on {len(unread)} of {len(done)} pages the answer named nothing that stands there")
+    return Report(scores, unread, warnings)
