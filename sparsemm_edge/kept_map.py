@@ -52,6 +52,14 @@ def kept_on_grid(kept: Kept, grid: ImageGrid) -> npt.NDArray[np.bool_]:
     return held.reshape(len(kept), len(kept[0]), grid.n_rows, grid.n_columns)
 
 
+def check_picture(path: Path, view: str) -> None:
+    """Raise SparseMMError unless a view of this name can be drawn into a file of this name."""
+    if view not in VIEWS:
+        raise SparseMMError(f"unknown view {view!r} of what was kept: expected one of {', '.join(VIEWS)}")
+    if path.suffix.lower() != ".png":
+        raise SparseMMError(f"the map of kept positions is a PNG picture: {path} must end in .png")
+
+
 def save_kept_map(
     image: Image.Image,
     kept: Kept,
@@ -76,10 +84,7 @@ def save_kept_map(
     Raises:
         SparseMMError: an unknown view, the name does not end in .png, or the file cannot be written.
     """
-    if view not in VIEWS:
-        raise SparseMMError(f"unknown view {view!r} of what was kept: expected one of {', '.join(VIEWS)}")
-    if path.suffix.lower() != ".png":
-        raise SparseMMError(f"the map of kept positions is a PNG picture: {path} must end in .png")
+    check_picture(path, view)
     # no pyplot, so no display and no global state
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.cm import ScalarMappable

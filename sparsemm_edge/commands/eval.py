@@ -1,0 +1,163 @@
+"""`sparsemm-edge eval`."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, TypeVar
+
+import typer
+
+from sparsemm_edge import defaults
+from sparsemm_edge.commands.output import print_json
+from sparsemm_edge.errors import SparseMMError
+
+_T = TypeVar("_T")
+
+
+def evaluate(
+    model: Annotated[Path, typer.Option("--model", "-m", help="The text model, a GGUF file.")],
+    mmproj: Annotated[Path, typer.Option(help="Its image encoder, a GGUF file.")],
+    data: Annotated[
+        str | None,
+        typer.Option(
+            help="Questions: a folder with a JSONL file of image, question, answers, metric; OCRBench,"
+            " TextVQA, DocVQA or ChartQA as published (JSON or parquet); or the word grid: this project's"
+            " own pages."
+        ),
+    ] = None,
+    fidelity_only: Annotated[
+        Path | None, typer.Option(help="Instead of --data: a folder of images, no answers needed.")
+    ] = None,
+    prompt: Annotated[
+        str, typer.Option("--prompt", "-p", help="With --fidelity-only: what is asked about each image.")
+    ] = "Describe the image in detail.",
+    images: Annotated[
+        Path | None, typer.Option(help="Folder of the data set's images [default: as published].")
+    ] = None,
+    pages: Annotated[
+        int | None, typer.Option(help="Images to take, the first ones [default: all, 200 of grid].")
+    ] = None,
+    retention: Annotated[
+        str | None,
+        typer.Option(help="Mean head budgets in per cent of the prompt [default: 2.5,5,10,20,50]."),
+    ] = None,
+    budgets: Annotated[
+        str | None, typer.Option(help="Mean head budgets in positions, instead of --retention.")
+    ] = None,
+    policies: Annotated[
+        str, typer.Option(help="Of sparsemm, uniform, pyramid, random, full.")
+    ] = "sparsemm,uniform,pyramid,random,full",
+    window: Annotated[
+        str, typer.Option(help="Observation windows; at most half of the budget is used.")
+    ] = str(defaults.WINDOW),
+    floor_ratio: Annotated[
+        str, typer.Option(help="Shares of the budget that every head gets; the first is for all policies.")
+    ] = str(defaults.FLOOR_RATIO),
+    water_fill: Annotated[
+        str, typer.Option(help="Give what a head cannot use to the others: yes, no, or both (sparsemm).")
+    ] = "yes",
+    random_seeds: Annotated[int, typer.Option(help="How many random tables policy random is a mean of.")] = 3,
+    cache_types: Annotated[str, typer.Option(help="Numbers of K and V, such as f16,q8_0.")] = "f16",
+    scores: Annotated[
+        Path | None, typer.Option(help="Head scores to use instead of the model file's, a JSON file.")
+    ] = None,
+    n_predict: Annotated[
+        int | None, typer.Option("--n-predict", "-n", help="Most tokens of an answer [default: the data's].")
+    ] = None,
+    n_ctx: Annotated[
+        int | None, typer.Option(help="Most positions of prompt and answer [default: as trained].")
+    ] = None,
+    chat_template: Annotated[
+        str | None, typer.Option(help="Jinja text or file to use instead of the model's chat template.")
+    ] = None,
+    seed: Annotated[int, typer.Option(help="First seed of the grid pages, and of the bootstrap.")] = 0,
+    jobs: Annotated[int, typer.Option(help="Processes, each with the model loaded.")] = 1,
+    threads: Annotated[int | None, typer.Option(help="Threads of a process [default: cores / jobs].")] = None,
+    out: Annotated[Path, typer.Option(help="Folder for results.jsonl, eval.json and eval.png.")] = Path(
+        "sparsemm-eval"
+    ),
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Go on with the results in --out; settings may be added.")
+    ] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print what eval.json holds.")] = False,
+) -> None:
+    """Measure how right answers stay over budgets and policies, and how close to the full cache's.
+
+    Lists are separated by commas. Every question is answered with the full cache and under every setting;
+    images are encoded and prompts read once. A prompt takes the memory of two full caches.
+
+    \b
+    Examples:
+      sparsemm-edge eval -m model.sparsemm.gguf --mmproj mmproj.gguf --data DIR --retention 5,10,20
+      sparsemm-edge eval -m model.sparsemm.gguf --mmproj mmproj.gguf --fidelity-only my-images/
+    """
+    from sparsemm_edge.evaluation import datasets, report
+    from sparsemm_edge.evaluation.run import Job, Results, run
+    from sparsemm_edge.evaluation.settings import settings_of
+    from sparsemm_edge.runtime.chat_template import read_template
+    from sparsemm_edge.runtime.model import usable_cores
+
+    if (data is None) == (fidelity_only is None):
+        raise SparseMMError("give --data with questions, or --fidelity-only with a folder of images")
+    for name, value in (("--jobs", jobs), ("--n-predict", n_predict), ("--n-ctx", n_ctx)):
+        if value is not None and value < 1:
+            raise SparseMMError(f"{name} is {value}: it must be at least 1")
+    fills = {"yes": (True,), "no": (False,), "both": (True, False)}
+    if water_fill not in fills:
+        raise SparseMMError(f"--water-fill is {water_fill!r}: expected yes, no or both")
+    settings = settings_of(
+        policies=_list("--policies", policies, str),
+        budgets=_list("--budgets", budgets, int),
+        retentions=_list("--retention", retention or ("" if budgets else "2.5,5,10,20,50"), float),
+        windows=_list("--window", window, int),
+        floor_ratios=_list("--floor-ratio", floor_ratio, float),
+        water_fills=fills[water_fill],
+        cache_types=_list("--cache-types", cache_types, str),
+        n_random=random_seeds,
+    )
+    if fidelity_only is not None:
+        data_set = datasets.images_only(fidelity_only, prompt, pages)
+    else:
+        assert data is not None
+        data_set = datasets.load(data, images=images, n_pages=pages, seed=seed)
+    job = Job(
+        model=model,
+        mmproj=mmproj,
+        scores=scores,
+        n_predict=n_predict or data_set.n_predict,
+        n_ctx=n_ctx,
+        n_threads=threads or max(1, usable_cores() // jobs),
+        chat_template=None if chat_template is None else read_template(chat_template),
+    )
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise SparseMMError(f"cannot make the folder {out}: {error.strerror}") from error
+    results = Results(out / "results.jsonl", job, data_set, resume=resume)
+    try:
+        run(job, data_set, settings, results, n_jobs=jobs, show_progress=not as_json)
+    finally:
+        results.close()
+
+    about = {
+        "model": model.name,
+        "mmproj": mmproj.name,
+        "data": data_set.name,
+        "n_pages": len({question.page for question in data_set.questions}),
+        "seed": seed,
+    }
+    found = report.make_report(results.records, settings, data_set, seed=seed)
+    report.save_json(found, out / "eval.json", about=about)
+    if found.rows:
+        report.save_plot(found, out / "eval.png", title=f"{model.name}: {data_set.name}")
+    if as_json:
+        print_json(report.as_json(found, about))
+    else:
+        report.print_report(found)
+        print(f"wrote {out / 'eval.json'}" + (f" and {out / 'eval.png'}" if found.rows else ""))
+
+
+def _list(option: str, text: str | None, kind: Callable[[str], _T]) -> list[_T]:
+    try:
+        return [kind(each.strip()) for each in (text or "").split(",") if each.strip()]
+    except ValueError as error:
+        raise SparseMMError(f"{option} {text}: expected numbers with commas between") from error
