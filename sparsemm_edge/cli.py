@@ -8,8 +8,10 @@ import typer
 from sparsemm_edge import __version__
 from sparsemm_edge.commands.convert import convert
 from sparsemm_edge.commands.demo import demo
+from sparsemm_edge.commands.eval import evaluate
 from sparsemm_edge.commands.generate import generate
 from sparsemm_edge.commands.inspect import inspect
+from sparsemm_edge.commands.kept import kept
 from sparsemm_edge.commands.mmproj import mmproj
 from sparsemm_edge.errors import SparseMMError
 
@@ -39,8 +41,9 @@ def _app(
     """Visual-head KV-cache eviction for llama.cpp: same answers about images, a fraction of the cache."""
 
 
-for _command in (convert, mmproj, inspect, generate, demo):
+for _command in (convert, mmproj, inspect, generate, kept, demo):
     app.command()(_command)
+app.command("eval")(evaluate)
 
 
 def main() -> None:
