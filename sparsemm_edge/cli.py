@@ -6,6 +6,7 @@ from typing import Annotated
 import typer
 
 from sparsemm_edge import __version__
+from sparsemm_edge.commands.bench import bench
 from sparsemm_edge.commands.convert import convert
 from sparsemm_edge.commands.demo import demo
 from sparsemm_edge.commands.eval import evaluate
@@ -13,6 +14,7 @@ from sparsemm_edge.commands.generate import generate
 from sparsemm_edge.commands.inspect import inspect
 from sparsemm_edge.commands.kept import kept
 from sparsemm_edge.commands.mmproj import mmproj
+from sparsemm_edge.commands.profile import profile
 from sparsemm_edge.errors import SparseMMError
 
 # Rich's boxes would break a one-line error into a picture, and help texts hold examples to be copied.
@@ -41,7 +43,7 @@ def _app(
     """Visual-head KV-cache eviction for llama.cpp: same answers about images, a fraction of the cache."""
 
 
-for _command in (convert, mmproj, inspect, generate, kept, demo):
+for _command in (convert, mmproj, inspect, generate, profile, bench, kept, demo):
     app.command()(_command)
 app.command("eval")(evaluate)
 

@@ -112,6 +112,15 @@ def read_header(path: Path) -> GGUFHeader:
         raise SparseMMError(f"cannot read {path}: {error.strerror or error}") from error
 
 
+def weight_bytes(path: Path) -> int:
+    """Bytes of all tensors of a GGUF file.
+
+    Raises:
+        SparseMMError: as read_header.
+    """
+    return sum(tensor.end - tensor.start for tensor in read_header(path).tensors.values())
+
+
 class _Walk:
     """One pass over the header's bytes."""
 

@@ -102,10 +102,11 @@ def _groups(kept: npt.NDArray[np.int64]) -> list[tuple[int, int]]:
     least = int(lengths.sum())
     cost = np.full(n + 1, np.inf)  # cost[i]: rows for the first i heads
     cost[0] = 0
-    starts = []  # starts[g][i]: where the last of g + 1 groups over the first i heads begins
+    # starts[g][i]: where the last of g + 1 groups over the first i heads begins
+    starts: list[npt.NDArray[np.int64]] = []
     while len(starts) < min(n, _N_GROUPS_MAX):
         g = len(starts)
-        following, start = np.full(n + 1, np.inf), np.zeros(n + 1, dtype=int)
+        following, start = np.full(n + 1, np.inf), np.zeros(n + 1, dtype=np.int64)
         for i in range(g + 1, n + 1):
             first = np.arange(g, i)
             rows = cost[first] + (i - first) * lengths[first]

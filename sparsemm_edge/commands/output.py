@@ -1,7 +1,10 @@
 """What several commands print."""
 
 import json
+from collections.abc import Sequence
 from typing import Any
+
+from sparsemm_edge.errors import SparseMMError
 
 
 def print_json(content: dict[str, Any]) -> None:
@@ -27,3 +30,41 @@ def print_figures(report: dict[str, Any]) -> None:
     }
     for name, text in lines.items():
         print(f"{name + ':':<14}{text}")
+
+
+def print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+    """A table of figures, the first column left, the others right."""
+    from rich import box
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD)
+    for index, column in enumerate(columns):
+        table.add_column(column, justify="right" if index else "left", no_wrap=index == 0)
+    for row in rows:
+        table.add_row(*row)
+    Console(markup=False).print(table)
+
+
+def whole_numbers(option: str, text: str) -> list[int]:
+    """The numbers of an option such as 64,256; none if the text is empty.
+
+    Raises:
+        SparseMMError: something else than positive whole numbers and commas.
+    """
+    numbers = []
+    for part in text.split(",") if text.strip() else []:
+        if not part.strip().isdecimal() or int(part) < 1:
+            raise SparseMMError(
+                f"{option} is {text!r}: expected positive whole numbers and commas, such as 64,256"
+            )
+        numbers.append(int(part))
+    return numbers
+
+
+def page_size(text: str) -> tuple[int, int]:
+    """Width and height of an option such as 896x672."""
+    width, _, height = text.partition("x")
+    if not width.isdecimal() or not height.isdecimal():
+        raise SparseMMError(f"--page-size is {text!r}: expected width and height in pixels, such as 896x672")
+    return int(width), int(height)

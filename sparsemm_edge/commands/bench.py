@@ -1,0 +1,91 @@
+"""`sparsemm-edge bench`."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from sparsemm_edge.commands.output import print_json, print_table, whole_numbers
+from sparsemm_edge.errors import SparseMMError
+
+
+def bench(
+    model: Annotated[Path | None, typer.Option("--model", "-m", help="A text model, a GGUF file.")] = None,
+    shape: Annotated[
+        str | None,
+        typer.Option(
+            help="Random weights of a real model's shape instead: llava-1.5-7b, llava-1.5-13b, llava-next-7b,"
+            " llava-next-mistral-7b, qwen2-vl-2b, qwen2-vl-7b, qwen2.5-vl-3b or qwen2.5-vl-7b."
+        ),
+    ] = None,
+    layers: Annotated[int | None, typer.Option(help="Cut the shape to so many layers.")] = None,
+    n_prompt: Annotated[str, typer.Option(help="Prompt lengths in positions.")] = "640,2944",
+    budgets: Annotated[str, typer.Option(help="Budgets to evict to.")] = "64,256",
+    scores: Annotated[
+        Path | None, typer.Option(help="Head scores to use instead of the file's, a JSON file.")
+    ] = None,
+    rounds: Annotated[int, typer.Option(help="How often each setting reads each prompt by turns.")] = 2,
+    n_ubatch: Annotated[
+        int | None,
+        typer.Option(help="Prompt tokens computed at a time [default: 512; evicted: the whole prompt]."),
+    ] = None,
+    threads: Annotated[int | None, typer.Option(help="Threads [default: the physical cores].")] = None,
+    out: Annotated[Path, typer.Option(help="Folder of the report.")] = Path("sparsemm-bench"),
+    as_json: Annotated[bool, typer.Option("--json", help="Print the figures as one JSON object.")] = False,
+) -> None:
+    """What would I gain here? Speed and memory over prompt lengths and budgets, by turns with the full cache.
+
+    A shape is made once, as a file of random Q4_0 weights in the user cache. Writes bench.json, bench.html,
+    which needs no network, and the pictures into a folder.
+
+    \b
+    Examples:
+      sparsemm-edge bench --shape llava-1.5-7b --layers 8 --n-prompt 640,2944 --budgets 64,256
+      sparsemm-edge bench -m llava.sparsemm.gguf
+    """
+    from sparsemm_edge.profiling import bench_report, report, shapes
+    from sparsemm_edge.profiling.bench import bench as measure
+    from sparsemm_edge.profiling.bench import check_memory
+    from sparsemm_edge.profiling.machine import in_words
+    from sparsemm_edge.profiling.progress import Progress
+
+    lengths, wanted = whole_numbers("--n-prompt", n_prompt), whole_numbers("--budgets", budgets)
+    if (model is None) == (shape is None):
+        raise SparseMMError("bench needs a model: give one of -m MODEL.gguf and --shape NAME")
+    if model is not None and layers is not None:
+        raise SparseMMError("--layers cuts a --shape, not a model file")
+    if not lengths or not wanted or rounds < 1:
+        raise SparseMMError("--n-prompt, --budgets and --rounds must each name at least one")
+    report.make_folder(out)
+    with Progress() as progress:
+        if shape is not None:
+            found = shapes.find_shape(shape, layers)
+            check_memory(found.weight_bytes())
+            progress.doing(f"making {shape}")
+            model = shapes.model_of_shape(
+                shape,
+                found,
+                shapes.cache_dir(),
+                lambda share: progress.doing(f"making {shape}: {share:.0%}"),
+            )
+        assert model is not None
+        content = measure(
+            model,
+            lengths,
+            wanted,
+            progress,
+            scores=scores,
+            n_rounds=rounds,
+            n_threads=threads,
+            n_ubatch=n_ubatch,
+        )
+    bench_report.write(out, content)
+    if as_json:
+        print_json(content)
+        return
+    table = bench_report.screen_table(content)
+    print_table(f"{content['model']['name']}; {in_words(content['machine'])}", table.columns, table.rows)
+    for sentence in bench_report.sentences(content):
+        print(sentence)
+    print(f"head scores: {content['scores']}")
+    print(f"wrote {out / 'bench.html'}")

@@ -1,0 +1,69 @@
+"""`sparsemm-edge profile`."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from sparsemm_edge.commands.output import print_json, print_table, whole_numbers
+
+
+def profile(
+    model: Annotated[Path, typer.Option("--model", "-m", help="The text model, a GGUF file.")],
+    mmproj: Annotated[Path | None, typer.Option(help="Its image encoder, a GGUF file.")] = None,
+    image: Annotated[
+        list[Path] | None, typer.Option(help="Image that the question is about; may be given several times.")
+    ] = None,
+    prompt: Annotated[str, typer.Option("--prompt", "-p", help="What to ask.")] = "What does the image show?",
+    budgets: Annotated[
+        str, typer.Option(help="Budgets to evict to, such as 64,256 [default: the file's].", show_default="")
+    ] = "",
+    n_predict: Annotated[int, typer.Option("--n-predict", "-n", help="Tokens to decode.")] = 32,
+    n_ubatch: Annotated[
+        int | None,
+        typer.Option(help="Prompt tokens computed at a time [default: 512; evicted: the whole prompt]."),
+    ] = None,
+    scores: Annotated[
+        Path | None, typer.Option(help="Head scores to use instead of the file's, a JSON file.")
+    ] = None,
+    window: Annotated[int | None, typer.Option(help="Observation window, instead of the file's.")] = None,
+    threads: Annotated[int | None, typer.Option(help="Threads [default: the physical cores].")] = None,
+    out: Annotated[Path, typer.Option(help="Folder of the report.")] = Path("sparsemm-profile"),
+    as_json: Annotated[bool, typer.Option("--json", help="Print the figures as one JSON object.")] = False,
+) -> None:
+    """Where memory and time go: the full cache, quantised ones and evicted ones, a process each.
+
+    Writes profile.json, profile.html, which needs no network, and the pictures into a folder.
+
+    \b
+    Example:
+      sparsemm-edge profile -m llava.sparsemm.gguf --mmproj mmproj.gguf --image page.png --budgets 64,256
+    """
+    from sparsemm_edge.profiling import profile_report, report
+    from sparsemm_edge.profiling.jobs import Task
+    from sparsemm_edge.profiling.machine import in_words
+    from sparsemm_edge.profiling.profile import profile as measure
+    from sparsemm_edge.profiling.progress import Progress
+
+    wanted = whole_numbers("--budgets", budgets)
+    report.make_folder(out)
+    task = Task(
+        model=str(model),
+        mmproj=None if mmproj is None else str(mmproj),
+        images=tuple(str(path) for path in image or []),
+        prompt=prompt,
+        n_predict=n_predict,
+        n_threads=threads,
+        scores=None if scores is None else str(scores),
+        window=window,
+    )
+    with Progress() as progress:
+        content = measure(task, wanted, progress, n_ubatch=n_ubatch)
+    profile_report.write(out, content)
+    if as_json:
+        print_json(content)
+        return
+    table = profile_report.screen_table(content["settings"])
+    print_table(f"{content['model']['name']}; {in_words(content['machine'])}", table.columns, table.rows)
+    print(f"head scores: {content['scores']}")
+    print(f"wrote {out / 'profile.html'}")

@@ -1,0 +1,273 @@
+"""What eviction would give here: prompt and decode speed and memory over prompt lengths and budgets.
+
+Every setting is run twice over: in a process of its own, which tells its memory, and by turns with the others
+in one process, which tells the speeds that are compared.
+"""
+
+import tempfile
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from sparsemm_edge.errors import SparseMMError
+from sparsemm_edge.gguf_header import read_header, weight_bytes
+from sparsemm_edge.gguf_metadata import check_supported, model_shape, sparsemm_metadata
+from sparsemm_edge.kv_layout import full_cache
+from sparsemm_edge.profiling import machine as this_machine
+from sparsemm_edge.profiling import shapes
+from sparsemm_edge.profiling.figures import spread
+from sparsemm_edge.profiling.jobs import Event, Setting, Task, full
+from sparsemm_edge.profiling.memory import machine_memory
+from sparsemm_edge.profiling.profile import check_some_ran, run_and_say
+from sparsemm_edge.profiling.progress import Progress
+from sparsemm_edge.profiling.runs import run_by_turns
+
+_N_PREDICT = 16  # tokens that a setting decodes in its own process
+
+
+def bench(
+    model: Path,
+    n_prompts: Sequence[int],
+    budgets: Sequence[int],
+    progress: Progress,
+    *,
+    scores: Path | None = None,
+    n_rounds: int = 2,
+    n_threads: int | None = None,
+    n_ubatch: int | None = None,
+) -> dict[str, Any]:
+    """Measure a model on prompts of random tokens.
+
+    Args:
+        model: a GGUF file.
+        n_prompts: prompt lengths in positions.
+        budgets: mean head budgets in positions.
+        progress: told what goes on.
+        scores: head scores; None: those in the file, or ones like the published.
+        n_rounds: how often each setting reads each prompt by turns.
+        n_threads: None: the physical cores.
+        n_ubatch: prompt tokens computed at a time in every setting; None: llama.cpp's default for the full
+            cache, the whole prompt where it is evicted.
+
+    Returns:
+        `machine`, `model`, `scores` (where they come from), `rows` (see _row), and `lengths`: for each prompt
+        length its `settings` (see setting_figures), `decode_tps` by setting, `depth_0_tps`, `limits`.
+
+    Raises:
+        SparseMMError: a model that cannot be evicted, not enough memory, or not one setting could run.
+    """
+    header = read_header(model)
+    shape, metadata = model_shape(header), sparsemm_metadata(header)
+    check_supported(header, shape)
+    n_ctx_train = header.value(f"{shape.arch}.context_length", 0)
+    for n_prompt in n_prompts:
+        if n_prompt < 2:
+            raise SparseMMError(f"a prompt of {n_prompt} positions: it must have at least 2")
+        if n_ctx_train and n_prompt >= n_ctx_train:
+            raise SparseMMError(
+                f"a prompt of {n_prompt} positions is too long: {model.name} was trained for {n_ctx_train}"
+            )
+    weights = weight_bytes(model)
+    check_memory(weights + full_cache(shape, max(n_prompts)).now)
+    n_threads = n_threads or this_machine.usable_cores()
+    full_settings = [
+        full(n_ubatch=n_ubatch),
+        full(flash_attn=False, n_ubatch=n_ubatch),
+        full("q8_0", n_ubatch=n_ubatch),
+    ]
+    settings = full_settings + [Setting(budget, n_ubatch=n_ubatch) for budget in dict.fromkeys(budgets)]
+    task = Task(str(model), n_predict=_N_PREDICT, n_threads=n_threads)
+    progress.doing("reading memory")
+    bandwidth = this_machine.memory_bandwidth(n_threads)
+
+    with tempfile.TemporaryDirectory() as folder:
+        source = "the model file"
+        if scores is not None:
+            task, source = replace(task, scores=str(scores)), str(scores)
+        elif metadata is None:
+            made, source = shapes.head_scores(shape)
+            task = replace(task, scores=str(Path(folder) / "scores.json"))
+            made.save(Path(folder) / "scores.json")
+        lengths = [
+            _measure(replace(task, n_prompt=n_prompt), settings, n_rounds, progress)
+            for n_prompt in dict.fromkeys(n_prompts)
+        ]
+    for length in lengths:
+        length["limits"] = _limits(length, _weights_read(header.tensors), bandwidth)
+    return {
+        "machine": this_machine.machine() | {"n_threads": n_threads, "memory_bandwidth": bandwidth},
+        "model": {
+            "name": shape.name,
+            "file": model.name,
+            "n_layer": shape.n_layer,
+            "n_head": shape.n_head,
+            "n_head_kv": shape.n_head_kv,
+            "weight_bytes": weights,
+        },
+        "scores": source,
+        "rows": [_row(length, budget) for length in lengths for budget in dict.fromkeys(budgets)],
+        "lengths": lengths,
+    }
+
+
+def check_memory(needed: int) -> None:
+    """Raise SparseMMError if this many bytes of weights and full cache are more than there is."""
+    available = machine_memory()[1]
+    if needed > available:
+        raise SparseMMError(
+            f"weights and full cache take {needed / 2**30:.1f} GiB, {available / 2**30:.1f} GiB of memory are"
+            " available: cut the model with --layers, or shorten the prompts with --n-prompt"
+        )
+
+
+def _measure(task: Task, settings: list[Setting], n_rounds: int, progress: Progress) -> dict[str, Any]:
+    """One prompt length: every setting in its own process, then those that ran by turns."""
+    progress.done(f"prompt of {task.n_prompt} positions")
+    found = [run_and_say(task, setting, progress) for setting in settings]
+    check_some_ran(found)
+    names = [figures["name"] for figures in found if figures["status"] == "ok"]
+    able = [setting for setting in settings if setting.name in names]
+
+    def listen(event: Event) -> None:
+        if event["event"] == "phase":
+            progress.doing(f"by turns, {event['name']}")
+
+    progress.doing("by turns: loading")
+    run = run_by_turns(task, able, n_rounds, listen)
+    if run.status != "ok":
+        progress.done(f"by turns: {run.status}: {run.reason}")
+    turns = [event for event in run.events if event["event"] == "turn"]
+    prompts: dict[str, list[float]] = {figures["name"]: [] for figures in found}
+    for figures in found:
+        if figures["status"] == "ok":
+            prompts[figures["name"]].append(figures["prompt_ms"])
+    for event in run.events:
+        if event["event"] == "prompt":
+            prompts[event["setting"]].append(event["prompt_ms"])
+    decode: dict[str, list[float]] = {}
+    for event in turns:
+        decode.setdefault(event["setting"], []).extend(event["decode_ms"])
+    return {
+        "n_prompt": task.n_prompt,
+        "settings": found,
+        "by_turns": {"status": run.status, "reason": run.reason, "n_rounds": n_rounds},
+        "prompt_ms": {name: spread(times) for name, times in prompts.items() if times},
+        "decode_ms": {name: spread(times) for name, times in decode.items()},
+        "decode_tps": {
+            name: 1000 / float(np.median(times)) for name, times in decode.items() if name != _EMPTY
+        },
+        "depth_0_tps": 1000 / float(np.median(decode[_EMPTY])) if _EMPTY in decode else None,
+        "ratios": _ratios(turns),
+    }
+
+
+_EMPTY = "depth 0"
+
+
+def _ratios(turns: Sequence[Event]) -> dict[str, dict[str, dict[str, float]]]:
+    """How much faster than each full setting the others decoded, turn by turn: {full: {other: spread}}."""
+    medians: dict[tuple[str, int, int], dict[str, float]] = {}
+    for event in turns:
+        key = (event["against"], event["round"], event["turn"])
+        medians.setdefault(key, {})[event["setting"]] = float(np.median(event["decode_ms"]))
+    found: dict[str, dict[str, list[float]]] = {}
+    for (against, _, _), by_setting in medians.items():
+        for name, ms in by_setting.items():
+            if name != against and against in by_setting:
+                found.setdefault(against, {}).setdefault(name, []).append(by_setting[against] / ms)
+    return {
+        against: {name: spread(ratios) for name, ratios in others.items()}
+        for against, others in found.items()
+    }
+
+
+def _row(length: dict[str, Any], budget: int) -> dict[str, Any]:
+    """One prompt length and budget against the full f16 cache at its better flash-attention setting.
+
+    Speeds are tokens a second, of the runs by turns; bytes are those of the runs in processes of their own.
+    What was not measured, because a setting could not run, is None. `*_low` and `*_high` are quartiles.
+
+    - decode_tps, decode_tps_full; decode_tps_full_flash_attn, decode_tps_full_no_flash_attn,
+      decode_tps_full_q8_0, decode_tps_depth_0
+    - decode_ratio: the median over the turns of evicted against full, and decode_limit_ratio: of depth 0
+      against full, which is what eviction can give at most; decode_limit_share: how much of it is there
+    - prompt_tps, prompt_tps_full (better setting)
+    - kv_bytes: of K and V after the reply; kv_bytes_peak; kv_bytes_full: of the same positions unevicted
+    - rss_peak, rss_peak_full (smaller setting), in bytes; anon_peak, anon_peak_full: what no file backs
+    """
+    settings = {figures["name"]: figures for figures in length["settings"]}
+    evicted = next(figures for figures in length["settings"] if figures["budget"] == budget)
+    full_f16 = [
+        figures
+        for figures in length["settings"]
+        if figures["budget"] is None and figures["cache_type"] == "f16"
+    ]
+    tps = length["decode_tps"]
+    better = max((f["name"] for f in full_f16 if f["name"] in tps), key=tps.__getitem__, default=None)
+    ratios = length["ratios"].get(better, {})
+    ratio, limit = ratios.get(evicted["name"]), ratios.get(_EMPTY)
+    prompt_ms = length["prompt_ms"]
+
+    def prompt_tps(name: str) -> float | None:
+        return length["n_prompt"] / prompt_ms[name]["median"] * 1000 if name in prompt_ms else None
+
+    def least(key: str) -> int | None:
+        values = (f[key] for f in full_f16 if f["status"] == "ok" and f[key] is not None)
+        return min(values, default=None)
+
+    kv = evicted.get("kv")
+    plain, no_flash = full(), full(flash_attn=False)
+    return {
+        "n_prompt": length["n_prompt"],
+        "budget": budget,
+        "status": evicted["status"],
+        "decode_tps": tps.get(evicted["name"]),
+        "decode_tps_full": tps.get(better),
+        "full_setting": better,
+        "decode_ratio": ratio and ratio["median"],
+        "decode_ratio_low": ratio and ratio["low"],
+        "decode_ratio_high": ratio and ratio["high"],
+        "decode_limit_ratio": limit and limit["median"],
+        "decode_limit_share": ratio and limit and ratio["median"] / limit["median"],
+        "decode_tps_full_flash_attn": tps.get(plain.name),
+        "decode_tps_full_no_flash_attn": tps.get(no_flash.name),
+        "decode_tps_full_q8_0": tps.get(full("q8_0").name),
+        "decode_tps_depth_0": length["depth_0_tps"],
+        "prompt_tps": prompt_tps(evicted["name"]),
+        "prompt_tps_full": max((t for f in full_f16 if (t := prompt_tps(f["name"]))), default=None),
+        "kv_bytes": kv and kv["bytes_now"],
+        "kv_bytes_peak": kv and kv["bytes_peak"],
+        "kv_bytes_full": kv and kv["bytes_full"],
+        "rss_peak": evicted["rss_peak"],
+        "rss_peak_full": least("rss_peak"),
+        "anon_peak": evicted["anon_peak"],
+        "anon_peak_full": least("anon_peak"),
+        "status_full": {name: f["status"] for name, f in settings.items() if f["budget"] is None},
+    }
+
+
+def _weights_read(tensors: dict[str, Any]) -> int:
+    """Bytes of the weights that decoding one token reads: all but the embeddings of other tokens."""
+    sizes = {name: tensor.end - tensor.start for name, tensor in tensors.items()}
+    tied = "output.weight" not in sizes
+    return sum(sizes.values()) - (0 if tied else sizes["token_embd.weight"])
+
+
+def _limits(length: dict[str, Any], weights: int, bandwidth: float) -> dict[str, Any]:
+    """What decoding waits for.
+
+    `weight_bytes` read for a token; `weight_bytes_per_s` at depth 0, and `bandwidth_share` of what memory was
+    measured to give; `attention_share` of the time of a token that is not there at depth 0, by setting.
+    """
+    empty = length["depth_0_tps"]
+    if empty is None:
+        return {"weight_bytes": weights}
+    return {
+        "weight_bytes": weights,
+        "weight_bytes_per_s": weights * empty,
+        "bandwidth_share": weights * empty / bandwidth,
+        "attention_share": {name: 1 - tps / empty for name, tps in length["decode_tps"].items()},
+    }

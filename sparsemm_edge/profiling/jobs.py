@@ -1,0 +1,70 @@
+"""What a worker process is asked to do, and what it says while it does it."""
+
+from dataclasses import dataclass
+from typing import Any
+
+FULL_N_UBATCH = 512
+"""llama.cpp's own default; a full cache gains nothing from more, and its compute buffer grows with it."""
+
+
+@dataclass(frozen=True)
+class Setting:
+    """One way to run the model.
+
+    Attributes:
+        budget: mean head budget in positions; None keeps the full cache.
+        cache_type: of K and V.
+        flash_attn: whether attention is fused; an evicting cache always has it.
+        n_ubatch: prompt tokens computed at a time; None: the whole prompt.
+    """
+
+    budget: int | None = None
+    cache_type: str = "f16"
+    flash_attn: bool = True
+    n_ubatch: int | None = None
+
+    @property
+    def name(self) -> str:
+        if self.budget is not None:
+            return f"evicted, budget {self.budget}"
+        name = "full" if self.cache_type == "f16" else f"full, {self.cache_type}"
+        return name if self.flash_attn else f"{name}, no flash attention"
+
+    @property
+    def evicts(self) -> bool:
+        return self.budget is not None
+
+
+def full(cache_type: str = "f16", flash_attn: bool = True, n_ubatch: int | None = None) -> Setting:
+    """A full cache, as llama.cpp would run it if nothing else is said."""
+    return Setting(None, cache_type, flash_attn, n_ubatch or FULL_N_UBATCH)
+
+
+@dataclass(frozen=True)
+class Task:
+    """A prompt for a model, and how much to decode after it.
+
+    Attributes:
+        model, mmproj: GGUF files.
+        images: files.
+        prompt: what the user asks; None: n_prompt random tokens instead.
+        n_prompt: see prompt.
+        n_predict: tokens to decode; the end of the answer does not stop it.
+        n_threads: None: the physical cores.
+        scores: head scores file; None: those in the model file.
+        window: observation window; None: the file's.
+    """
+
+    model: str
+    mmproj: str | None = None
+    images: tuple[str, ...] = ()
+    prompt: str | None = None
+    n_prompt: int = 0
+    n_predict: int = 32
+    n_threads: int | None = None
+    scores: str | None = None
+    window: int | None = None
+
+
+Event = dict[str, Any]
+"""What a worker says: `event` is phase, kv, result, turn or failed; `t` is its time.monotonic."""

@@ -1,0 +1,68 @@
+"""The machine in general terms, and how fast it reads memory, which is what decoding waits for."""
+
+import platform
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import psutil
+
+from sparsemm_edge.profiling.memory import machine_memory
+from sparsemm_edge.runtime.model import usable_cores
+
+_BYTES = 2**27  # a thread, beyond what caches hold
+_TIMES = 5
+_INSTRUCTION_SETS = {"avx512f": "AVX-512", "avx2": "AVX2", "avx": "AVX", "sve": "SVE", "asimd": "NEON"}
+
+
+def machine() -> dict[str, Any]:
+    """Cores, instruction set, memory and system: enough to place a figure, no more than that."""
+    total, available = machine_memory()
+    return {
+        "cores": usable_cores(),
+        "threads": psutil.cpu_count() or 1,
+        "architecture": platform.machine(),
+        "instruction_set": instruction_set(),
+        "memory_bytes": total,
+        "memory_available_bytes": available,
+        "system": {"darwin": "macOS", "linux": "Linux", "win32": "Windows"}.get(sys.platform, sys.platform),
+    }
+
+
+def in_words(machine: dict[str, Any]) -> str:
+    """One line: 2 cores, AVX2, 23 GiB memory, Linux."""
+    kind = machine["instruction_set"] or machine["architecture"]
+    memory = machine["memory_bytes"] / 2**30
+    return f"{machine['cores']} cores, {kind}, {memory:.0f} GiB memory, {machine['system']}"
+
+
+def instruction_set() -> str | None:
+    """The widest vector instructions, as far as the system tells."""
+    if platform.machine() in ("arm64", "aarch64") and sys.platform == "darwin":
+        return "NEON"
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return None
+    flags = {
+        flag
+        for line in lines
+        if line.partition(":")[0].strip() in ("flags", "Features")
+        for flag in line.partition(":")[2].split()
+    }
+    return next((name for flag, name in _INSTRUCTION_SETS.items() if flag in flags), None)
+
+
+def memory_bandwidth(n_threads: int) -> float:
+    """Bytes a second that n_threads read from memory together: the best of some passes over large arrays."""
+    arrays = [np.ones(_BYTES // 4, dtype=np.float32) for _ in range(n_threads)]
+    best = 0.0
+    with ThreadPoolExecutor(n_threads) as pool:
+        for _ in range(_TIMES):
+            started = time.perf_counter()
+            list(pool.map(np.max, arrays))  # runs without the interpreter's lock
+            best = max(best, n_threads * _BYTES / (time.perf_counter() - started))
+    return best

@@ -1,0 +1,139 @@
+"""How much memory a process takes, watched from outside, so that what a killed process took is known too."""
+
+import ctypes
+import sys
+import threading
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import psutil
+
+_PERIOD_S = 0.02
+_PSS_EVERY = 25  # samples: the kernel walks all pages for it
+
+_STATUS = {"VmHWM": "peak", "VmRSS": "rss", "RssAnon": "anon", "RssFile": "file"}
+
+
+@dataclass
+class MemoryTrace:
+    """What a process took over time. All lists are of the same length; None where it is not known.
+
+    Attributes:
+        t: seconds of time.monotonic.
+        rss: resident bytes.
+        anon: of them, those that no file backs: what the process really costs. Linux.
+        file: of them, those of mapped files, such as weights; dropped when memory is short. Linux.
+        pss: resident bytes, shared pages counted in proportion; sampled less often. Linux.
+        footprint: what macOS counts against the process.
+        rss_peak: the largest resident size, exact on Linux, else the largest sample.
+    """
+
+    t: list[float] = field(default_factory=list)
+    rss: list[int] = field(default_factory=list)
+    anon: list[int | None] = field(default_factory=list)
+    file: list[int | None] = field(default_factory=list)
+    pss: list[int | None] = field(default_factory=list)
+    footprint: list[int | None] = field(default_factory=list)
+    rss_peak: int = 0
+
+    def peak(self, what: str) -> int | None:
+        """The largest sample of anon, file, pss or footprint; None if there is none."""
+        return max((value for value in getattr(self, what) if value is not None), default=None)
+
+
+class MemoryWatch:
+    """Samples a process in a thread, from `with` to its end.
+
+    with MemoryWatch(pid) as watch:
+        ...
+    watch.trace
+    """
+
+    def __init__(self, pid: int) -> None:
+        self.trace = MemoryTrace()
+        self._pid = pid
+        self._end = threading.Event()
+        self._thread = threading.Thread(target=self._run, daemon=True)
+
+    def __enter__(self) -> "MemoryWatch":
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._end.set()
+        self._thread.join()
+
+    def _run(self) -> None:
+        count = 0
+        while True:
+            try:
+                self._sample(with_pss=count % _PSS_EVERY == 0)
+            except (OSError, psutil.Error):  # the process is gone
+                return
+            count += 1
+            if self._end.wait(_PERIOD_S):
+                return
+
+    def _sample(self, with_pss: bool) -> None:
+        trace, now = self.trace, time.monotonic()
+        if sys.platform == "linux":
+            found = _linux_status(self._pid)
+            if "rss" not in found:  # a process that has ended and was not waited for
+                raise ProcessLookupError
+            pss = _linux_pss(self._pid) if with_pss else None
+            trace.rss_peak = max(trace.rss_peak, found["peak"])
+            rss, anon, file, footprint = found["rss"], found["anon"], found["file"], None
+        else:
+            rss, anon, file, pss = psutil.Process(self._pid).memory_info().rss, None, None, None
+            footprint = _macos_footprint(self._pid) if sys.platform == "darwin" else None
+            trace.rss_peak = max(trace.rss_peak, rss)
+        for name, value in (("anon", anon), ("file", file), ("pss", pss), ("footprint", footprint)):
+            getattr(trace, name).append(value)
+        trace.rss.append(rss)
+        trace.t.append(now)
+
+
+def machine_memory() -> tuple[int, int]:
+    """Bytes of memory that this machine, or the container around us, has; and that are available now."""
+    memory = psutil.virtual_memory()
+    total, available = memory.total, memory.available
+    folder = Path("/sys/fs/cgroup")
+    try:
+        limit = (folder / "memory.max").read_text().strip()
+        used = int((folder / "memory.current").read_text())
+        files = dict(line.split() for line in (folder / "memory.stat").read_text().splitlines())
+    except (OSError, ValueError):
+        return total, available
+    if limit.isdigit() and int(limit) < total:
+        total = int(limit)
+        # what files hold is given back when memory is short
+        available = min(available, total - used + int(files.get("inactive_file", 0)))
+    return total, available
+
+
+def _linux_status(pid: int) -> dict[str, int]:
+    """Bytes from /proc/PID/status, by the names of _STATUS' values."""
+    found = {}
+    for line in Path(f"/proc/{pid}/status").read_text().splitlines():
+        name, _, value = line.partition(":")
+        if name in _STATUS:
+            found[_STATUS[name]] = int(value.split()[0]) * 1024
+    return found
+
+
+def _linux_pss(pid: int) -> int | None:
+    for line in Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines():
+        if line.startswith("Pss:"):
+            return int(line.split()[1]) * 1024
+    return None
+
+
+def _macos_footprint(pid: int) -> int | None:
+    """The physical footprint, as in Activity Monitor: anonymous memory and what the GPU holds for us."""
+    # struct rusage_info_v0 of <sys/resource.h>: a uuid of 16 bytes, then 64-bit numbers; the seventh after
+    # user and system time, two kinds of wakeups, pageins and wired size, resident size is the footprint
+    info = (ctypes.c_uint64 * 12)()
+    if ctypes.CDLL("libproc.dylib").proc_pid_rusage(pid, 0, ctypes.byref(info)) != 0:
+        return None
+    return int(info[2 + 7])

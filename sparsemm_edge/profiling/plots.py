@@ -1,0 +1,223 @@
+"""Pictures of what was measured. Narrow, so that they can be read on a small screen."""
+
+import io
+from collections.abc import Sequence
+from typing import Any
+
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_svg import FigureCanvasSVG
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
+
+_MIB = 2**20
+_WIDTH = 5.6  # inches
+_FULL, _EVICTED, _LIMIT, _INK = "#8a97a3", "#c4472f", "#2f6f8f", "#2b2f33"
+
+# what memory is for, from the bottom of a bar to its top
+_PARTS = {
+    "weights in the file": "#d5dde4",
+    "weights, copied": "#aebbc6",
+    "image encoder": "#e3bf6c",
+    "compute": "#86b99a",
+    "K and V": _EVICTED,
+    "other": "#ececec",
+}
+_PHASES = {
+    "load": "#eef1f4",
+    "context": "#dfe5ea",
+    "image": "#f8ebcd",
+    "prompt": "#e4f0e8",
+    "decode": "#fbe3dd",
+}
+
+
+def memory_over_time(settings: Sequence[dict[str, Any]]) -> Figure:
+    """Resident memory of each setting's process, its phases behind it; a row each, on the same axes."""
+    figure = _figure(0.7 + 1.15 * len(settings))
+    rows = figure.subplots(len(settings), 1, sharex=True, sharey=True, squeeze=False)[:, 0]
+    top = max(setting["rss_peak"] for setting in settings) / _MIB * 1.32
+    end = max((setting["memory"]["t"] or [0])[-1] for setting in settings)
+    for axes, setting in zip(rows, settings, strict=True):
+        memory = setting["memory"]
+        t, rss = memory["t"], [value / _MIB for value in memory["rss"]]
+        for phase in setting["phases"]:
+            _draw_phase(axes, phase, end, top)
+        if "file" in memory:
+            mapped = [value / _MIB for value in memory["file"]]
+            axes.fill_between(t, mapped, color=_PARTS["weights in the file"], lw=0)
+            axes.fill_between(t, mapped, rss, color=_color(setting), alpha=0.55, lw=0)
+        axes.plot(t, rss, color=_INK, lw=0.9)
+        peak = setting["rss_peak"] / _MIB
+        ended = "" if setting["status"] == "ok" else f" ({setting['status']})"
+        axes.set_title(
+            f"{setting['name']}: peak {peak:,.0f} MiB{ended}", fontsize=9, loc="left", pad=3, color=_INK
+        )
+        axes.set_ylim(0, top)
+        axes.set_xlim(0, end or 1)
+        axes.yaxis.set_major_locator(MaxNLocator(3))
+        axes.set_ylabel("MiB")
+        _plain(axes)
+    rows[-1].set_xlabel("seconds since loading began")
+    return figure
+
+
+def memory_bars(settings: Sequence[dict[str, Any]]) -> Figure:
+    """What each setting's largest resident size consists of: stacked bars."""
+    done = [setting for setting in settings if setting["status"] == "ok"]
+    figure = _figure(1.25 + 0.42 * len(done))
+    axes = figure.add_subplot()
+    names = [setting["name"] for setting in done]
+    left = [0.0] * len(done)
+    parts = [memory_parts(setting) for setting in done]
+    for part, color in _PARTS.items():
+        sizes = [of[part] / _MIB for of in parts]
+        if max(sizes) > 0:
+            axes.barh(names, sizes, left=left, color=color, label=part, height=0.68)
+            left = [base + size for base, size in zip(left, sizes, strict=True)]
+    for index, total in enumerate(left):
+        axes.text(total, index, f" {total:,.0f}", va="center", fontsize=8.5, color=_INK)
+    axes.set_xlim(0, max(left) * 1.14)
+    axes.invert_yaxis()
+    axes.set_xlabel("MiB resident at the peak")
+    _plain(axes)
+    axes.tick_params(axis="y", length=0, labelcolor=_INK)
+    figure.legend(loc="outside upper left", ncols=3, fontsize=8.5, frameon=False, handlelength=1)
+    return figure
+
+
+def memory_parts(setting: dict[str, Any]) -> dict[str, int]:
+    """Bytes of a setting's largest resident size by what they are for; `other` is what nobody named."""
+    sizes = setting["breakdown"]
+    parts = {
+        # the pages of the file that were in memory, and those of libraries
+        "weights in the file": setting["file_peak"] or sizes["weights_mapped"],
+        "weights, copied": sizes["weights_copied"],
+        "image encoder": sizes["vision_weights"] + sizes["vision_compute"],
+        "compute": sizes["compute"] + sizes["output"],
+        "K and V": sizes["kv_peak"],
+    }
+    return parts | {"other": max(0, setting["rss_peak"] - sum(parts.values()))}
+
+
+def speed_bars(settings: Sequence[dict[str, Any]]) -> Figure:
+    """Tokens a second while reading the prompt and while decoding."""
+    done = [setting for setting in settings if setting["status"] == "ok"]
+    figure = _figure(0.95 + 0.34 * len(done))
+    left, right = figure.subplots(1, 2, sharey=True)
+    names = [setting["name"] for setting in done]
+    for axes, key, title in ((left, "prompt_tps", "prompt"), (right, "decode_tps", "decode")):
+        values = [setting[key] for setting in done]
+        axes.barh(names, values, color=[_color(setting) for setting in done], height=0.68)
+        for index, value in enumerate(values):
+            axes.text(value, index, f" {_short(value)}", va="center", fontsize=8.5, color=_INK)
+        axes.set_xlim(0, max(values) * 1.25)
+        axes.xaxis.set_major_locator(MaxNLocator(4))
+        axes.set_title(title, fontsize=9, loc="left", color=_INK)
+        axes.set_xlabel("tokens/s")
+        _plain(axes)
+        axes.tick_params(axis="y", length=0, labelcolor=_INK)
+    left.invert_yaxis()
+    return figure
+
+
+def decode_over_length(lengths: Sequence[dict[str, Any]]) -> Figure:
+    """Decoding speed over prompt length: a line for each setting, and the empty cache's.
+
+    Args:
+        lengths: for each prompt length `n_prompt`, `decode_tps` by setting, and `depth_0_tps`.
+    """
+    figure = _figure(3.0)
+    axes = figure.add_subplot()
+    names = list(dict.fromkeys(name for length in lengths for name in length["decode_tps"]))
+    styles = iter(("-", "--", ":", "-.") * len(names))
+    marks = iter("osD^v<>p*h" * len(names))
+    for name in names:
+        points = [(of["n_prompt"], of["decode_tps"][name]) for of in lengths if name in of["decode_tps"]]
+        evicted = name.startswith("evicted")
+        axes.plot(
+            *zip(*points, strict=True),
+            marker=next(marks),
+            ms=5,
+            lw=1.6,
+            ls=next(styles),
+            color=_EVICTED if evicted else _FULL,
+            label=name,
+        )
+    limits = [of["depth_0_tps"] for of in lengths]
+    axes.plot([of["n_prompt"] for of in lengths], limits, color=_LIMIT, lw=1.4, label="empty cache")
+    axes.set_ylim(0, None)
+    axes.set_xticks([of["n_prompt"] for of in lengths])
+    axes.set_xlabel("prompt, positions")
+    axes.set_ylabel("tokens/s")
+    _plain(axes)
+    figure.legend(loc="outside upper left", ncols=2, fontsize=8.5, frameon=False)
+    return figure
+
+
+def decode_bars(decode_tps: dict[str, float], limit: float) -> Figure:
+    """Decoding speed by setting, and with an empty cache as a line."""
+    figure = _figure(1.0 + 0.34 * len(decode_tps))
+    axes = figure.add_subplot()
+    names, values = list(decode_tps), list(decode_tps.values())
+    colors = [_EVICTED if name.startswith("evicted") else _FULL for name in names]
+    axes.barh(names, values, color=colors, height=0.68)
+    for index, value in enumerate(values):
+        axes.text(value, index, f" {_short(value)}", va="center", fontsize=8.5, color=_INK)
+    axes.axvline(limit, color=_LIMIT, lw=1.4, ls=(0, (4, 2)))
+    axes.text(limit, -0.6, f"empty cache {_short(limit)} ", ha="right", va="bottom", fontsize=8, color=_LIMIT)
+    axes.set_xlim(0, max([*values, limit]) * 1.12)
+    axes.set_ylim(len(names) - 0.5, -1.1)
+    axes.set_xlabel("tokens/s")
+    _plain(axes)
+    axes.tick_params(axis="y", length=0, labelcolor=_INK)
+    return figure
+
+
+def svg(figure: Figure) -> str:
+    """The figure as SVG text, the same for the same figure."""
+    out = io.StringIO()
+    FigureCanvasSVG(figure)
+    figure.savefig(out, format="svg", metadata={"Date": None, "Creator": None})
+    return out.getvalue()
+
+
+def _short(value: float) -> str:
+    return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
+
+
+def _plain(axes: Axes) -> None:
+    """No frame, but the axes themselves."""
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.spines[["left", "bottom"]].set_color("#b9c1c8")
+    axes.tick_params(colors="#5c6670", labelsize=8.5)
+    axes.xaxis.label.set(color="#5c6670", fontsize=8.5)
+    axes.yaxis.label.set(color="#5c6670", fontsize=8.5)
+
+
+def _figure(height: float) -> Figure:
+    figure = Figure(figsize=(_WIDTH, height), layout="constrained")
+    figure.set_facecolor("white")
+    return figure
+
+
+def _draw_phase(axes: Axes, phase: dict[str, Any], end: float, top: float) -> None:
+    start, stop = phase["start"], phase["end"]
+    if phase["name"] == "eviction":
+        axes.axvline(start, color=_EVICTED, lw=1)
+        axes.text(start, top * 0.97, "evicted ", fontsize=7.5, color=_EVICTED, ha="right", va="top")
+        return
+    axes.axvspan(start, stop, color=_PHASES[phase["name"]], lw=0, zorder=0)
+    if stop - start > 0.09 * end:
+        axes.text(
+            (start + stop) / 2,
+            top * 0.97,
+            phase["name"],
+            fontsize=7.5,
+            color="#5c6670",
+            ha="center",
+            va="top",
+        )
+
+
+def _color(setting: dict[str, Any]) -> str:
+    return _FULL if setting["budget"] is None else _EVICTED

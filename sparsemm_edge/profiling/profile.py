@@ -1,0 +1,102 @@
+"""One real model and prompt, run with the full cache and with eviction, a process each."""
+
+import tempfile
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from sparsemm_edge import defaults
+from sparsemm_edge.errors import SparseMMError
+from sparsemm_edge.gguf_header import read_header, weight_bytes
+from sparsemm_edge.gguf_metadata import check_supported, model_shape, sparsemm_metadata
+from sparsemm_edge.profiling import machine as this_machine
+from sparsemm_edge.profiling import shapes
+from sparsemm_edge.profiling.figures import setting_figures
+from sparsemm_edge.profiling.jobs import Event, Setting, Task, full
+from sparsemm_edge.profiling.progress import Progress
+from sparsemm_edge.profiling.runs import run_setting
+from sparsemm_edge.runtime.prompt import read_image
+
+
+def profile(
+    task: Task, budgets: Sequence[int], progress: Progress, *, n_ubatch: int | None = None
+) -> dict[str, Any]:
+    """Run every setting, the full cache first.
+
+    Args:
+        task: model, prompt, how much to decode.
+        budgets: mean head budgets to evict to; empty: the file's, or the default.
+        progress: told what goes on.
+        n_ubatch: prompt tokens computed at a time in every setting; None: llama.cpp's default for the full
+            cache, the whole prompt where it is evicted.
+
+    Returns:
+        `machine`, `model`, `scores` (where they come from) and `settings`, see setting_figures.
+
+    Raises:
+        SparseMMError: a model that cannot be evicted, or not one setting could run.
+    """
+    header = read_header(Path(task.model))
+    shape, metadata = model_shape(header), sparsemm_metadata(header)
+    check_supported(header, shape)
+    for image in task.images:  # a mistake shows at once, not in every process
+        read_image(image)
+    if task.mmproj is not None:
+        read_header(Path(task.mmproj))
+    budgets = list(budgets) or [metadata.budget if metadata is not None else defaults.BUDGET]
+    settings = [
+        full(n_ubatch=n_ubatch),
+        full(flash_attn=False, n_ubatch=n_ubatch),
+        full("q8_0", n_ubatch=n_ubatch),
+        full("q4_0", n_ubatch=n_ubatch),
+        *(Setting(budget, n_ubatch=n_ubatch) for budget in dict.fromkeys(budgets)),
+    ]
+    with tempfile.TemporaryDirectory() as folder:
+        source = "the model file"
+        if task.scores is not None:
+            source = task.scores
+        elif metadata is None:
+            scores, source = shapes.head_scores(shape)
+            scores.save(Path(folder) / "scores.json")
+            task = replace(task, scores=str(Path(folder) / "scores.json"))
+        found = [run_and_say(task, setting, progress) for setting in settings]
+    check_some_ran(found)
+    return {
+        "machine": this_machine.machine(),
+        "model": {
+            "name": shape.name,
+            "file": Path(task.model).name,
+            "n_layer": shape.n_layer,
+            "n_head": shape.n_head,
+            "n_head_kv": shape.n_head_kv,
+            "weight_bytes": weight_bytes(header.path),
+        },
+        "scores": source,
+        "settings": found,
+    }
+
+
+def run_and_say(task: Task, setting: Setting, progress: Progress) -> dict[str, Any]:
+    """Run one setting; its figures, of which a line is said."""
+
+    def listen(event: Event) -> None:
+        if event["event"] == "phase":
+            progress.doing(f"{setting.name}: {event['name']}")
+
+    progress.doing(f"{setting.name}: starting")
+    figures = setting_figures(setting, run_setting(task, setting, listen))
+    if figures["status"] != "ok":
+        progress.done(f"{setting.name}: {figures['status']}: {figures['reason']}")
+    else:
+        progress.done(
+            f"{setting.name}: K and V {figures['kv']['bytes_now'] / 2**20:.1f} MiB,"
+            f" {figures['decode_tps']:.1f} tokens/s, peak {figures['rss_peak'] / 2**20:.0f} MiB"
+        )
+    return figures
+
+
+def check_some_ran(settings: Sequence[dict[str, Any]]) -> None:
+    """Raise SparseMMError with the first reason if no setting ended well."""
+    if not any(setting["status"] == "ok" for setting in settings):
+        raise SparseMMError(f"no setting could be run; {settings[0]['name']}: {settings[0]['reason']}")

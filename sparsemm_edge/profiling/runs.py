@@ -1,0 +1,116 @@
+"""Starting workers and listening to them: one process a setting, watched from outside."""
+
+import json
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from typing import IO, Any
+
+from sparsemm_edge.profiling.jobs import Event, Setting, Task
+from sparsemm_edge.profiling.memory import MemoryTrace, MemoryWatch
+
+Listener = Callable[[Event], None]
+
+
+@dataclass
+class Run:
+    """What one worker did.
+
+    Attributes:
+        status: "ok"; "killed": ended from outside, as a system does when memory runs out; "failed":
+            `reason` says why.
+        reason: one line, "" if ok.
+        start: time.monotonic when it was started.
+        end: the same when it had ended.
+        events: all that it said.
+        memory: what it took.
+    """
+
+    status: str
+    reason: str
+    start: float
+    end: float
+    events: list[Event] = field(default_factory=list)
+    memory: MemoryTrace = field(default_factory=MemoryTrace)
+
+    @property
+    def result(self) -> Event | None:
+        """The event with the figures; None if it did not get there."""
+        return next((event for event in self.events if event["event"] == "result"), None)
+
+    def phases(self) -> list[dict[str, Any]]:
+        """The phases in order: name, and start and end in seconds since the process was started."""
+        begun = [event for event in self.events if event["event"] == "phase"]
+        ends = [event["t"] for event in begun[1:]] + [self.end]
+        phases: list[dict[str, Any]] = []
+        for event, end in zip(begun, ends, strict=True):
+            name, start = event["name"], event["t"]
+            if name == "end":
+                break
+            if phases and phases[-1]["name"] == name:  # an image after an image
+                phases[-1]["end"] = end - self.start
+            elif end - start > 1e-3 or name == "eviction":
+                phases.append({"name": name, "start": start - self.start, "end": end - self.start})
+        return phases
+
+
+def run_setting(task: Task, setting: Setting, listen: Listener | None = None) -> Run:
+    """Run one setting in a process of its own."""
+    return _work({"task": asdict(task), "settings": [asdict(setting)], "n_rounds": 0}, listen)
+
+
+def run_by_turns(task: Task, settings: list[Setting], n_rounds: int, listen: Listener | None = None) -> Run:
+    """Time settings by turns, in one process (see worker.run_by_turns)."""
+    job = {"task": asdict(task), "settings": [asdict(s) for s in settings], "n_rounds": n_rounds}
+    return _work(job, listen)
+
+
+def _work(job: dict[str, Any], listen: Listener | None) -> Run:
+    start = time.monotonic()
+    events: list[Event] = []
+    with tempfile.TemporaryFile() as errors:
+        process = subprocess.Popen(
+            [sys.executable, "-m", "sparsemm_edge.profiling.worker"],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=errors,
+            text=True,
+        )
+        assert process.stdin is not None and process.stdout is not None
+        try:
+            with MemoryWatch(process.pid) as watch:
+                process.stdin.write(json.dumps(job) + "\n")
+                process.stdin.flush()  # and left open: its end tells the worker that we are gone
+                for line in process.stdout:
+                    event = json.loads(line)
+                    events.append(event)
+                    if listen is not None:
+                        listen({**event, "pid": process.pid})
+                code = process.wait()
+        finally:  # Ctrl-C, or an error of our own
+            process.kill()
+            process.wait()
+            process.stdout.close()
+            process.stdin.close()
+        status, reason = _outcome(code, events, errors)
+    return Run(status, reason, start, time.monotonic(), events, watch.trace)
+
+
+def _outcome(code: int, events: list[Event], errors: IO[bytes]) -> tuple[str, str]:
+    """Status and reason of a worker that ended with this exit code."""
+    if code == 0:
+        return "ok", ""
+    said = next((event["reason"] for event in events if event["event"] == "failed"), None)
+    if said is not None:
+        return "failed", said
+    if code == -signal.SIGKILL:
+        return "killed", "killed by the system, most likely because memory ran out"
+    errors.seek(0)
+    lines = errors.read().decode("utf-8", "replace").strip().splitlines()
+    last = f": {lines[-1].strip()}" if lines else ""
+    how = f"ended by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
+    return "failed", how + last

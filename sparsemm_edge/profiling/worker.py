@@ -1,0 +1,229 @@
+"""A process that runs one setting, or times several by turns: python -m sparsemm_edge.profiling.worker.
+
+It reads one JSON line on stdin, the job, and writes events as JSON lines on stdout. When stdin ends, the one
+who asked is gone, and so is the worker.
+"""
+
+import json
+import os
+import signal
+import sys
+import threading
+import time
+from collections.abc import Callable
+from contextlib import ExitStack
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from sparsemm_edge.errors import SparseMMError
+from sparsemm_edge.gguf_header import weight_bytes
+from sparsemm_edge.profiling.jobs import Event, Setting, Task
+from sparsemm_edge.runtime import Eviction, Prompt, Session, VisionModel, library
+from sparsemm_edge.runtime.model import rss_peak_bytes
+from sparsemm_edge.runtime.prompt import TextPart
+
+N_TURNS, N_PER_TURN = 8, 5
+"""Decoding by turns: each context decodes this many tokens, the first of a turn is not counted. All of them
+fit into the room that an evicted cache has from the start."""
+
+Emit = Callable[[Event], None]
+
+
+def run(task: Task, setting: Setting, emit: Emit) -> None:
+    """Load, read the prompt, decode: the phases as they begin, then one result."""
+
+    def phase(name: str) -> None:
+        emit({"event": "phase", "name": name})
+
+    phase("load")
+    with _load(task) as model, _prompt(model, task) as prompt:
+        loaded = library.logged_buffers()
+        phase("context")
+        with _start(model, prompt, task, setting, n_reply=task.n_predict, on_phase=phase) as session:
+            session.read_prompt()
+            at_prompt = session.kv_stats()
+            if setting.evicts and at_prompt.n_evictions:
+                phase("eviction")
+            phase("decode")
+            decode_ms = []
+            for _ in range(task.n_predict):
+                token = int(session.logits().argmax())
+                started = time.perf_counter()
+                session.decode(token)
+                decode_ms.append((time.perf_counter() - started) * 1000)
+            kv = session.kv_stats()
+            phase("end")
+            emit(
+                {
+                    "event": "result",
+                    "n_prompt": prompt.n_tokens,
+                    "n_prompt_calls": session.n_prompt_calls,
+                    "n_threads": model.n_threads,
+                    "load_ms": model.load_ms,
+                    "image_ms": session.image_ms,
+                    "prompt_ms": session.prompt_ms,
+                    "decode_ms": decode_ms,
+                    "kv": asdict(kv),
+                    "rss_peak_bytes": rss_peak_bytes(),
+                    "vision_weight_bytes": 0 if task.mmproj is None else weight_bytes(Path(task.mmproj)),
+                    "buffers": [asdict(buffer) for buffer in (*loaded, *library.logged_buffers())],
+                }
+            )
+
+
+def run_by_turns(task: Task, settings: list[Setting], n_rounds: int, emit: Emit) -> None:
+    """Time prompt and decoding of all settings, at most one full cache in memory at a time.
+
+    The evicted contexts stay. Each full one comes, decodes by turns with them and with a context of two
+    tokens (what decoding costs at depth 0), and goes. Each turn is an event with the milliseconds of its
+    tokens.
+    """
+    n_reply = N_TURNS * N_PER_TURN
+    short = Task(task.model, n_prompt=2)
+    with _load(task) as model, _prompt(model, task) as prompt, _prompt(model, short) as two:
+        for round_ in range(n_rounds):
+            with ExitStack() as stack:
+                held: dict[str, Session] = {}
+
+                def open_session(setting: Setting, stack: ExitStack, round_: int = round_) -> Session:
+                    emit({"event": "phase", "name": f"round {round_ + 1}: prompt, {setting.name}"})
+                    session = stack.enter_context(_start(model, prompt, task, setting, n_reply=n_reply))
+                    session.read_prompt()
+                    emit(
+                        {
+                            "event": "prompt",
+                            "setting": setting.name,
+                            "round": round_,
+                            "n_prompt": prompt.n_tokens,
+                            "prompt_ms": session.prompt_ms,
+                        }
+                    )
+                    return session
+
+                for setting in settings:
+                    if setting.evicts:
+                        held[setting.name] = open_session(setting, stack)
+                empty = Setting(flash_attn=False)
+                held["depth 0"] = stack.enter_context(_start(model, two, short, empty, n_reply=n_reply))
+                held["depth 0"].read_prompt()
+                for setting in settings:
+                    if setting.evicts:
+                        continue
+                    with ExitStack() as one:
+                        session = open_session(setting, one)
+                        emit({"event": "phase", "name": f"round {round_ + 1}: decoding, {setting.name}"})
+                        _decode_by_turns({setting.name: session, **held}, setting.name, round_, emit)
+
+
+def _decode_by_turns(sessions: dict[str, Session], against: str, round_: int, emit: Emit) -> None:
+    for session in sessions.values():
+        session.forget_reply()
+    for turn in range(N_TURNS):
+        # forth and back, so that none is always first
+        order = list(sessions) if turn % 2 == 0 else list(reversed(sessions))
+        for name in order:
+            times = []
+            for _ in range(N_PER_TURN):
+                started = time.perf_counter()
+                sessions[name].decode(_A_TOKEN)
+                times.append((time.perf_counter() - started) * 1000)
+            emit(
+                {
+                    "event": "turn",
+                    "setting": name,
+                    "against": against,
+                    "round": round_,
+                    "turn": turn,
+                    "decode_ms": times[1:],
+                }
+            )
+
+
+_A_TOKEN = 300  # beyond bytes and control tokens in every vocabulary
+
+
+def _load(task: Task) -> VisionModel:
+    return VisionModel.load(task.model, task.mmproj, n_threads=task.n_threads)
+
+
+def _prompt(model: VisionModel, task: Task) -> Prompt:
+    if task.prompt is not None:
+        return model.tokenize(model.chat_prompt(task.prompt, len(task.images)), task.images)
+    first = min(_A_TOKEN, model.n_vocab - 1)
+    tokens = np.random.default_rng(0).integers(first, model.n_vocab, task.n_prompt)
+    return Prompt([TextPart(tokens.astype(np.int32))])
+
+
+def _start(
+    model: VisionModel,
+    prompt: Prompt,
+    task: Task,
+    setting: Setting,
+    *,
+    n_reply: int,
+    on_phase: Callable[[str], None] | None = None,
+) -> Session:
+    scores = None if task.scores is None else Path(task.scores)
+    eviction = Eviction(setting.evicts, None, setting.budget, task.window, scores)
+    return model.start(
+        prompt,
+        n_predict=n_reply,
+        n_ctx=prompt.n_tokens + n_reply,
+        n_ubatch=setting.n_ubatch,
+        cache_type_k=setting.cache_type,
+        cache_type_v=setting.cache_type,
+        eviction=eviction,
+        flash_attn=setting.flash_attn,
+        on_phase=on_phase,
+    )
+
+
+def _exit_with_parent() -> None:
+    while os.read(0, 4096):
+        pass
+    os._exit(1)
+
+
+def main() -> int:
+    # Ctrl-C reaches the whole process group: end at once, also in the middle of llama.cpp's work
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+    job: dict[str, Any] = json.loads(_read_line())
+    threading.Thread(target=_exit_with_parent, daemon=True).start()
+    # events have a stream of their own: what anything else prints goes to stderr
+    events = os.fdopen(os.dup(1), "w", encoding="utf-8")
+    os.dup2(2, 1)
+
+    def emit(event: Event) -> None:
+        event["t"] = time.monotonic()
+        events.write(json.dumps(event) + "\n")
+        events.flush()
+
+    task = Task(**{**job["task"], "images": tuple(job["task"]["images"])})
+    settings = [Setting(**setting) for setting in job["settings"]]
+    try:
+        if job["n_rounds"]:
+            run_by_turns(task, settings, job["n_rounds"], emit)
+        else:
+            run(task, settings[0], emit)
+    except (SparseMMError, MemoryError) as error:
+        emit({"event": "failed", "reason": str(error) or "out of memory"})
+        return 2
+    return 0
+
+
+def _read_line() -> str:
+    """One line of stdin, and nothing after it: stdin's buffer must not swallow what follows."""
+    line = b""
+    while not line.endswith(b"\n"):
+        byte = os.read(0, 1)
+        if not byte:
+            sys.exit(1)
+        line += byte
+    return line.decode()
+
+
+if __name__ == "__main__":
+    sys.exit(main())
