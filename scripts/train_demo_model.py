@@ -1,0 +1,816 @@
+#!/usr/bin/env python3
+"""Train the demo model: a tiny LLaVA, from nothing, that reads the pages of sparsemm_edge/pages/grid.py.
+
+    train_demo_model.py train --out DIR --minutes 85     train, or go on from DIR/checkpoint.pt
+    train_demo_model.py export --out DIR HF_DIR          write the checkpoint's model as models/demo holds it
+    train_demo_model.py evaluate HF_DIR                  read held-out pages with it, in PyTorch
+
+The same through llama.cpp: sparsemm-edge eval --data grid --policies full.
+
+Two stages. First the vision tower and the projector learn, with throw-away heads, which character is in a
+patch and where the patch is. Then the text model learns to read the page and to look keys up: several
+questions about one page share its image, the number of lines grows as accuracy allows, and blank patches are
+left out at first and come back step by step (patches keep their positions). Learning rate and phases follow
+the clock, so that --minutes says when it ends.
+
+DIR/log.jsonl gets a line every 20 steps, and every few minutes one with both tasks done by greedy decoding
+on held-out pages.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import math
+import os
+import signal
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from demo_tokenizer import (
+    BOS,
+    CHAT_TEMPLATE,
+    EOS,
+    ID,
+    IMAGE,
+    PAD,
+    VOCAB,
+    decode,
+    encode,
+    patch_tokenizer_config,
+    save_tokenizer,
+)
+from torch import Tensor, nn
+from transformers import (
+    AutoProcessor,
+    CLIPVisionConfig,
+    LlamaConfig,
+    LlavaConfig,
+    LlavaForConditionalGeneration,
+)
+
+from sparsemm_edge.evaluation.metrics import character_accuracy
+from sparsemm_edge.files import atomic_path
+from sparsemm_edge.pages.grid import (
+    CELL,
+    DIGITS,
+    FIRST_TRAINING_SEED,
+    GRID,
+    LETTERS,
+    LOOKUP_PROMPTS,
+    N_LINES,
+    READ_PROMPT,
+    READ_PROMPTS,
+    SIZE,
+    GridPage,
+    Line,
+    draw_lines,
+    grid_page,
+    lookup_prompt,
+)
+
+GLYPHS = LETTERS + DIGITS
+N_PATCHES = GRID * GRID
+PREFIX = [BOS, *encode("USER: ")]  # before the image
+
+
+def suffix(question: str) -> list[int]:
+    """What stands between the image and the answer."""
+    return encode(f"\n{question} ASSISTANT:")
+
+
+# --- model --------------------------------------------------------------------------------------------
+
+
+def make_config(n_head: int) -> LlavaConfig:
+    return LlavaConfig(
+        vision_config=CLIPVisionConfig(
+            hidden_size=128,
+            intermediate_size=512,
+            num_hidden_layers=4,
+            num_attention_heads=4,
+            image_size=SIZE,
+            patch_size=CELL,
+        ),
+        text_config=LlamaConfig(
+            vocab_size=len(VOCAB),
+            hidden_size=256,
+            intermediate_size=512,
+            num_hidden_layers=6,
+            num_attention_heads=n_head,
+            num_key_value_heads=n_head,
+            head_dim=32,
+            max_position_embeddings=2048,
+            # with the usual 10000, most of a head's 16 pairs turn by radians over a page
+            rope_parameters={"rope_type": "default", "rope_theta": 500000.0},
+            rms_norm_eps=1e-5,
+            bos_token_id=BOS,
+            eos_token_id=EOS,
+            pad_token_id=PAD,
+            tie_word_embeddings=False,
+            architectures=["LlamaForCausalLM"],
+        ),
+        image_token_index=IMAGE,
+        image_seq_length=N_PATCHES,
+        vision_feature_layer=-2,
+        vision_feature_select_strategy="default",
+    )
+
+
+def make_model(config: LlavaConfig, seed: int) -> LlavaForConditionalGeneration:
+    torch.manual_seed(seed)
+    model = LlavaForConditionalGeneration(config)
+    with torch.no_grad():
+        table = model.model.vision_tower.embeddings.position_embedding.weight
+        table[1:] = _sine_table(table.shape[1])
+        for layer in model.model.language_model.layers:
+            attention, mlp = layer.self_attn, layer.mlp
+            for linear in (attention.q_proj, attention.k_proj, attention.v_proj, mlp.gate_proj, mlp.up_proj):
+                linear.weight.normal_(0, 0.05)
+            for linear in (attention.o_proj, mlp.down_proj):
+                linear.weight.normal_(0, 0.05 / math.sqrt(2 * len(model.model.language_model.layers)))
+            # every second head starts out looking for what is like its query
+            query = attention.q_proj.weight.unflatten(0, (-1, 32))
+            key = attention.k_proj.weight.unflatten(0, (-1, 32))
+            key[::2] = 0.8 * query[::2] + 0.6 * key[::2]
+        model.model.language_model.embed_tokens.weight.normal_(0, 0.3)
+        model.lm_head.weight.normal_(0, 0.02)
+    return model
+
+
+def _sine_table(width: int) -> Tensor:
+    """A start for CLIP's learned positions: sines of row and column, [N_PATCHES, width]."""
+    frequency = math.pi * 2.0 ** (-torch.arange(width // 4) / (width // 4) * math.log2(2 * GRID))
+    angle = torch.arange(GRID)[:, None] * frequency
+    wave = torch.cat([angle.sin(), angle.cos()], 1)  # [GRID, width / 2]
+    rows = wave[:, None].expand(-1, GRID, -1)
+    columns = wave[None].expand(GRID, -1, -1)
+    return torch.cat([rows, columns], 2).reshape(N_PATCHES, width) * 0.5
+
+
+def image_features(model: LlavaForConditionalGeneration, pixels: Tensor, shown: Tensor) -> Tensor:
+    """Projected features of some patches of uint8 pages, as if the pages had no others.
+
+    Args:
+        pixels: [n, SIZE, SIZE, 3].
+        shown: the patches, [n, n_shown].
+
+    Returns:
+        [n, n_shown, width].
+    """
+    vision = model.model.vision_tower
+    mean = torch.tensor([0.48145466, 0.4578275, 0.40821073])
+    std = torch.tensor([0.26862954, 0.26130258, 0.27577711])
+    n = len(shown)
+    patches = pixels.view(n, GRID, CELL, GRID, CELL, 3).transpose(2, 3).reshape(n, N_PATCHES, -1)
+    patches = _take(patches, shown).unflatten(2, (-1, 3))
+    kernel = vision.embeddings.patch_embedding.weight.permute(0, 2, 3, 1).flatten(1)
+    x = F.linear(((patches / 255 - mean) / std).flatten(2), kernel).float()
+    x = x + vision.embeddings.position_embedding.weight[1 + shown]
+    start = vision.embeddings.class_embedding + vision.embeddings.position_embedding.weight[0]
+    x = vision.pre_layrnorm(torch.cat([start.expand(n, 1, -1), x], 1))
+    for layer in vision.encoder.layers[:-1]:  # feature layer -2
+        attention = layer.self_attn
+        h = layer.layer_norm1(x)
+        q, k, v = (
+            linear(h).unflatten(2, (-1, attention.head_dim)).transpose(1, 2)
+            for linear in (attention.q_proj, attention.k_proj, attention.v_proj)
+        )
+        x = x + attention.out_proj(_attend(q, k, v).transpose(1, 2).flatten(2))
+        x = x + layer.mlp(layer.layer_norm2(x))
+    return model.model.multi_modal_projector(x[:, 1:])
+
+
+def _take(x: Tensor, rows: Tensor) -> Tensor:
+    """Rows [n, len] of x [n, any, width]: [n, len, width]."""
+    return x.gather(1, rows[..., None].expand(-1, -1, x.shape[2]))
+
+
+def _attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, causal: bool = False) -> Tensor:
+    """Attention in f32: on CPUs its backward pass is faster than in bf16, even where products are not."""
+    with torch.autocast("cpu", enabled=False):
+        return F.scaled_dot_product_attention(q.float(), k.float(), v.float(), mask, is_causal=causal)
+
+
+def _rope(positions: Tensor, theta: float) -> tuple[Tensor, Tensor]:
+    """cos and sin for heads of 32: [n, 1, len, 32] for positions [n, len]."""
+    frequency = theta ** (-torch.arange(0, 32, 2) / 32)
+    angle = (positions[..., None] * frequency).repeat(1, 1, 2)[:, None]
+    return angle.cos(), angle.sin()
+
+
+def _rotate(x: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
+    cos, sin = rope
+    half = x.shape[-1] // 2
+    return x * cos + torch.cat([-x[..., half:], x[..., :half]], -1) * sin
+
+
+class TextRunner:
+    """The text model's layers over the image's context and over what follows it.
+
+    The same parameters as model.language_model, run so that training is cheap: what follows the image may
+    hold several questions that do not see one another, and the last layer computes them only.
+    """
+
+    def __init__(self, model: LlavaForConditionalGeneration) -> None:
+        self.text = model.model.language_model
+        self.lm_head = model.lm_head
+        self.theta = model.config.text_config.rope_parameters["rope_theta"]
+        self.eps = model.config.text_config.rms_norm_eps
+
+    def embed(self, tokens: Tensor) -> Tensor:
+        return self.text.embed_tokens(tokens)
+
+    def train_logits(
+        self, context: Tensor, context_pos: Tensor, tail: Tensor, tail_pos: Tensor, segment: Tensor
+    ) -> Tensor:
+        """Logits [n, n_tail, vocab] of questions and answers behind an image.
+
+        Args:
+            context: embeddings of prefix and image, [n, n_context, width].
+            tail: embeddings behind it, [n, n_tail, width]; positions see their own segment only.
+            context_pos, tail_pos, segment: [n, n_context], [n, n_tail], [n, n_tail].
+        """
+        n = context.shape[1]
+        x = torch.cat([context, tail], 1)
+        rope = _rope(torch.cat([context_pos, tail_pos], 1), self.theta)
+        n_tail = tail.shape[1]
+        own = (segment[:, :, None] == segment[:, None]) & torch.ones(n_tail, n_tail, dtype=torch.bool).tril()
+        mask = torch.cat([own.new_ones(len(own), n_tail, n), own], 2)[:, None]
+        for il, layer in enumerate(self.text.layers):
+            q, k, v = self._qkv(layer, x, rope)
+            o = _attend(q[:, :, n:], k, v, mask)
+            if il == len(self.text.layers) - 1:
+                x = x[:, n:]
+            else:
+                own = _attend(q[:, :, :n], k[:, :, :n], v[:, :, :n], causal=True)
+                o = torch.cat([own, o], 2)
+            x = self._finish(layer, x, o)
+        return self.lm_head(self._norm(self.text.norm, x)).float()
+
+    def step(self, x: Tensor, positions: Tensor, cache: list[Any]) -> Tensor:
+        """Append embeddings [n, len, width] to the cache (a list, empty at first); logits of the last."""
+        rope = _rope(positions, self.theta)
+        causal = not cache
+        for il, layer in enumerate(self.text.layers):
+            q, k, v = self._qkv(layer, x, rope)
+            if causal:
+                cache.append((k, v))
+            else:
+                cache[il] = k, v = torch.cat([cache[il][0], k], 2), torch.cat([cache[il][1], v], 2)
+            x = self._finish(layer, x, _attend(q, k, v, causal=causal))
+        return self.lm_head(self._norm(self.text.norm, x[:, -1])).float()
+
+    def _norm(self, norm: nn.Module, x: Tensor) -> Tensor:
+        return F.rms_norm(x, x.shape[-1:], norm.weight, self.eps)
+
+    def _qkv(self, layer: nn.Module, x: Tensor, rope: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+        h = self._norm(layer.input_layernorm, x)
+        attention = layer.self_attn
+        q, k, v = (
+            linear(h).unflatten(2, (-1, 32)).transpose(1, 2)
+            for linear in (attention.q_proj, attention.k_proj, attention.v_proj)
+        )
+        return _rotate(q, rope), _rotate(k, rope), v
+
+    def _finish(self, layer: nn.Module, x: Tensor, o: Tensor) -> Tensor:
+        x = x + layer.self_attn.o_proj(o.transpose(1, 2).flatten(2))
+        h = self._norm(layer.post_attention_layernorm, x)
+        mlp = layer.mlp
+        return x + mlp.down_proj(F.silu(mlp.gate_proj(h)) * mlp.up_proj(h))
+
+
+# --- batches ------------------------------------------------------------------------------------------
+
+
+def page_pixels(page: GridPage) -> Tensor:
+    return torch.from_numpy(np.array(page.image))
+
+
+def glyph_patches(page: GridPage) -> list[int]:
+    """The patches with a glyph, in reading order."""
+    return [int(c.box[1] // CELL * GRID + c.box[0] // CELL) for c in page.chunks]
+
+
+def glyph_labels(pages: list[GridPage]) -> Tensor:
+    """What is in the patches: 0 a blank, 1 + i the glyph GLYPHS[i]; [n, N_PATCHES]."""
+    labels = torch.zeros(len(pages), N_PATCHES, dtype=torch.long)
+    for label, page in zip(labels, pages, strict=True):
+        label[glyph_patches(page)] = torch.tensor([1 + GLYPHS.index(chunk.text) for chunk in page.chunks])
+    return labels
+
+
+def choose_patches(glyphs: list[list[int]], blanks: float, rng: np.random.Generator) -> Tensor:
+    """Patches to show, ascending: glyphs and a share of the blanks, as many on every page: [n, n_shown]."""
+    if blanks >= 1:
+        return torch.arange(N_PATCHES).expand(len(glyphs), -1)
+    n_glyphs = max(map(len, glyphs))
+    n = n_glyphs + round(blanks * (N_PATCHES - n_glyphs))
+    shown = []
+    for own in glyphs:
+        rest = np.setdiff1d(np.arange(N_PATCHES), own)
+        shown.append(np.sort([*own, *rng.choice(rest, n - len(own), replace=False)]))
+    return torch.from_numpy(np.array(shown, dtype=np.int64))
+
+
+@dataclass
+class Tail:
+    """Questions and answers behind the images, all [n, n_tail]; targets are -100 where nothing is asked."""
+
+    tokens: Tensor
+    positions: Tensor
+    segment: Tensor
+    targets: Tensor
+
+
+def make_tail(pages: list[GridPage], n_lookups: int, rng: np.random.Generator) -> Tail:
+    rows = []
+    for page in pages:
+        asked = [(READ_PROMPTS[int(rng.random() < 0.25)], page.text)]
+        for i in rng.permutation(len(page.lookups))[:n_lookups]:
+            key, answer = page.lookups[i]
+            asked.append((LOOKUP_PROMPTS[int(rng.random() < 0.25)].format(key), answer))
+        row: list[tuple[int, int, int, int]] = []
+        for number, (question, answer) in enumerate(asked):
+            before, after = suffix(question), [*encode(answer), EOS]
+            tokens = before + after
+            targets = [-100] * (len(before) - 1) + after
+            first = len(PREFIX) + N_PATCHES
+            row += [
+                (token, first + i, number, target)
+                for i, (token, target) in enumerate(zip(tokens[:-1], targets, strict=True))
+            ]
+        rows.append(row)
+    n = max(map(len, rows))
+    padded = [row + [(EOS, 0, -1, -100)] * (n - len(row)) for row in rows]
+    return Tail(*torch.tensor(padded).unbind(2))
+
+
+def context_of(runner: TextRunner, features: Tensor, shown: Tensor) -> tuple[Tensor, Tensor]:
+    """Embeddings and positions of prefix and image features: [n, n_context, width], [n, n_context]."""
+    n = len(features)
+    prefix = torch.tensor(PREFIX).expand(n, -1)
+    context = torch.cat([runner.embed(prefix), features.float()], 1)
+    positions = torch.cat([torch.arange(len(PREFIX)).expand(n, -1), len(PREFIX) + shown], 1)
+    return context, positions
+
+
+def random_lines(rng: np.random.Generator) -> list[Line]:
+    """Many more glyphs than a page has, for the vision tower's warm-up."""
+    lines = []
+    for row in range(GRID):
+        if rng.random() < 0.25:
+            length = int(rng.integers(4, GRID + 1))
+            text = "".join(rng.choice([*GLYPHS, *" " * 12], length))
+            lines.append(Line(row, int(rng.integers(0, GRID - length + 1)), text))
+    return lines
+
+
+# --- training -----------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Phase:
+    """A part of the text model's training.
+
+    Attributes:
+        until: the share of the time at which it ends.
+        blanks: share of the blank patches that are shown.
+        batch: pages a step.
+        n_lookups: look-ups a page.
+    """
+
+    until: float
+    blanks: float
+    batch: int
+    n_lookups: int
+
+
+PHASES = (
+    Phase(0.20, 0.0, 24, 4),
+    Phase(0.45, 0.1, 24, 5),
+    Phase(0.62, 0.3, 20, 6),
+    Phase(1.01, 1.0, 16, 8),
+)
+
+
+@dataclass
+class Progress:
+    """What a checkpoint remembers beside weights and the optimizer's state."""
+
+    stage: str = "vision"
+    step: int = 0
+    elapsed: float = 0.0  # seconds in this stage
+    n_lines: int = N_LINES[0]  # the most lines that pages have now
+    next_seed: int = FIRST_TRAINING_SEED
+
+
+class Training:
+    def __init__(self, arguments: argparse.Namespace) -> None:
+        self.out: Path = arguments.out
+        self.out.mkdir(parents=True, exist_ok=True)
+        self.seed: int = arguments.seed
+        self.lr: float = arguments.lr
+        self.vision_seconds: float = arguments.vision_minutes * 60
+        self.text_seconds: float = (arguments.minutes - arguments.vision_minutes) * 60
+        self.bf16 = bf16_is_faster()
+        self.model = make_model(make_config(arguments.heads), self.seed)
+        self.runner = TextRunner(self.model)
+        self.progress = Progress()
+        self.heads = nn.ModuleList([nn.Linear(256, n) for n in (1 + len(GLYPHS), GRID, GRID, N_LINES[1], 9)])
+        self.optimizer = self._vision_optimizer()
+        self.checkpoint = self.out / "checkpoint.pt"
+        self.stopped = False
+        signal.signal(signal.SIGTERM, self._stop)
+        if self.checkpoint.exists():
+            self._load()
+        self.log(
+            event="start",
+            bf16=self.bf16,
+            threads=torch.get_num_threads(),
+            parameters=sum(p.numel() for p in self.model.parameters()),
+            arguments={key: str(value) for key, value in vars(arguments).items()},
+        )
+
+    def run(self) -> None:
+        if self.progress.stage == "vision":
+            self._learn_to_see()
+            self._align_text()
+            self.progress = Progress(stage="text", next_seed=self.progress.next_seed)
+            self.optimizer = self._text_optimizer()
+            self._save()
+        if self.progress.stage == "text":
+            self._learn_to_read()
+            self.progress.stage = "done"
+            self._save()
+
+    def _stop(self, *_: Any) -> None:
+        self.stopped = True
+
+    def log(self, **values: Any) -> None:
+        line = json.dumps({"time": time.strftime("%H:%M:%S"), **dataclasses.asdict(self.progress), **values})
+        with (self.out / "log.jsonl").open("a") as log:
+            log.write(line + "\n")
+
+    def _autocast(self) -> Any:
+        return torch.autocast("cpu", torch.bfloat16, enabled=self.bf16)
+
+    def _pages(self, n: int, n_lines: int | None) -> list[GridPage]:
+        first, self.progress.next_seed = self.progress.next_seed, self.progress.next_seed + n
+        rng = np.random.default_rng(first)
+        if n_lines is None:
+            return [grid_page(first + i) for i in range(n)]
+        least = max(N_LINES[0], n_lines - 3)
+        return [grid_page(first + i, int(rng.integers(least, n_lines + 1))) for i in range(n)]
+
+    # the first stage
+
+    def _vision_optimizer(self) -> torch.optim.AdamW:
+        parts = (self.model.model.vision_tower, self.model.model.multi_modal_projector, self.heads)
+        parameters = [p for part in parts for p in part.parameters()]
+        return torch.optim.AdamW(parameters, lr=2e-3, betas=(0.9, 0.98), weight_decay=0.05, fused=True)
+
+    def _vision_batch(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Pages [n, SIZE, SIZE, 3]; the patches to show, [n, n_shown]; of each its glyph (0: blank),
+        [n, n_shown]; and on pages of lines its line and place in it (else -100), [n, n_shown, 2]."""
+        n = 24
+        pages = self._pages(n, None)
+        glyphs = torch.cat([glyph_labels(pages), torch.zeros(n, N_PATCHES, dtype=torch.long)])
+        places = torch.full((2 * n, N_PATCHES, 2), -100)
+        pixels = [page_pixels(page) for page in pages]
+        for i, page in enumerate(pages):
+            keys = [key for key, _ in page.lookups]
+            line, place = -1, 0
+            for j, patch in enumerate(glyph_patches(page)):
+                following = "".join(c.text for c in page.chunks[j : j + 2])
+                if line + 1 < len(keys) and following == keys[line + 1]:
+                    line, place = line + 1, 0
+                places[i, patch] = torch.tensor([line, place])
+                place += 1
+        rng = np.random.default_rng(self.progress.next_seed)
+        for i in range(n, 2 * n):
+            lines = random_lines(rng)
+            pixels.append(torch.from_numpy(draw_lines(rng, lines)))
+            for line_ in lines:
+                for j, char in enumerate(line_.text):
+                    if char != " ":
+                        glyphs[i, line_.row * GRID + line_.column + j] = 1 + GLYPHS.index(char)
+        shown = choose_patches(
+            [row.nonzero()[:, 0].tolist() for row in glyphs], float(rng.choice([0.0, 0.03, 0.1])), rng
+        )
+        return torch.stack(pixels), shown, glyphs.gather(1, shown), _take(places, shown)
+
+    def _learn_to_see(self) -> None:
+        """Character, row and column of every patch, and of glyphs their line and place in it."""
+        rows = torch.arange(N_PATCHES) // GRID
+        columns = torch.arange(N_PATCHES) % GRID
+        progress, last_save = self.progress, time.monotonic()
+        while progress.elapsed < self.vision_seconds:
+            started = time.monotonic()
+            share = progress.elapsed / self.vision_seconds
+            for group in self.optimizer.param_groups:
+                group["lr"] = 2e-3 * min(1, (progress.step + 1) / 20) * (0.02 + 0.98 * _cosine(share))
+            pixels, shown, glyphs, places = self._vision_batch()
+            with self._autocast():
+                features = image_features(self.model, pixels, shown)
+                is_glyph = glyphs > 0
+                char, row, column = (head(features).float().flatten(0, 1) for head in self.heads[:3])
+                line, place = (head(features[is_glyph]).float() for head in self.heads[3:])
+            chars, row_true, column_true = glyphs.flatten(), rows[shown].flatten(), columns[shown].flatten()
+            loss = (
+                F.cross_entropy(char, chars)
+                + 0.5 * F.cross_entropy(row, row_true)
+                + 0.5 * F.cross_entropy(column, column_true)
+                + 0.25 * F.cross_entropy(line, places[..., 0][is_glyph])
+                + 0.25 * F.cross_entropy(place, places[..., 1][is_glyph])
+            )
+            self._update(loss)
+            progress.step += 1
+            progress.elapsed += time.monotonic() - started
+            if progress.step % 20 == 0:
+                known = places[..., 0][is_glyph] >= 0
+                self.log(
+                    loss=loss.item(),
+                    glyphs=_accuracy(char[chars > 0], chars[chars > 0]),
+                    blanks=_accuracy(char[chars == 0], chars[chars == 0]),
+                    rows=_accuracy(row, row_true),
+                    columns=_accuracy(column, column_true),
+                    lines=_accuracy(line[known], places[..., 0][is_glyph][known]),
+                    places=_accuracy(place[known], places[..., 1][is_glyph][known]),
+                )
+            if self.stopped or time.monotonic() - last_save > 120:
+                self._save()
+                if self.stopped:
+                    raise SystemExit("stopped: the checkpoint is saved")
+                last_save = time.monotonic()
+
+    @torch.no_grad()
+    def _align_text(self) -> None:
+        """Image features as large as text wants them, and characters that look like their glyphs."""
+        pixels, shown, glyphs, _ = self._vision_batch()
+        features = image_features(self.model, pixels, shown)
+        scale = 0.4 / features.square().mean().sqrt()
+        projector = self.model.model.multi_modal_projector.linear_2
+        projector.weight.mul_(scale)
+        projector.bias.mul_(scale)
+        means = torch.stack([features[glyphs == i + 1].mean(0) for i in range(len(GLYPHS))]) * scale
+        self.heads[0].weight.div_(scale)
+        ids = [ID[char] for char in GLYPHS]
+        self.runner.text.embed_tokens.weight[ids] = means
+        rows = means - means.mean(0)
+        self.model.lm_head.weight[ids] = rows * (0.06 / rows.square().mean().sqrt())
+
+    # the second stage
+
+    def _text_optimizer(self) -> torch.optim.AdamW:
+        groups: dict[bool, list[nn.Parameter]] = {}
+        for name, parameter in self.model.named_parameters():
+            groups.setdefault(parameter.ndim > 1 and "embed" not in name, []).append(parameter)
+        groups[False] += self.heads[0].parameters()
+        return torch.optim.AdamW(
+            [{"params": parameters, "weight_decay": 0.05 * decay} for decay, parameters in groups.items()],
+            betas=(0.9, 0.98),
+            fused=True,
+        )
+
+    def _learn_to_read(self) -> None:
+        progress = self.progress
+        last_save = last_evaluation = time.monotonic()
+        reading = looking_up = 0.0  # running accuracy per token
+        sums: dict[str, list[float]] = {}
+        while progress.elapsed < self.text_seconds:
+            started = time.monotonic()
+            share = progress.elapsed / self.text_seconds
+            phase = next(phase for phase in PHASES if share < phase.until)
+            lr = self.lr * min(1, (progress.step + 1) / 50) * (0.02 + 0.98 * _cosine(share))
+            for group in self.optimizer.param_groups:
+                group["lr"] = lr
+            pages = self._pages(phase.batch, None if progress.n_lines == N_LINES[1] else progress.n_lines)
+            rng = np.random.default_rng(progress.next_seed)
+            tail = make_tail(pages, phase.n_lookups, rng)
+            shown = choose_patches([glyph_patches(page) for page in pages], phase.blanks, rng)
+            with self._autocast():
+                pixels = torch.stack([page_pixels(page) for page in pages])
+                features = image_features(self.model, pixels, shown)
+                context, positions = context_of(self.runner, features, shown)
+                logits = self.runner.train_logits(
+                    context, positions, self.runner.embed(tail.tokens), tail.positions, tail.segment
+                )
+                glyph = self.heads[0](features).float().flatten(0, 1)
+            asked = tail.targets >= 0
+            glyphs = glyph_labels(pages).gather(1, shown).flatten()
+            loss = F.cross_entropy(logits[asked], tail.targets[asked])
+            # the vision tower goes on learning what a glyph is
+            loss = loss + 0.5 * F.cross_entropy(glyph, glyphs)
+            norm = self._update(loss)
+            right = logits.argmax(2) == tail.targets
+            first = asked & (tail.segment == 0)
+            scores = {
+                "loss": loss.item(),
+                "reading": right[first].float().mean().item(),
+                "looking_up": right[asked & (tail.segment > 0)].float().mean().item(),
+                "norm": norm,
+                "glyphs": _accuracy(glyph[glyphs > 0], glyphs[glyphs > 0]),
+            }
+            progress.step += 1
+            seconds = time.monotonic() - started
+            progress.elapsed += seconds
+            reading += 0.05 * (scores["reading"] - reading)
+            looking_up += 0.05 * (scores["looking_up"] - looking_up)
+            if min(reading, looking_up) > 0.8 and progress.n_lines < N_LINES[1]:
+                progress.n_lines += 1
+                reading = looking_up = 0.7
+            for key, value in {**scores, "seconds": seconds}.items():
+                sums.setdefault(key, []).append(value)
+            if progress.step % 20 == 0:
+                means = {key: round(float(np.mean(values)), 4) for key, values in sums.items()}
+                self.log(
+                    lr=lr, blanks=phase.blanks, n_shown=shown.shape[1], n_tail=tail.tokens.shape[1], **means
+                )
+                sums.clear()
+            if self.stopped or time.monotonic() - last_save > 120:
+                self._save()
+                if self.stopped:
+                    raise SystemExit("stopped: the checkpoint is saved")
+                last_save = time.monotonic()
+            if time.monotonic() - last_evaluation > 200:
+                began = time.monotonic()
+                self.log(event="evaluation", **self.evaluate(32, phase.blanks))
+                last_evaluation = time.monotonic()
+                progress.elapsed += last_evaluation - began  # the clock goes on
+
+    def _update(self, loss: Tensor) -> float:
+        self.optimizer.zero_grad()
+        loss.backward()
+        parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
+        norm = nn.utils.clip_grad_norm_(parameters, 1.0)
+        self.optimizer.step()
+        return float(norm)
+
+    @torch.no_grad()
+    def evaluate(self, n_pages: int, blanks: float) -> dict[str, float]:
+        """Both tasks by greedy decoding on the first held-out pages: shares of characters, pages, answers."""
+        pages = [grid_page(seed) for seed in range(n_pages)]
+        rng = np.random.default_rng(0)
+        shown = choose_patches([glyph_patches(page) for page in pages], blanks, rng)
+        with self._autocast():
+            pixels = torch.stack([page_pixels(page) for page in pages])
+            context, positions = context_of(self.runner, image_features(self.model, pixels, shown), shown)
+            read = self._answers(context, positions, [READ_PROMPT] * n_pages, 82)
+            asked = [page.lookups[seed % len(page.lookups)] for seed, page in enumerate(pages)]
+            found = self._answers(context, positions, [lookup_prompt(k) for k, _ in asked], 11)
+        return {
+            "characters": float(
+                np.mean([character_accuracy(a, [page.text]) for a, page in zip(read, pages, strict=True)])
+            ),
+            "pages": float(np.mean([a == page.text for a, page in zip(read, pages, strict=True)])),
+            "lookups": float(np.mean([a == answer for a, (_, answer) in zip(found, asked, strict=True)])),
+        }
+
+    def _answers(self, context: Tensor, positions: Tensor, questions: list[str], n: int) -> list[str]:
+        """Greedy answers to one question a page; the questions must have as many tokens."""
+        cache: list[Any] = []
+        suffixes = torch.tensor([suffix(question) for question in questions])
+        after = torch.arange(suffixes.shape[1]).expand(len(questions), -1) + len(PREFIX) + N_PATCHES
+        logits = self.runner.step(
+            torch.cat([context, self.runner.embed(suffixes)], 1), torch.cat([positions, after], 1), cache
+        )
+        position = after[:, -1:] + 1
+        tokens = []
+        for _ in range(n):
+            token = logits.argmax(1)
+            tokens.append(token)
+            if all((torch.stack(tokens) == EOS).any(0)):
+                break
+            logits = self.runner.step(self.runner.embed(token[:, None]), position, cache)
+            position = position + 1
+        said = torch.stack(tokens, 1).tolist()
+        return [decode(row[: row.index(EOS)] if EOS in row else row) for row in said]
+
+    def _save(self) -> None:
+        with atomic_path(self.checkpoint) as path:
+            torch.save(
+                {
+                    "model": self.model.state_dict(),
+                    "heads": self.heads.state_dict(),
+                    "optimizer": self.optimizer.state_dict(),
+                    "progress": dataclasses.asdict(self.progress),
+                },
+                path,
+            )
+
+    def _load(self) -> None:
+        state = torch.load(self.checkpoint)
+        self.progress = Progress(**state["progress"])
+        self.model.load_state_dict(state["model"])
+        self.heads.load_state_dict(state["heads"])
+        if self.progress.stage != "vision":
+            self.optimizer = self._text_optimizer()
+        self.optimizer.load_state_dict(state["optimizer"])
+
+
+def export(checkpoint: Path, folder: Path, n_head: int) -> None:
+    """Write the checkpoint's model as a Hugging Face folder in f16, with processor and tokenizer."""
+    from transformers import CLIPImageProcessorPil, LlavaProcessor
+
+    config = make_config(n_head)
+    model = make_model(config, seed=0)
+    model.load_state_dict(torch.load(checkpoint)["model"])
+    model.generation_config.eos_token_id = EOS
+    folder.mkdir(parents=True, exist_ok=True)
+    model.half().save_pretrained(folder)
+    side = {"height": SIZE, "width": SIZE}
+    LlavaProcessor(
+        image_processor=CLIPImageProcessorPil(size={"shortest_edge": SIZE}, crop_size=side),
+        tokenizer=save_tokenizer(folder),
+        patch_size=CELL,
+        vision_feature_select_strategy=config.vision_feature_select_strategy,
+        num_additional_image_tokens=1,
+        chat_template=CHAT_TEMPLATE,
+    ).save_pretrained(folder)
+    patch_tokenizer_config(folder)
+
+
+def bf16_is_faster() -> bool:
+    """Whether this processor multiplies bf16 matrices faster than f32: some emulate it."""
+    seconds = []
+    for dtype in (torch.float32, torch.bfloat16):
+        a, b = torch.ones(2048, 256, dtype=dtype), torch.ones(256, 512, dtype=dtype)
+        a @ b
+        start = time.perf_counter()
+        for _ in range(10):
+            a @ b
+        seconds.append(time.perf_counter() - start)
+    return seconds[1] < seconds[0]
+
+
+def evaluate_checkpoint(folder: Path, n_pages: int) -> dict[str, float]:
+    """Both tasks by transformers' own greedy decoding on the first held-out pages, one look-up a page."""
+    processor = AutoProcessor.from_pretrained(folder)
+    model = LlavaForConditionalGeneration.from_pretrained(folder, dtype=torch.float32).eval()
+
+    def answers(questions: list[str], pages: list[GridPage], n: int) -> list[str]:
+        messages = [
+            [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": question}]}]
+            for question in questions
+        ]
+        prompts = processor.apply_chat_template(messages, add_generation_prompt=True)
+        inputs = processor(text=prompts, images=[page.image for page in pages], return_tensors="pt")
+        said = model.generate(**inputs, max_new_tokens=n, do_sample=False)[:, inputs["input_ids"].shape[1] :]
+        return list(processor.batch_decode(said, skip_special_tokens=True))
+
+    scores: dict[str, list[float]] = {"characters": [], "pages": [], "lookups": []}
+    for first in range(0, n_pages, 10):
+        pages = [grid_page(seed) for seed in range(first, min(first + 10, n_pages))]
+        asked = [page.lookups[seed % len(page.lookups)] for seed, page in enumerate(pages, first)]
+        for page, said in zip(pages, answers([READ_PROMPT] * len(pages), pages, 96), strict=True):
+            scores["characters"].append(character_accuracy(said, [page.text]))
+            scores["pages"].append(said == page.text)
+        found = answers([lookup_prompt(key) for key, _ in asked], pages, 16)
+        scores["lookups"] += [said == answer for said, (_, answer) in zip(found, asked, strict=True)]
+    return {name: float(np.mean(values)) for name, values in scores.items()}
+
+
+def _cosine(share: float) -> float:
+    return 0.5 * (1 + math.cos(math.pi * min(share, 1)))
+
+
+def _accuracy(logits: Tensor, labels: Tensor) -> float:
+    return round((logits.argmax(1) == labels).float().mean().item(), 4)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("--heads", type=int, default=16, help="a layer")
+    commands = parser.add_subparsers(dest="command", required=True)
+    train = commands.add_parser("train")
+    train.add_argument("--out", type=Path, required=True)
+    train.add_argument("--minutes", type=float, default=90.0, help="both stages together")
+    train.add_argument("--vision-minutes", type=float, default=6.0)
+    train.add_argument("--lr", type=float, default=8e-4)
+    train.add_argument("--seed", type=int, default=0)
+    train.add_argument("--threads", type=int, default=os.cpu_count())
+    write = commands.add_parser("export")
+    write.add_argument("--out", type=Path, required=True, help="the folder that was trained in")
+    write.add_argument("folder", type=Path, metavar="HF_DIR")
+    test = commands.add_parser("evaluate")
+    test.add_argument("folder", type=Path, metavar="HF_DIR")
+    test.add_argument("--pages", type=int, default=200)
+    arguments = parser.parse_args()
+    if arguments.command == "export":
+        export(arguments.out / "checkpoint.pt", arguments.folder, arguments.heads)
+    elif arguments.command == "evaluate":
+        print(json.dumps(evaluate_checkpoint(arguments.folder, arguments.pages), indent=2))
+    else:
+        torch.set_num_threads(arguments.threads)
+        Training(arguments).run()
+
+
+if __name__ == "__main__":
+    main()
