@@ -1,4 +1,4 @@
-"""Pictures of head budgets."""
+"""Pictures of head budgets and head scores."""
 
 from pathlib import Path
 from typing import Any
@@ -23,29 +23,60 @@ def save_head_map(table: npt.NDArray[np.integer[Any]], path: Path, *, title: str
     Raises:
         SparseMMError: the name does not end in .png, or the file cannot be written.
     """
-    if path.suffix.lower() != ".png":
-        raise SparseMMError(f"the head map is a PNG picture: {path} must end in .png")
-    # matplotlib takes half a second to import; no pyplot, so no display and no global state.
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.colors import LogNorm
-    from matplotlib.figure import Figure
-    from matplotlib.ticker import FuncFormatter, MaxNLocator
+    from matplotlib.ticker import FuncFormatter
 
-    n_layer, n_head_kv = table.shape
     low, high = int(table.min()), int(table.max())
-    width, height = 4 + 0.19 * n_head_kv, 2.2 + 0.17 * n_layer
-    figure = Figure(figsize=(min(width, 12), min(height, 12)), layout="constrained")
-    FigureCanvasAgg(figure)
-    axes = figure.add_subplot()
-    image = axes.imshow(table, aspect="auto", cmap="viridis", norm=LogNorm(low, max(high, low + 1)))
-    axes.set_title(title, fontsize=10, wrap=True)
-    axes.set_xlabel("KV head")
-    axes.set_ylabel("layer")
-    for axis in (axes.xaxis, axes.yaxis):
-        axis.set_major_locator(MaxNLocator(integer=True, steps=[1, 2, 4, 5, 10]))
+    figure, axes, image = _map(table, path, title, "KV head", LogNorm(low, max(high, low + 1)))
     ticks = sorted({round(tick) for tick in np.geomspace(low, high, 6)})
     bar = figure.colorbar(image, ax=axes, ticks=ticks, format=FuncFormatter(lambda value, _: f"{value:.0f}"))
     bar.minorticks_off()
     bar.set_label("positions")
     with atomic_path(path) as part:
         figure.savefig(part, format="png", dpi=120)
+
+
+def save_score_map(table: npt.NDArray[np.floating[Any]], path: Path, *, title: str) -> None:
+    """Draw head scores as a PNG: layers down, query heads across, colour = share of the total score.
+
+    Colours follow the square root, so that more than the few strongest heads can be seen.
+
+    Args:
+        table: [n_layer, n_head], not negative.
+        path: the PNG file, replaced if it exists.
+        title: shown above the map.
+
+    Raises:
+        SparseMMError: the name does not end in .png, or the file cannot be written.
+    """
+    from matplotlib.colors import PowerNorm
+    from matplotlib.ticker import PercentFormatter
+
+    figure, axes, image = _map(table / table.sum(), path, title, "head", PowerNorm(0.5, vmin=0))
+    bar = figure.colorbar(image, ax=axes, format=PercentFormatter(xmax=1))
+    bar.set_label("share of the score")
+    with atomic_path(path) as part:
+        figure.savefig(part, format="png", dpi=120)
+
+
+def _map(table: npt.NDArray[Any], path: Path, title: str, across: str, norm: Any) -> tuple[Any, Any, Any]:
+    """Figure, axes and image of a table of layers x heads."""
+    if path.suffix.lower() != ".png":
+        raise SparseMMError(f"the head map is a PNG picture: {path} must end in .png")
+    # matplotlib takes half a second to import; no pyplot, so no display and no global state.
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator
+
+    n_layer, n_heads = table.shape
+    width, height = 4 + 0.19 * n_heads, 2.2 + 0.17 * n_layer
+    figure = Figure(figsize=(min(width, 12), min(height, 12)), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.add_subplot()
+    image = axes.imshow(table, aspect="auto", cmap="viridis", norm=norm)
+    axes.set_title(title, fontsize=10, wrap=True)
+    axes.set_xlabel(across)
+    axes.set_ylabel("layer")
+    for axis in (axes.xaxis, axes.yaxis):
+        axis.set_major_locator(MaxNLocator(integer=True, steps=[1, 2, 4, 5, 10]))
+    return figure, axes, image

@@ -60,11 +60,3 @@ def whole_numbers(option: str, text: str) -> list[int]:
             )
         numbers.append(int(part))
     return numbers
-
-
-def page_size(text: str) -> tuple[int, int]:
-    """Width and height of an option such as 896x672."""
-    width, _, height = text.partition("x")
-    if not width.isdecimal() or not height.isdecimal():
-        raise SparseMMError(f"--page-size is {text!r}: expected width and height in pixels, such as 896x672")
-    return int(width), int(height)

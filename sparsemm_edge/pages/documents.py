@@ -1,8 +1,8 @@
 """Document-like pages with known text, to score heads on: headings and columns of words and numbers.
 
 A seed makes a page: the same seed and size the same page (with the same Pillow and matplotlib, whose fonts
-are used). Pages differ in font, size, columns, colours and noise. Every word is a chunk with its own box, and no
-text stands on a page twice, so that a word can be told from the others by what it says.
+are used). Pages differ in font, size, columns, colours and noise. Every word is a chunk with its own box, and
+no text stands on a page twice, so that a word can be told from the others by what it says.
 """
 
 from functools import cache

@@ -1,11 +1,11 @@
 """Where pages come from: made here, or read from a user's folder.
 
-A folder holds images and files that say what stands on them: .json, .jsonl or (with pyarrow) .parquet, a record
-a page, in one of two forms:
+A folder holds images and files that say what stands on them: .json, .jsonl or (with pyarrow) .parquet, a
+record a page, in one of two forms:
 
 - {"image": file name, "chunks": [{"text": "...", "box": [left, top, right, bottom]}, ...]}, boxes in pixels;
-- as synthdog-en-detection is published: `2_coord`, a list of {"chunk", "coord": corner points}, and the image as
-  a file name or as bytes.
+- as synthdog-en-detection is published: `2_coord`, a list of {"chunk", "coord": corner points}, and the image
+  as a file name or as bytes.
 """
 
 import json
@@ -21,7 +21,7 @@ from sparsemm_edge.errors import SparseMMError
 from sparsemm_edge.pages import Chunk, Page, documents, grid
 
 FIRST_SCORING_SEED = 10_000
-"""Seeds of grid pages: those below are evaluation's, so that no budgets are judged on what they were made of."""
+"""Grid pages of lower seeds are for evaluation: budgets are not judged on the pages they come from."""
 
 PAGES_A_SEED = 10_000
 """How many pages a seed has before the next seed's begin."""
@@ -81,6 +81,16 @@ def open_pages(
     if not folder.is_dir():
         raise SparseMMError(f"there is no folder {data}; --data is documents, grid or a folder with pages")
     return _folder(folder, n_pages)
+
+
+def page_size(text: str) -> tuple[int, int]:
+    """Width and height of an option such as 896x672."""
+    width, _, height = text.partition("x")
+    if not width.isdecimal() or not height.isdecimal():
+        raise SparseMMError(
+            f"the page size is {text!r}: expected width and height in pixels, such as 896x672"
+        )
+    return int(width), int(height)
 
 
 def _folder(folder: Path, n_pages: int) -> PageSource:

@@ -10,10 +10,10 @@ import torch
 
 from sparsemm_edge.errors import SparseMMError
 from sparsemm_edge.pages.readers import PageSource
-from sparsemm_edge.pages.text import character_accuracy, page_text
 from sparsemm_edge.ranking import n_top, top_heads
 from sparsemm_edge.scores import HeadScores
 from sparsemm_edge.scoring.models import VisionLanguageModel
+from sparsemm_edge.scoring.reading import reading_accuracy
 from sparsemm_edge.scoring.target_response import answer_limit
 
 
@@ -75,12 +75,11 @@ def knockout(
     total = np.zeros(len(choices))
     for i in range(pages.n_pages):
         page = pages.page(i)
-        text = page_text(page)
         prompt = model.prompt(question or pages.prompt, page.image)
         limit = max_new_tokens or answer_limit(model, page)
         for j, heads in enumerate(choices):
             with silenced(model, heads):
-                total[j] += character_accuracy(model.decode(model.answer(prompt, limit)), text)
+                total[j] += reading_accuracy(model.decode(model.answer(prompt, limit)), page)
             progress(i * len(choices) + j + 1, pages.n_pages * len(choices))
     means = [float(value) for value in total / pages.n_pages]
     return Knockout((len(top), scores.scores.size), pages.n_pages, means[0], means[1], means[2:])

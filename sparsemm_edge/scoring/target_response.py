@@ -18,8 +18,8 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 from sparsemm_edge.pages import Chunk, Page
-from sparsemm_edge.pages.text import character_accuracy, page_text
 from sparsemm_edge.scoring.models import VisionLanguageModel
+from sparsemm_edge.scoring.reading import page_text, reading_accuracy
 
 _ATTENTION = "sparsemm_target_response"
 
@@ -164,4 +164,4 @@ def score_page(
         n_scored += 1
         scores += np.isin(positions, prompt.image_positions[covered]) / covered.size
     answer = model.decode(tokens)
-    return PageScores(scores, len(tokens), n_scored, answer, character_accuracy(answer, page_text(page)))
+    return PageScores(scores, len(tokens), n_scored, answer, reading_accuracy(answer, page))

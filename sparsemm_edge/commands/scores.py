@@ -1,0 +1,225 @@
+"""`sparsemm-edge scores show`, `compare` and `knockout`."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from sparsemm_edge.commands.output import print_json, print_table
+
+if TYPE_CHECKING:
+    from sparsemm_edge.scores import HeadScores
+
+scores = typer.Typer(
+    no_args_is_help=True,
+    rich_markup_mode=None,
+    help="Look at head scores, compare them, put them to the test.",
+)
+
+ScoresFile = Annotated[Path, typer.Argument(help="Head scores, a JSON file.", show_default=False)]
+AsJson = Annotated[bool, typer.Option("--json", help="Print the figures as one JSON object.")]
+
+
+@scores.command()
+def show(
+    file: ScoresFile,
+    plot: Annotated[Path | None, typer.Option(help="Draw the scores: layers x heads (PNG).")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """How concentrated head scores are, and which heads have the highest.
+
+    \b
+    Example:
+      sparsemm-edge scores show scores.json --plot scores.png
+    """
+    from sparsemm_edge.plot import save_score_map
+    from sparsemm_edge.scores import HeadScores
+
+    loaded = HeadScores.load(file)
+    if plot:
+        save_score_map(loaded.normalised(), plot, title=loaded.model)
+    if as_json:
+        print_json(figures(loaded))
+        return
+    print_figures(loaded)
+    print_convergence(loaded)
+    if plot:
+        print(f"wrote {plot}")
+
+
+@scores.command()
+def compare(file: ScoresFile, other: ScoresFile, as_json: AsJson = False) -> None:
+    """How alike two files rank the heads of one model: rank correlation, and the top 5 % they share.
+
+    \b
+    Example:
+      sparsemm-edge scores compare scores-a.json scores-b.json
+    """
+    from sparsemm_edge.ranking import TOP_SHARES, overlap_of_top, spearman
+    from sparsemm_edge.scores import HeadScores
+
+    one, two = HeadScores.load(file), HeadScores.load(other)
+    two.check_fits(one.n_layer, one.n_head)
+    report = {
+        "spearman": spearman(one.scores, two.scores),
+        "top_overlap": {f"{share:g}": overlap_of_top(one.scores, two.scores, share) for share in TOP_SHARES},
+    }
+    if as_json:
+        print_json(report)
+        return
+    print(f"rank correlation (Spearman) of {one.scores.size} heads: {report['spearman']:.3f}")
+    print_table(
+        "heads that both name",
+        ["top", "in common"],
+        [[f"{share:.0%}", f"{overlap_of_top(one.scores, two.scores, share):.0%}"] for share in TOP_SHARES],
+    )
+
+
+@scores.command()
+def knockout(
+    model: Annotated[
+        str, typer.Argument(metavar="HF_MODEL", help="The scored checkpoint.", show_default=False)
+    ],
+    file: Annotated[Path, typer.Option("--scores", help="Its head scores, a JSON file.", show_default=False)],
+    data: Annotated[str, typer.Option(help="Pages to read: documents, grid or a folder.")] = "documents",
+    pages: Annotated[int, typer.Option(help="How many pages, at most.")] = 20,
+    seed: Annotated[int, typer.Option(help="Which pages are made, and which heads are drawn.")] = 1,
+    size: Annotated[str, typer.Option("--page-size", help="Of documents, in pixels.")] = "896x672",
+    prompt: Annotated[str | None, typer.Option(help="What to ask [default: for all the text].")] = None,
+    share: Annotated[float, typer.Option(help="Share of the heads to silence.")] = 0.05,
+    draws: Annotated[int, typer.Option(help="Random choices of as many other heads.")] = 5,
+    max_new_tokens: Annotated[
+        int | None, typer.Option(help="Most tokens of an answer [default: twice what the page's text takes].")
+    ] = None,
+    device: Annotated[str | None, typer.Option(help="As for score.")] = None,
+    dtype: Annotated[str, typer.Option(help="As for score.")] = "auto",
+    as_json: AsJson = False,
+) -> None:
+    """Do the top heads matter? Read pages with all heads, without the top ones, without random others.
+
+    The random heads are drawn from those outside the top. Pages of another seed than those that were scored.
+
+    \b
+    Example:
+      sparsemm-edge scores knockout path/to/checkpoint --scores scores.json
+    """
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    from sparsemm_edge.extras import needs_torch
+    from sparsemm_edge.pages.readers import open_pages, page_size
+    from sparsemm_edge.scores import HeadScores
+
+    with needs_torch():
+        from sparsemm_edge.scoring.knockout import knockout as run
+        from sparsemm_edge.scoring.models import load
+
+    loaded = HeadScores.load(file)
+    source = open_pages(data, pages, seed=seed, size=page_size(size))
+    reader = load(model, device=device, dtype=dtype)
+    columns = (TextColumn("reading pages"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=Console(stderr=True)) as bar:
+        task = bar.add_task("pages", total=None)
+        result = run(
+            reader,
+            loaded,
+            source,
+            question=prompt,
+            share=share,
+            n_draws=draws,
+            seed=seed,
+            max_new_tokens=max_new_tokens,
+            progress=lambda done, total: bar.update(task, completed=done, total=total),
+        )
+    n_silenced, n_heads = result.n_heads
+    mean = sum(result.random) / len(result.random)
+    if as_json:
+        print_json(
+            {
+                "n_pages": result.n_pages,
+                "n_heads": n_heads,
+                "n_silenced": n_silenced,
+                "character_accuracy": {
+                    "all_heads": result.none,
+                    "without_top": result.top,
+                    "without_random": result.random,
+                    "without_random_mean": mean,
+                },
+            }
+        )
+        return
+    print_table(
+        f"character accuracy on {result.n_pages} pages, {source.name}",
+        ["silenced", "accuracy"],
+        [
+            ["none", f"{result.none:.1%}"],
+            [f"top {n_silenced} of {n_heads} heads", f"{result.top:.1%}"],
+            *(
+                [f"{n_silenced} others, draw {i + 1}", f"{value:.1%}"]
+                for i, value in enumerate(result.random)
+            ),
+            [f"{n_silenced} others, mean", f"{mean:.1%}"],
+        ],
+    )
+
+
+def figures(scores: "HeadScores") -> dict[str, Any]:
+    """The figures of one file of head scores."""
+    from sparsemm_edge.ranking import TOP_SHARES, held_by_top, top_heads
+
+    best = top_heads(scores.scores, 0.05)
+    return {
+        "model": scores.model,
+        "n_layer": scores.n_layer,
+        "n_head": scores.n_head,
+        "n_head_kv": scores.n_head_kv,
+        "held_by_top": {f"{share:g}": held_by_top(scores.scores, share) for share in TOP_SHARES},
+        "top_heads": [
+            {
+                "layer": int(head) // scores.n_head,
+                "head": int(head) % scores.n_head,
+                "share": float(scores.normalised().ravel()[head]),
+            }
+            for head in best
+        ],
+        **scores.provenance,
+    }
+
+
+def print_figures(scores: "HeadScores") -> None:
+    """The figures of one file of head scores, as text."""
+    report = figures(scores)
+    kv = "" if scores.n_head_kv is None else f", {scores.n_head_kv} KV heads"
+    lines = {"model": f"{scores.model}, {scores.n_layer} layers x {scores.n_head} heads{kv}"}
+    if "dataset" in report:
+        lines["read"] = str(report["dataset"])
+    if "n_pages" in report:
+        lines["pages"] = str(report["n_pages"]) + (
+            f", {report['n_pages_unread']} of them unread" if report.get("n_pages_unread") else ""
+        )
+    if "n_tokens_scored" in report:
+        lines["tokens"] = f"{report['n_tokens_scored']} scored of {report.get('n_tokens', '?')}"
+    if "character_accuracy" in report:
+        lines["accuracy"] = f"{report['character_accuracy']:.1%} of the characters read right"
+    lines["best heads"] = ", ".join(
+        f"{head['layer']}-{head['head']} ({head['share']:.1%})" for head in report["top_heads"][:8]
+    )
+    for name, text in lines.items():
+        print(f"{name + ':':<14}{text}")
+    print_table(
+        "share of the score that the top heads hold",
+        ["heads", "of the score"],
+        [[f"top {float(share):.0%}", f"{held:.1%}"] for share, held in report["held_by_top"].items()],
+    )
+
+
+def print_convergence(scores: "HeadScores") -> None:
+    """How the ranking settled, if the file says."""
+    steps = scores.provenance.get("convergence")
+    if not isinstance(steps, list) or not steps:
+        return
+    print_table(
+        "halves of so many pages agree",
+        ["pages", "rank correlation", "top 5 % shared"],
+        [[str(step["n_pages"]), f"{step['spearman']:.3f}", f"{step['top_overlap']:.0%}"] for step in steps],
+    )
