@@ -15,6 +15,8 @@ from sparsemm_edge.commands.inspect import inspect
 from sparsemm_edge.commands.kept import kept
 from sparsemm_edge.commands.mmproj import mmproj
 from sparsemm_edge.commands.profile import profile
+from sparsemm_edge.commands.score import score
+from sparsemm_edge.commands.scores import scores
 from sparsemm_edge.errors import SparseMMError
 
 # Rich's boxes would break a one-line error into a picture, and help texts hold examples to be copied.
@@ -43,9 +45,10 @@ def _app(
     """Visual-head KV-cache eviction for llama.cpp: same answers about images, a fraction of the cache."""
 
 
-for _command in (convert, mmproj, inspect, generate, profile, bench, kept, demo):
+for _command in (score, convert, mmproj, inspect, generate, profile, bench, kept, demo):
     app.command()(_command)
 app.command("eval")(evaluate)
+app.add_typer(scores, name="scores")
 
 
 def main() -> None:

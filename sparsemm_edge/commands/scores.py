@@ -207,7 +207,7 @@ def print_figures(scores: "HeadScores") -> None:
     for name, text in lines.items():
         print(f"{name + ':':<14}{text}")
     print_table(
-        "share of the score that the top heads hold",
+        "concentration",
         ["heads", "of the score"],
         [[f"top {float(share):.0%}", f"{held:.1%}"] for share, held in report["held_by_top"].items()],
     )
@@ -219,7 +219,7 @@ def print_convergence(scores: "HeadScores") -> None:
     if not isinstance(steps, list) or not steps:
         return
     print_table(
-        "halves of so many pages agree",
+        "how well halves agree",
         ["pages", "rank correlation", "top 5 % shared"],
         [[str(step["n_pages"]), f"{step['spearman']:.3f}", f"{step['top_overlap']:.0%}"] for step in steps],
     )

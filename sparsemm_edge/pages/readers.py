@@ -88,7 +88,7 @@ def page_size(text: str) -> tuple[int, int]:
     width, _, height = text.partition("x")
     if not width.isdecimal() or not height.isdecimal():
         raise SparseMMError(
-            f"the page size is {text!r}: expected width and height in pixels, such as 896x672"
+            f"the page size is {text!r}: expected width x height in pixels, such as 896x672"
         )
     return int(width), int(height)
 
