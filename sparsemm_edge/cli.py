@@ -10,6 +10,7 @@ from sparsemm_edge.commands.bench import bench
 from sparsemm_edge.commands.convert import convert
 from sparsemm_edge.commands.demo import demo
 from sparsemm_edge.commands.eval import evaluate
+from sparsemm_edge.commands.fit import fit
 from sparsemm_edge.commands.generate import generate
 from sparsemm_edge.commands.inspect import inspect
 from sparsemm_edge.commands.kept import kept
@@ -45,7 +46,7 @@ def _app(
     """Visual-head KV-cache eviction for llama.cpp: same answers about images, a fraction of the cache."""
 
 
-for _command in (score, convert, mmproj, inspect, generate, profile, bench, kept, demo):
+for _command in (score, convert, mmproj, inspect, generate, fit, profile, bench, kept, demo):
     app.command()(_command)
 app.command("eval")(evaluate)
 app.add_typer(scores, name="scores")

@@ -4,7 +4,6 @@ Every setting is run twice over: in a process of its own, which tells its memory
 in one process, which tells the speeds that are compared.
 """
 
-import tempfile
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -83,14 +82,8 @@ def bench(
     progress.doing("reading memory")
     bandwidth = this_machine.memory_bandwidth(n_threads)
 
-    with tempfile.TemporaryDirectory() as folder:
-        source = "the model file"
-        if scores is not None:
-            task, source = replace(task, scores=str(scores)), str(scores)
-        elif metadata is None:
-            made, source = shapes.head_scores(shape)
-            task = replace(task, scores=str(Path(folder) / "scores.json"))
-            made.save(Path(folder) / "scores.json")
+    with shapes.scores_file(shape, metadata, scores) as (path, source):
+        task = replace(task, scores=None if path is None else str(path))
         lengths = [
             _measure(replace(task, n_prompt=n_prompt), settings, n_rounds, progress)
             for n_prompt in dict.fromkeys(n_prompts)

@@ -204,7 +204,7 @@ def _draw_phase(axes: Axes, phase: dict[str, Any], end: float, top: float) -> No
     start, stop = phase["start"], phase["end"]
     if phase["name"] == "eviction":
         axes.axvline(start, color=_EVICTED, lw=1)
-        axes.text(start, top * 0.97, "evicted ", fontsize=7.5, color=_EVICTED, ha="right", va="top")
+        axes.text(start, top * 0.82, "evicted ", fontsize=7.5, color=_EVICTED, ha="right", va="top")
         return
     axes.axvspan(start, stop, color=_PHASES[phase["name"]], lw=0, zorder=0)
     if stop - start > 0.09 * end:

@@ -1,6 +1,5 @@
 """One real model and prompt, run with the full cache and with eviction, a process each."""
 
-import tempfile
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -52,14 +51,9 @@ def profile(
         full("q4_0", n_ubatch=n_ubatch),
         *(Setting(budget, n_ubatch=n_ubatch) for budget in dict.fromkeys(budgets)),
     ]
-    with tempfile.TemporaryDirectory() as folder:
-        source = "the model file"
-        if task.scores is not None:
-            source = task.scores
-        elif metadata is None:
-            scores, source = shapes.head_scores(shape)
-            scores.save(Path(folder) / "scores.json")
-            task = replace(task, scores=str(Path(folder) / "scores.json"))
+    given = None if task.scores is None else Path(task.scores)
+    with shapes.scores_file(shape, metadata, given) as (path, source):
+        task = replace(task, scores=None if path is None else str(path))
         found = [run_and_say(task, setting, progress) for setting in settings]
     check_some_ran(found)
     return {

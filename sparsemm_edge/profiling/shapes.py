@@ -5,7 +5,9 @@ Speed and memory depend on a model's shape and its number format, not on what it
 
 import os
 import shutil
+import tempfile
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import astuple, dataclass, replace
 from hashlib import sha256
 from math import prod
@@ -20,7 +22,7 @@ from gguf.quants import quantize
 
 from sparsemm_edge.errors import SparseMMError
 from sparsemm_edge.files import atomic_path
-from sparsemm_edge.gguf_metadata import ModelShape
+from sparsemm_edge.gguf_metadata import ModelShape, SparseMMMetadata
 from sparsemm_edge.scores import HeadScores
 
 PUBLISHED_SCORES = Path(__file__).parents[2] / "scores" / "llava-v1.6-vicuna-7b.head-scores.json"
@@ -211,6 +213,25 @@ def head_scores(shape: ModelShape) -> tuple[HeadScores, str]:
         HeadScores("synthetic", drawn, provenance={"dataset": "none"}),
         "synthetic scores, as concentrated as the published ones of LLaVA-NeXT-Vicuna-7B",
     )
+
+
+@contextmanager
+def scores_file(
+    shape: ModelShape, metadata: SparseMMMetadata | None, given: Path | None
+) -> Iterator[tuple[Path | None, str]]:
+    """The head scores to evict by: a file, None for those in the model file; and where they come from.
+
+    A model without scores of its own gets those of head_scores, in a file that lasts as long as the `with`.
+    """
+    if given is not None:
+        yield given, str(given)
+    elif metadata is not None:
+        yield None, "the model file"
+    else:
+        scores, source = head_scores(shape)
+        with tempfile.TemporaryDirectory() as folder:
+            scores.save(Path(folder) / "scores.json")
+            yield Path(folder) / "scores.json", source
 
 
 def _write(

@@ -1,0 +1,136 @@
+"""`sparsemm-edge fit`."""
+
+import re
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from sparsemm_edge.commands.output import print_json, print_table
+from sparsemm_edge.errors import SparseMMError
+
+_UNITS = {"K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
+
+
+def fit(
+    model: Annotated[Path, typer.Argument(help="The text model, a GGUF file.", show_default=False)],
+    mmproj: Annotated[Path | None, typer.Option(help="Its image encoder, a GGUF file.")] = None,
+    image: Annotated[
+        list[str] | None,
+        typer.Option(help="An image file, or a size in pixels such as 1344x896; may be given several times."),
+    ] = None,
+    n_text: Annotated[int, typer.Option(help="Positions of the prompt's text, template included.")] = 64,
+    n_predict: Annotated[int, typer.Option("--n-predict", "-n", help="Tokens of the reply.")] = 256,
+    n_ctx: Annotated[
+        int | None, typer.Option(help="Places in the KV cache [default: what prompt and reply need].")
+    ] = None,
+    budget: Annotated[int | None, typer.Option(help="Budget to evict to [default: the file's].")] = None,
+    cache_type: Annotated[
+        str, typer.Option(help="Numbers of K and V where evicted: f16, f32, bf16 or q8_0.")
+    ] = "f16",
+    n_ubatch: Annotated[
+        int | None,
+        typer.Option(help="Prompt tokens computed at a time [default: 512; evicted: the whole prompt]."),
+    ] = None,
+    scores: Annotated[
+        Path | None, typer.Option(help="Head scores to use instead of the file's, a JSON file.")
+    ] = None,
+    window: Annotated[int | None, typer.Option(help="Observation window, instead of the file's.")] = None,
+    memory: Annotated[
+        str | None, typer.Option(help="Memory to fit into, such as 8G [default: what is available here].")
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the figures as one JSON object.")] = False,
+) -> None:
+    """Does it fit? What model, images and cache would take, without running anything.
+
+    K and V are exact. Compute buffers are what llama.cpp says it would allocate, the image encoder's for the
+    image that it warms up with.
+
+    \b
+    Example:
+      sparsemm-edge fit llava.sparsemm.gguf --mmproj mmproj.gguf --image 1344x896 --memory 8G
+    """
+    from sparsemm_edge.profiling.fit import Wish
+    from sparsemm_edge.profiling.fit import fit as estimate
+
+    wish = Wish(
+        model=model,
+        mmproj=mmproj,
+        image_sizes=tuple(_size(text) for text in image or []),
+        n_text=_at_least_one("--n-text", n_text),
+        n_predict=_at_least_one("--n-predict", n_predict),
+        n_ctx=None if n_ctx is None else _at_least_one("--n-ctx", n_ctx),
+        cache_type=cache_type,
+        budget=None if budget is None else _at_least_one("--budget", budget),
+        window=window,
+        n_ubatch=None if n_ubatch is None else _at_least_one("--n-ubatch", n_ubatch),
+        scores=scores,
+        memory=None if memory is None else _bytes(memory),
+    )
+    found = estimate(wish)
+    if as_json:
+        print_json(found)
+    else:
+        _show(found)
+
+
+def _show(found: dict[str, Any]) -> None:
+    def mib(n_bytes: int) -> str:
+        value = n_bytes / 2**20
+        return f"{value:,.1f}" if value < 100 else f"{value:,.0f}"
+
+    model, machine = found["model"], found["machine"]
+    images = f", images {' + '.join(map(str, found['image_tokens']))}" if found["image_tokens"] else ""
+    title = f"{model['name']}: prompt of {found['n_prompt']} positions{images}; context {found['n_ctx']}; MiB"
+    columns = ("setting", "weights", "vision", "compute", "K+V", "at peak", "total", "fits")
+    keys = ("weights", "vision", "compute", "kv", "kv_peak", "total")
+    rows = [
+        [row["name"], *(mib(row[key]) for key in keys), "yes" if row["fits"] else "no"]
+        for row in found["rows"]
+    ]
+    print_table(title, columns, rows)
+    print(
+        f"into {found['memory'] / 2**30:.1f} GiB; this machine has {machine['memory_bytes'] / 2**30:.1f} GiB,"
+        f" {machine['memory_available_bytes'] / 2**30:.1f} GiB available;"
+        f" the program itself takes {mib(found['rows'][0]['program'])} MiB"
+    )
+    if found["largest_budget"] is None:
+        print("no budget fits")
+    elif found["largest_budget"] >= found["n_prompt"]:
+        print("every budget fits, up to the whole prompt")
+    else:
+        total = mib(found["largest_budget_bytes"])
+        print(f"the largest budget that fits: {found['largest_budget']} (total {total} MiB)")
+    print(f"head scores: {found['scores']}")
+
+
+def _size(text: str) -> tuple[int, int]:
+    """Width and height of an image: of a file, or as written."""
+    found = re.fullmatch(r"(\d+)[xX](\d+)", text)
+    if found is None:
+        if not Path(text).exists():
+            raise SparseMMError(
+                f"--image is {text!r}: expected an image file, or a size in pixels such as 672x336"
+            )
+        from sparsemm_edge.runtime.prompt import read_image
+
+        height, width, _ = read_image(text).shape
+        return width, height
+    width, height = int(found[1]), int(found[2])
+    if not (1 <= width <= 2**15 and 1 <= height <= 2**15):
+        raise SparseMMError(f"--image is {text!r}: a side must be 1 to {2**15} pixels")
+    return width, height
+
+
+def _bytes(text: str) -> int:
+    """8G, 500M, ... in bytes."""
+    found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT])(?:i?B)?", text.strip(), re.IGNORECASE)
+    if found is None or not float(found[1]):
+        raise SparseMMError(f"--memory is {text!r}: expected a number and a unit, such as 8G or 1500M")
+    return round(float(found[1]) * _UNITS[found[2].upper()])
+
+
+def _at_least_one(option: str, value: int) -> int:
+    if value < 1:
+        raise SparseMMError(f"{option} is {value}: it must be at least 1")
+    return value

@@ -1,0 +1,177 @@
+"""Whether a model fits into memory, full and evicted, without running it."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+from sparsemm_edge import defaults
+from sparsemm_edge.errors import SparseMMError
+from sparsemm_edge.gguf_header import read_header, weight_bytes
+from sparsemm_edge.gguf_metadata import check_supported, model_shape, sparsemm_metadata
+from sparsemm_edge.kv_layout import evicting_cache, full_cache
+from sparsemm_edge.profiling import shapes
+from sparsemm_edge.profiling.jobs import FULL_N_UBATCH
+from sparsemm_edge.profiling.memory import machine_memory
+from sparsemm_edge.runtime.estimate import Estimate
+from sparsemm_edge.runtime.eviction import Eviction, plan
+
+
+@dataclass(frozen=True)
+class Wish:
+    """What is to fit.
+
+    Attributes:
+        model, mmproj: GGUF files.
+        image_sizes: (width, height) of each image in pixels.
+        n_text: positions of the prompt's text, template included.
+        n_predict: tokens of the reply.
+        n_ctx: places in the KV cache; None: what prompt and reply need.
+        cache_type: of K and V where the cache is evicted.
+        budget: mean head budget; None: the file's, or the default.
+        window: observation window; None: the file's, or the default.
+        n_ubatch: prompt tokens computed at a time; None: 512, and the whole prompt where it is evicted.
+        scores: head scores file; None: those in the file, or ones like the published.
+        memory: bytes to fit into; None: this machine's.
+    """
+
+    model: Path
+    mmproj: Path | None = None
+    image_sizes: tuple[tuple[int, int], ...] = ()
+    n_text: int = 64
+    n_predict: int = 256
+    n_ctx: int | None = None
+    cache_type: str = "f16"
+    budget: int | None = None
+    window: int | None = None
+    n_ubatch: int | None = None
+    scores: Path | None = None
+    memory: int | None = None
+
+
+def fit(wish: Wish) -> dict[str, Any]:
+    """What the wish takes, with full caches and evicted.
+
+    Returns:
+        `machine`: memory_bytes and memory_available_bytes; `model`; `image_tokens`: places of each image;
+        `n_prompt`, `n_ctx`; `rows`: for each setting `name`, `budget`, and in bytes `weights`, `vision`
+        (weights and compute buffer of the image encoder), `compute`, `kv` (after the reply), `kv_peak`,
+        `program` (this program without a model) and `total` (at the peak), and whether it `fits`;
+        `largest_budget` that fits, None if none does; `largest_budget_bytes`: its total;
+        `scores`: where the head scores come from.
+
+    Raises:
+        SparseMMError: a file that cannot be used, a missing image encoder, or a prompt that is too long.
+    """
+    header = read_header(wish.model)
+    shape = model_shape(header)
+    check_supported(header, shape)
+    if wish.image_sizes and wish.mmproj is None:
+        raise SparseMMError("an image needs the model's image encoder: give its file with --mmproj")
+    program = psutil.Process().memory_info().rss
+    total, available = machine_memory()
+    memory = wish.memory or available
+    weights = weight_bytes(wish.model)
+    metadata = sparsemm_metadata(header)
+    with (
+        Estimate(header, wish.mmproj) as estimate,
+        shapes.scores_file(shape, metadata, wish.scores) as (scores, source),
+    ):
+        images = estimate.image_tokens(wish.image_sizes) if wish.image_sizes else None
+        n_images = sum(images.n_tokens) if images is not None else 0
+        one_batch = images is None or images.one_batch
+        n_prompt = wish.n_text + n_images
+        n_ctx = wish.n_ctx or n_prompt + wish.n_predict
+        if n_prompt >= n_ctx:
+            raise SparseMMError(
+                f"the prompt takes {n_prompt} positions ({n_images} of images), --n-ctx allows {n_ctx}"
+            )
+        n_reply = min(wish.n_predict, n_ctx - n_prompt)
+        vision = 0
+        if wish.mmproj is not None:
+            vision = weight_bytes(wish.mmproj) + estimate.vision_compute_bytes
+
+        def row(name: str, kv: int, kv_peak: int, compute: int, budget: int | None = None) -> dict[str, Any]:
+            peak = program + weights + vision + compute + kv_peak
+            return {
+                "name": name,
+                "budget": budget,
+                "weights": weights,
+                "vision": vision,
+                "compute": compute,
+                "kv": kv,
+                "kv_peak": kv_peak,
+                "program": program,
+                "total": peak,
+                "fits": peak <= memory,
+            }
+
+        rows = []
+        n_ubatch = min(wish.n_ubatch or FULL_N_UBATCH, n_prompt)
+        for kind in ("f16", "q8_0", "q4_0"):
+            kv = full_cache(shape, n_ctx, kind, kind)
+            compute = estimate.compute_bytes(n_ctx=n_ctx, n_ubatch=n_ubatch, type_k=kind, type_v=kind)
+            rows.append(row("full" if kind == "f16" else f"full, {kind}", kv.now, kv.peak, compute))
+
+        n_ubatch = min(wish.n_ubatch or n_prompt, n_prompt)
+        one_ubatch = one_batch and n_ubatch >= n_prompt
+
+        def evicted(budget: int) -> dict[str, Any]:
+            wanted = Eviction(True, None, budget, wish.window, scores)
+            found = plan(wanted, metadata, shape, n_prompt, wish.model)
+            assert found is not None
+            kv = evicting_cache(
+                shape,
+                found.head_budgets,
+                n_prompt=n_prompt,
+                n_reply=n_reply,
+                n_ctx=n_ctx,
+                one_ubatch=one_ubatch,
+                type_k=wish.cache_type,
+                type_v=wish.cache_type,
+            )
+            compute = estimate.compute_bytes(
+                n_ctx=n_ctx,
+                n_ubatch=n_ubatch,
+                type_k=wish.cache_type,
+                type_v=wish.cache_type,
+                head_budgets=found.head_budgets,
+                window=found.window,
+                pool_kernel=found.pool_kernel,
+            )
+            kind = "" if wish.cache_type == "f16" else f", {wish.cache_type}"
+            return row(f"evicted, budget {budget}{kind}", kv.now, kv.peak, compute, budget)
+
+        budget = wish.budget or (metadata.budget if metadata is not None else defaults.BUDGET)
+        rows.append(evicted(budget))
+        least = (wish.window or (metadata.window if metadata is not None else defaults.WINDOW)) + 1
+        largest = _largest(evicted, least, n_prompt)
+    return {
+        "machine": {"memory_bytes": total, "memory_available_bytes": available},
+        "memory": memory,
+        "model": {"name": shape.name, "n_layer": shape.n_layer, "n_head_kv": shape.n_head_kv},
+        "image_tokens": list(images.n_tokens) if images is not None else [],
+        "n_prompt": n_prompt,
+        "n_ctx": n_ctx,
+        "rows": rows,
+        "largest_budget": None if largest is None else largest["budget"],
+        "largest_budget_bytes": None if largest is None else largest["total"],
+        "scores": source,
+    }
+
+
+def _largest(evicted: Callable[[int], dict[str, Any]], least: int, most: int) -> dict[str, Any] | None:
+    """The row of the largest budget from least to most that fits; None if not even the least does."""
+    if least > most or not (best := evicted(least))["fits"]:
+        return None
+    low, high = least, most + 1  # low fits, high is not known to
+    while high - low > 1:
+        middle = (low + high) // 2
+        row = evicted(middle)
+        if row["fits"]:
+            best, low = row, middle
+        else:
+            high = middle
+    return best

@@ -1,0 +1,148 @@
+"""What llama.cpp would allocate, asked of llama.cpp itself; no weights of the text model are read."""
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+
+import numpy as np
+import numpy.typing as npt
+from PIL import Image
+
+from sparsemm_edge.gguf_header import GGUFHeader
+from sparsemm_edge.runtime import library
+from sparsemm_edge.runtime.library import llama, mtmd
+from sparsemm_edge.runtime.prompt import ImagePart, image_marker, tokenize_with_images
+from sparsemm_edge.runtime.session import cache_type
+from sparsemm_edge.runtime.token_embeddings import PLAIN_EMBEDDINGS, TENSOR
+
+
+@dataclass(frozen=True)
+class ImageTokens:
+    """What images of certain sizes become.
+
+    Attributes:
+        n_tokens: places that each image takes in the KV cache, its markers included.
+        one_batch: whether text and images can be read in one call (see VisionModel.takes_embeddings).
+    """
+
+    n_tokens: tuple[int, ...]
+    one_batch: bool
+
+
+class Estimate:
+    """A model of which llama.cpp has read the header only, and its image encoder, whole.
+
+    Close it, or use it in a `with`: it owns memory of llama.cpp.
+    """
+
+    def __init__(self, header: GGUFHeader, mmproj: Path | None) -> None:
+        """Args:
+        header: of the text model's file.
+        mmproj: GGUF file of its image encoder; None: text only.
+
+        Raises:
+            SparseMMError: llama-cpp-python without the patches, or a file that cannot be used.
+        """
+        library.require_patched()
+        library.start(show_log=False)
+        library.forget_errors()
+        library.logged_buffers()
+        self._header = header
+        self._vision: int | None = None
+        params = llama.llama_model_default_params()
+        params.no_alloc = True
+        params.load_mode = llama.LLAMA_LOAD_MODE_NONE
+        self._model: int | None = llama.llama_model_load_from_file(os.fsencode(header.path), params)
+        if not self._model:
+            raise library.failure(f"{header.path}: llama.cpp cannot load it")
+        if mmproj is not None:
+            wanted = mtmd.mtmd_context_params_default()
+            wanted.print_timings = False
+            wanted.warmup = True  # which reserves the compute buffer, and computes nothing
+            self._vision = mtmd.mtmd_init_from_file(os.fsencode(mmproj), self._model, wanted)
+            if not self._vision:
+                self.close()
+                raise library.failure(f"{mmproj}: cannot be used with {header.path}")
+        self.vision_compute_bytes = sum(
+            buffer.n_bytes for buffer in library.logged_buffers() if buffer.content == "vision"
+        )
+        """Compute buffer of the image encoder, for the image that it is warmed up with."""
+
+    def close(self) -> None:
+        if self._vision:
+            mtmd.mtmd_free(self._vision)
+            self._vision = None
+        if self._model:
+            llama.llama_model_free(self._model)
+            self._model = None
+
+    def __enter__(self) -> "Estimate":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def image_tokens(self, sizes: Sequence[tuple[int, int]]) -> ImageTokens:
+        """What mtmd makes of images of these (width, height) in pixels: tiles, grids, markers."""
+        assert self._vision is not None
+        counts, one_batch = [], True
+        for size in sizes:
+            with tokenize_with_images(self._vision, image_marker(), [Image.new("RGB", size)]) as prompt:
+                counts.append(prompt.n_tokens)
+                one_batch &= not any(
+                    mtmd.mtmd_decode_use_non_causal(self._vision, part.chunk)
+                    for part in prompt.parts
+                    if isinstance(part, ImagePart)
+                )
+        arch = self._header.value("general.architecture")
+        known = arch in PLAIN_EMBEDDINGS and TENSOR in self._header.tensors
+        return ImageTokens(tuple(counts), one_batch and known)
+
+    def compute_bytes(
+        self,
+        *,
+        n_ctx: int,
+        n_ubatch: int,
+        type_k: str = "f16",
+        type_v: str = "f16",
+        flash_attn: bool = True,
+        head_budgets: npt.NDArray[np.uint32] | None = None,
+        window: int = 0,
+        pool_kernel: int = 1,
+    ) -> int:
+        """Bytes of compute and output buffers of a context, to 0.01 MiB.
+
+        Args:
+            n_ctx: places in the KV cache.
+            n_ubatch: prompt tokens computed at a time.
+            type_k, type_v: cache types.
+            flash_attn: whether attention is fused.
+            head_budgets, window, pool_kernel: see library.set_head_budgets; None: the full cache.
+
+        Raises:
+            SparseMMError: llama.cpp would not make this context.
+        """
+        if head_budgets is not None:
+            library.set_head_budgets(self._model or 0, head_budgets, window, pool_kernel)
+        library.set_head_eviction(self._model or 0, head_budgets is not None)
+        params = llama.llama_context_default_params()
+        params.n_ctx = n_ctx
+        params.n_batch = params.n_ubatch = n_ubatch
+        params.n_seq_max = params.n_outputs_max = 1
+        params.type_k, params.type_v = int(cache_type(type_k)), int(cache_type(type_v))
+        params.flash_attn_type = (
+            llama.LLAMA_FLASH_ATTN_TYPE_ENABLED if flash_attn else llama.LLAMA_FLASH_ATTN_TYPE_DISABLED
+        )
+        library.forget_errors()
+        library.logged_buffers()
+        context = llama.llama_init_from_model(self._model, params)
+        if not context:
+            raise library.failure("llama.cpp cannot make a context")
+        llama.llama_free(context)
+        return sum(
+            buffer.n_bytes for buffer in library.logged_buffers() if buffer.content in ("compute", "output")
+        )
