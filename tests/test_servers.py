@@ -266,7 +266,7 @@ def greedy(model: VisionModel, session: Session) -> str:
     data = b""
     for _ in range(N_PREDICT):
         token = int(np.argmax(session.logits()))
-        data += model._piece(token)
+        data += model.piece(token)
         session.decode(token)
     return data.decode()
 
