@@ -162,8 +162,11 @@ class Oracle:
         )
 
     @torch.no_grad()
-    def prompt(self, text: str, images: Sequence[Image.Image] = ()) -> Prompt:
-        """Tokens, embeddings and positions of `text`, in which each `MARKER` stands for the next image."""
+    def prompt(self, text: str, images: Sequence[Image.Image] = (), *, first: bool = True) -> Prompt:
+        """Tokens, embeddings and positions of `text`, in which each `MARKER` stands for the next image.
+
+        Positions count from 0. A prompt that is not the first of a conversation has no begin token.
+        """
         features: list[torch.Tensor] = []
         grid = None
         if images:
@@ -183,7 +186,7 @@ class Oracle:
         for feature, part in zip(features, parts[1:], strict=True):
             tokens = image_token * len(feature)
             written += (f"<|vision_start|>{tokens}<|vision_end|>" if self.is_qwen else tokens) + part
-        ids = torch.tensor([self.tokenizer.encode(written)])
+        ids = torch.tensor([self.tokenizer.encode(written, add_special_tokens=first)])
         is_image = ids == self.model.config.image_token_id
         embeds = self.decoder.embed_tokens(ids)
         if features:
@@ -234,12 +237,16 @@ class Oracle:
             tap.listening = False
 
         n_voters = min(window, n if n_vote is None else n_vote, n)
-        scores = [self._scores(tap, n, window, n_voters, pool_kernel) for tap in self.taps]
+        held = [np.arange(n)] * self.n_head_kv
+        scores = [pooled_votes(tap, held, n_voters, window, pool_kernel) for tap in self.taps]
         if kept is None:
             budgets = np.full((self.n_layer, self.n_head_kv), n) if table is None else np.asarray(table)
             kept = [
-                [choose(scores[il][ih], int(budgets[il, ih]), window, n) for ih in range(self.n_head_kv)]
-                for il in range(self.n_layer)
+                [
+                    choose(votes, positions, int(budget), window)
+                    for votes, positions, budget in zip(*heads, strict=True)
+                ]
+                for heads in zip(scores, [held] * self.n_layer, budgets, strict=True)
             ]
         for tap, heads in zip(self.taps, kept, strict=True):
             tap.keep = torch.zeros(self.n_head_kv, n, dtype=torch.bool)
@@ -265,18 +272,9 @@ class Oracle:
             tap.keep = None
         return OracleResult(kept, scores, tokens, np.array(logits))
 
-    def conversation(self, window: int, pool_kernel: int = 7) -> Conversation:
+    def conversation(self, window: int, pool_kernel: int = 7, *, max_tail: int | None = None) -> Conversation:
         """Prompts and answers in turn over one cache; every prompt ends in an eviction."""
-        return Conversation(self, window, pool_kernel)
-
-    def _scores(self, tap: _Tap, n: int, window: int, n_voters: int, pool_kernel: int) -> list[np.ndarray]:
-        """Per KV head the pooled votes on the positions before the window, float32 [n - window]."""
-        if n <= window:
-            return [np.empty(0, np.float32)] * self.n_head_kv
-        votes = attention_of_the_last(tap.query, tap.key, n_voters)[:, :, : n - window]
-        mean = votes.mean(1).view(self.n_head_kv, -1, n - window).mean(1)
-        pooled = torch.nn.functional.max_pool1d(mean[None], pool_kernel, stride=1, padding=pool_kernel // 2)
-        return list(pooled[0].numpy())
+        return Conversation(self, window, pool_kernel, max_tail)
 
 
 class Conversation:
@@ -287,8 +285,13 @@ class Conversation:
         logits: what the next token is chosen from, float32 [n_vocab].
     """
 
-    def __init__(self, oracle: Oracle, window: int, pool_kernel: int) -> None:
+    def __init__(self, oracle: Oracle, window: int, pool_kernel: int, max_tail: int | None) -> None:
+        """Args:
+        max_tail: most generated positions that a head holds, the oldest go first; None: all of them.
+        """
         self.oracle, self.window, self.pool_kernel = oracle, window, pool_kernel
+        self.max_tail = max_tail
+        self.generated: list[int] = []  # held positions that were said since the last prompt
         self.cache = DynamicCache(config=oracle.decoder.config)
         self.held = [[np.empty(0, np.int64)] * oracle.n_head_kv for _ in range(oracle.n_layer)]
         self.logits = np.empty(0, np.float32)
@@ -304,27 +307,14 @@ class Conversation:
         kept, scores = [], []
         for il, tap in enumerate(oracle.taps):
             tap.listening = False
-            kept.append([])
-            scores.append([])
-            logits = masked_logits(tap.query, tap.key, min(self.window, n_new))
-            for ih, held in enumerate(self.held[il]):
-                group = tap.query.shape[0] // oracle.n_head_kv
-                votes = (
-                    logits[ih * group : (ih + 1) * group, :, torch.from_numpy(held)].softmax(-1).mean((0, 1))
-                )
-                candidates = held[held < self.n - self.window]
-                pooled = torch.nn.functional.max_pool1d(
-                    votes[None, None, : len(candidates)],
-                    self.pool_kernel,
-                    stride=1,
-                    padding=self.pool_kernel // 2,
-                )[0, 0].numpy()
-                budget = min(int(table[il, ih]), len(held))
-                best = np.argsort(-pooled, kind="stable")[: max(budget - self.window, 0)]
-                kept[-1].append(np.concatenate([np.sort(candidates[best]), held[len(candidates) :]]))
-                full = np.zeros(self.n - self.window, np.float32)
-                full[candidates] = pooled
-                scores[-1].append(full)
+            held = self.held[il]
+            scores.append(pooled_votes(tap, held, min(self.window, n_new), self.window, self.pool_kernel))
+            kept.append(
+                [
+                    choose(scores[il][ih], held[ih], int(table[il, ih]), self.window)
+                    for ih in range(oracle.n_head_kv)
+                ]
+            )
         return OracleResult(kept, scores, [], self.logits[None])
 
     def read_tokens(self, ids: Sequence[int], table: np.ndarray) -> OracleResult:
@@ -340,9 +330,14 @@ class Conversation:
     def keep(self, kept: list[list[np.ndarray]]) -> None:
         """The heads hold these positions from now on."""
         self.held = [[np.asarray(head, np.int64) for head in heads] for heads in kept]
+        self.generated = []
 
     def say(self, token: int) -> None:
         """Append one token."""
+        if len(self.generated) == self.max_tail:
+            oldest = self.generated.pop(0)
+            self.held = [[head[head != oldest] for head in heads] for heads in self.held]
+        self.generated.append(self.n)
         embeds = self.oracle.decoder.embed_tokens(torch.tensor([[token]])).detach()
         positions = torch.zeros((3, 1, 1) if self.oracle.is_qwen else (1, 1), dtype=torch.int64)
         self._append(embeds, positions + self.next_pos, 1)
@@ -389,12 +384,41 @@ def masked_logits(query: torch.Tensor, key: torch.Tensor, n_voters: int) -> torc
     return logits.masked_fill(torch.arange(n)[None] > own[:, None], -torch.inf)
 
 
-def choose(scores: np.ndarray, budget: int, window: int, n: int) -> np.ndarray:
-    """The positions that a head with this budget keeps of `n`, ascending: top scores, then the window."""
-    if n <= budget:
-        return np.arange(n)
-    winners = np.argsort(-scores, kind="stable")[: max(budget - window, 0)]
-    return np.concatenate([np.sort(winners), np.arange(max(n - window, 0), n)])
+def pooled_votes(
+    tap: _Tap, held: Sequence[np.ndarray], n_voters: int, window: int, pool_kernel: int
+) -> list[np.ndarray]:
+    """Per KV head the votes on what it holds before the window, pooled over neighbours among that.
+
+    Args:
+        held: held[head], the positions that a KV head holds, ascending.
+
+    Returns:
+        For each head float32 [n - window], 0 where it holds nothing; empty if n is not above the window.
+    """
+    n_before = max(tap.key.shape[1] - window, 0)
+    group = tap.query.shape[0] // len(held)
+    logits = masked_logits(tap.query, tap.key, n_voters)
+    found = []
+    for ih, positions in enumerate(held):
+        votes = logits[ih * group : (ih + 1) * group, :, torch.from_numpy(positions)].softmax(-1)
+        candidates = positions[positions < n_before]
+        scores = np.zeros(n_before, np.float32)
+        if len(candidates):
+            mean = votes.mean((0, 1))[None, None, : len(candidates)]
+            pooled = torch.nn.functional.max_pool1d(mean, pool_kernel, stride=1, padding=pool_kernel // 2)
+            scores[candidates] = pooled[0, 0].numpy()
+        found.append(scores)
+    return found
+
+
+def choose(scores: np.ndarray, held: np.ndarray, budget: int, window: int) -> np.ndarray:
+    """The positions that a head with this budget keeps of those it holds, ascending: top scores, then the
+    window, which ends with the last position that it holds."""
+    if len(held) <= budget:
+        return held
+    candidates = held[held <= held[-1] - window]
+    winners = np.argsort(-scores[candidates], kind="stable")[: max(budget - window, 0)]
+    return np.concatenate([np.sort(candidates[winners]), held[len(candidates) :]])
 
 
 @dataclass(frozen=True)

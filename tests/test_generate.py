@@ -333,7 +333,7 @@ def test_the_same_seed_gives_the_same_text(loaded: Any) -> None:
 def test_pieces_never_end_within_a_character(loaded: Any) -> None:
     model = loaded("llava")
     pieces = list(model.generate("x", n_predict=64, temperature=2.0, seed=3))
-    data = b"".join(model._piece(token) for token in model.stats().tokens)
+    data = b"".join(model.piece(token) for token in model.stats().tokens)
     assert "".join(pieces) == data.decode("utf-8", "replace")
 
 
@@ -384,6 +384,7 @@ def test_json_is_one_object_of_the_documented_keys(
     figures = json.loads(out)
     assert list(figures) == ["text", "tokens", "n_prompt", "n_generated", "kv", "timings", "rss_peak_bytes"]
     assert list(figures["kv"]) == [
+        "n_positions",
         "bytes_now",
         "bytes_peak",
         "bytes_full",

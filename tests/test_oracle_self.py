@@ -92,11 +92,14 @@ def test_the_vote_by_hand() -> None:
 
 def test_the_choice_by_hand() -> None:
     scores = np.array([0.1, 0.5, 0.2, 0.5, 0.3, 0.0])  # of a prompt of 9, window 3
-    assert choose(scores, 5, 3, 9).tolist() == [1, 3, 6, 7, 8]
-    assert choose(scores, 6, 3, 9).tolist() == [1, 3, 4, 6, 7, 8]
-    assert choose(scores, 4, 3, 9).tolist() == [1, 6, 7, 8], "of equals the first"
-    assert choose(scores, 9, 3, 9).tolist() == list(range(9)), "a budget of the prompt's length keeps it"
-    assert choose(scores, 3, 3, 9).tolist() == [6, 7, 8], "nothing but the window"
+    held = np.arange(9)
+    assert choose(scores, held, 5, 3).tolist() == [1, 3, 6, 7, 8]
+    assert choose(scores, held, 6, 3).tolist() == [1, 3, 4, 6, 7, 8]
+    assert choose(scores, held, 4, 3).tolist() == [1, 6, 7, 8], "of equals the first"
+    assert choose(scores, held, 9, 3).tolist() == list(range(9)), "a budget of the prompt's length keeps it"
+    assert choose(scores, held, 3, 3).tolist() == [6, 7, 8], "nothing but the window"
+    some = np.array([0, 2, 4, 6, 7, 8])
+    assert choose(scores, some, 4, 3).tolist() == [4, 6, 7, 8], "only what the head still holds"
 
 
 def test_what_the_heads_keep_is_their_budget_and_the_window() -> None:

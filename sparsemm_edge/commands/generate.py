@@ -41,9 +41,19 @@ def generate(
     scores: Annotated[
         Path | None, typer.Option(help="Head scores to use instead of the file's, a JSON file.")
     ] = None,
+    kv_max_tail: Annotated[
+        int | None,
+        typer.Option(help="Generated positions a KV head holds at most, the oldest go first [default: all]."),
+    ] = None,
     evict: Annotated[bool, typer.Option("--evict/--no-evict", help="Evict, or keep the whole cache.")] = True,
     chat_template: Annotated[
         str | None, typer.Option(help="Jinja text or file to use instead of the model's chat template.")
+    ] = None,
+    save_session: Annotated[
+        Path | None, typer.Option(help="Write question and answer to this file, to go on from later.")
+    ] = None,
+    load_session: Annotated[
+        Path | None, typer.Option(help="Go on from such a file: what was read then is not read again.")
     ] = None,
     verbose: Annotated[bool, typer.Option("--verbose", help="Show llama.cpp's log.")] = False,
     as_json: Annotated[
@@ -56,6 +66,7 @@ def generate(
     Examples:
       sparsemm-edge generate -m llava.sparsemm.gguf --mmproj mmproj.gguf --image page.png -p "What is this?"
       sparsemm-edge generate -m llava.gguf --scores llava.head-scores.json --budget 128 -p "Hello"
+      sparsemm-edge generate -m llava.sparsemm.gguf --load-session page.session -p "And what is below it?"
     """
     from sparsemm_edge.runtime import Eviction, VisionModel
     from sparsemm_edge.runtime.chat_template import read_template
@@ -74,7 +85,9 @@ def generate(
             cache_type_k=cache_type_k,
             cache_type_v=cache_type_v,
             chat_template=template,
-            eviction=Eviction(evict, policy, budget, window, scores),
+            eviction=Eviction(evict, policy, budget, window, scores, kv_max_tail),
+            save_session=save_session,
+            load_session=load_session,
         ):
             text += piece
             if not as_json:
@@ -87,7 +100,7 @@ def generate(
         kv, per_token = stats.kv, stats.timings.decode_ms_per_token
         print(
             f"[KV cache {kv.bytes_now / 2**20:.1f} MiB of {kv.bytes_full / 2**20:.1f} MiB unevicted;"
-            f" {kv.positions_kept_mean:.0f} of {stats.n_prompt + stats.n_generated} positions a head"
+            f" {kv.positions_kept_mean:.0f} of {kv.n_positions} positions a head"
             + (f"; {per_token:.1f} ms a token]" if per_token is not None else "]"),
             file=sys.stderr,
         )

@@ -1,12 +1,15 @@
 """Text and images through the patched llama.cpp; the only part of the package that imports llama_cpp."""
 
+from sparsemm_edge.runtime.conversation import Conversation, GenerationStats, Timings
 from sparsemm_edge.runtime.eviction import Eviction
-from sparsemm_edge.runtime.model import GenerationStats, Timings, VisionModel
+from sparsemm_edge.runtime.model import VisionModel
 from sparsemm_edge.runtime.prompt import Prompt, image_marker
-from sparsemm_edge.runtime.session import CACHE_TYPES, KVStats, Session
+from sparsemm_edge.runtime.session import CACHE_TYPES, Cancelled, KVStats, Session
 
 __all__ = [
     "CACHE_TYPES",
+    "Cancelled",
+    "Conversation",
     "Eviction",
     "GenerationStats",
     "KVStats",

@@ -1,4 +1,4 @@
-"""A model's own chat template: one user message with images in, prompt text with image markers out."""
+"""A model's own chat template: a user message with images in, prompt text with image markers out."""
 
 from datetime import datetime
 from pathlib import Path
@@ -39,8 +39,17 @@ def read_template(given: str) -> str:
         raise SparseMMError(f"the chat template {given} is not a text file") from error
 
 
-def render(template: str, prompt: str, n_images: int, *, marker: str, bos: str, eos: str) -> str:
+# What stands for the reply before a later message; no template changes it
+_REPLY = "sparsemm-edge-reply"
+
+
+def render(
+    template: str, prompt: str, n_images: int, *, marker: str, bos: str, eos: str, first: bool = True
+) -> str:
     """The prompt text for one user message, with a marker for each image, up to where the reply starts.
+
+    Before a message that is not the first stands what the template writes at the end of a reply. What was
+    said before is not part of the text: it is in the KV cache.
 
     The template itself says what stands between an image and the text, so it is rendered with typed content
     (images, then text) as with Hugging Face processors. A template that knows only plain text, or an image
@@ -52,6 +61,7 @@ def render(template: str, prompt: str, n_images: int, *, marker: str, bos: str, 
         n_images: images before the text.
         marker: what stands for an image in the result.
         bos, eos: the model's begin and end tokens, as text.
+        first: whether the message begins the conversation; otherwise it follows a reply.
 
     Raises:
         SparseMMError: the template is broken, or leaves out the prompt or the images.
@@ -75,9 +85,10 @@ def render(template: str, prompt: str, n_images: int, *, marker: str, bos: str, 
     except TemplateError as error:
         raise SparseMMError(f"the chat template is broken: {error}; give another: --chat-template") from error
     for content in contents:
+        before = [] if first else _earlier(typed=isinstance(content, list))
         try:
             text = compiled.render(
-                messages=[{"role": "user", "content": content}],
+                messages=[*before, {"role": "user", "content": content}],
                 add_generation_prompt=True,
                 bos_token=bos,
                 eos_token=eos,
@@ -85,11 +96,27 @@ def render(template: str, prompt: str, n_images: int, *, marker: str, bos: str, 
         except (TemplateError, TypeError, AttributeError, KeyError) as error:
             problem = str(error)
             continue
+        if not first:
+            _, found, text = text.rpartition(_REPLY)
+            if not found:
+                continue
         if content is contents[0] and n_images:
             text = _mark_images(text, prompt, n_images, marker)
         if prompt in text and text.count(marker) == n_images:
             return text
     raise SparseMMError(f"the chat template cannot be used ({problem}); give another: --chat-template")
+
+
+def _earlier(typed: bool) -> list[dict[str, Any]]:
+    """A question and its reply, in the shape that the template takes a message's content in."""
+
+    def content(text: str) -> Any:
+        return [{"type": "text", "text": text}] if typed else text
+
+    return [
+        {"role": "user", "content": content("?")},
+        {"role": "assistant", "content": content(_REPLY)},
+    ]
 
 
 def _mark_images(text: str, prompt: str, n_images: int, marker: str) -> str:

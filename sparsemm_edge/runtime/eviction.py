@@ -1,6 +1,6 @@
 """Which table of head budgets a prompt gets: the file's, or one shared out anew for this prompt."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -23,6 +23,7 @@ class Eviction:
         budget: mean head budget in positions, window included.
         window: observation window in positions.
         scores: a head scores file to use instead of the scores in the model file.
+        max_tail: most generated positions that a head holds, the oldest go first; None: all of them.
     """
 
     enabled: bool = True
@@ -30,23 +31,41 @@ class Eviction:
     budget: int | None = None
     window: int | None = None
     scores: Path | None = None
+    max_tail: int | None = None
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class HeadBudgetTable:
-    """Attributes:
-    head_budgets: [n_layer, n_head_kv] positions that a KV head keeps, window included.
-    window: observation window in positions.
-    pool_kernel: width of the max pooling of the votes, in positions.
+    """What a context evicts by.
+
+    Attributes:
+        head_budgets: [n_layer, n_head_kv] positions that a KV head keeps, window included.
+        window: observation window in positions.
+        pool_kernel: width of the max pooling of the votes, in positions.
+        max_tail: most generated positions that a head holds; None: all of them.
     """
 
     head_budgets: npt.NDArray[np.uint32]
     window: int
     pool_kernel: int
+    max_tail: int | None = None
+
+
+def same_table(a: HeadBudgetTable | None, b: HeadBudgetTable | None) -> bool:
+    """Whether two contexts evict alike."""
+    if a is None or b is None:
+        return a is b
+    rest_of_a, rest_of_b = ((t.window, t.pool_kernel, t.max_tail) for t in (a, b))
+    return rest_of_a == rest_of_b and np.array_equal(a.head_budgets, b.head_budgets)
 
 
 def plan(
-    wanted: Eviction, metadata: SparseMMMetadata | None, shape: ModelShape, n_prompt: int, model: Path
+    wanted: Eviction,
+    metadata: SparseMMMetadata | None,
+    shape: ModelShape,
+    n_prompt: int,
+    model: Path,
+    n_later: int | None = None,
 ) -> HeadBudgetTable | None:
     """The head budgets for a prompt of n_prompt positions; None keeps the whole cache.
 
@@ -60,11 +79,35 @@ def plan(
         shape: the model's shape.
         n_prompt: length of the prompt in positions.
         model: the model file, for error messages.
+        n_later: the length that the sequence can get, if more prompts follow. A first prompt that fits into
+            the budget would give all heads the same: the budget is then shared out for this length.
 
     Raises:
         SparseMMError: a policy that needs head scores and there are none, scores that do not fit the model,
-            or a budget that the policy refuses.
+            a budget that the policy refuses, or a bound of generated positions that cannot be kept.
     """
+    table = _plan(wanted, metadata, shape, n_prompt, model, n_later)
+    if wanted.max_tail is None:
+        return table
+    if table is None:
+        raise SparseMMError("only a cache that evicts drops generated positions: no --kv-max-tail without it")
+    if wanted.max_tail < table.window:
+        raise SparseMMError(
+            f"at most {wanted.max_tail} generated positions are to be held: it must be at least the"
+            f" observation window, {table.window}"
+        )
+    return replace(table, max_tail=wanted.max_tail)
+
+
+def _plan(
+    wanted: Eviction,
+    metadata: SparseMMMetadata | None,
+    shape: ModelShape,
+    n_prompt: int,
+    model: Path,
+    n_later: int | None,
+) -> HeadBudgetTable | None:
+    """plan() without max_tail."""
     wishes = any(wish is not None for wish in (wanted.policy, wanted.budget, wanted.window, wanted.scores))
     if not wanted.enabled or wanted.policy == "full":
         return None
@@ -93,6 +136,8 @@ def plan(
         floor_ratio, pool_kernel, seed = metadata.floor_ratio, metadata.pool_kernel, metadata.seed
     budget = budget if wanted.budget is None else wanted.budget
     window = window if wanted.window is None else wanted.window
+    if n_later is not None and n_prompt <= budget:
+        n_prompt = max(n_prompt, n_later)
     table = head_budgets(
         policy,
         scores,

@@ -22,7 +22,8 @@ except (ImportError, OSError, RuntimeError) as error:
 
 _LOG_ERROR, _LOG_CONTINUED = 4, 5  # ggml_log_level
 
-_BUFFER_SIZE = re.compile(r"(\S+)\s+(model|output|KV|compute) buffer size\s*=\s*([0-9.]+) MiB")
+_BUFFER_SIZE = re.compile(r"(\w+):\s+(\S+)\s+(model|output|KV|compute) buffer size\s*=\s*([0-9.]+) MiB")
+_VISION = "reserve_compute_meta"  # the function that logs the compute buffer of the image encoder
 
 
 class HeadsStats(ctypes.Structure):
@@ -54,6 +55,7 @@ _PATCH_FUNCTIONS: dict[str, tuple[Any, list[Any]]] = {
             ctypes.c_uint32,
         ],
     ),
+    "llama_model_set_head_tail": (None, [ctypes.c_void_p, ctypes.c_uint32]),
     "llama_model_set_head_eviction": (None, [ctypes.c_void_p, ctypes.c_bool]),
     "llama_model_head_eviction": (ctypes.c_bool, [ctypes.c_void_p]),
     "llama_memory_heads_stats": (ctypes.c_bool, [ctypes.c_void_p, ctypes.POINTER(HeadsStats)]),
@@ -102,6 +104,11 @@ def set_head_budgets(model: int, table: npt.NDArray[np.uint32] | None, window: i
         raise failure("llama.cpp does not take the head budgets")
 
 
+def set_head_tail(model: int, n_tail: int) -> None:
+    """Bound the generated positions that a head holds in the contexts made from now on; 0: no bound."""
+    llama._lib.llama_model_set_head_tail(model, n_tail)
+
+
 def set_head_eviction(model: int, enabled: bool) -> None:
     """Switch eviction on or off for the contexts made from now on."""
     llama._lib.llama_model_set_head_eviction(model, enabled)
@@ -135,7 +142,7 @@ class Buffer:
 
     Attributes:
         backend: where it is: CPU, CPU_Mapped (the model file), CPU_REPACK, Metal, ...
-        content: model, output, KV or compute.
+        content: model, output, KV, compute, or vision (the compute buffer of the image encoder).
         n_bytes: its size, as logged: to 0.01 MiB.
     """
 
@@ -169,7 +176,8 @@ class _Log:
         if level == _LOG_ERROR and self.errors:
             self.errors[-1] += line
         elif found := _BUFFER_SIZE.search(line):
-            self.buffers.append(Buffer(found[1], found[2], round(float(found[3]) * 2**20)))
+            content = "vision" if found[1] == _VISION else found[3]
+            self.buffers.append(Buffer(found[2], content, round(float(found[4]) * 2**20)))
         if self.show:
             sys.stderr.write(line)
 

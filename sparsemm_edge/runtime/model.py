@@ -1,12 +1,9 @@
 """A vision-language model in llama.cpp: load, ask about images, read off what it took."""
 
-import codecs
 import ctypes
 import os
-import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
 from types import TracebackType
@@ -14,16 +11,18 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-import psutil
 from PIL import Image
 
 from sparsemm_edge.errors import SparseMMError
 from sparsemm_edge.gguf_header import read_header
 from sparsemm_edge.gguf_metadata import check_supported, model_shape, sparsemm_metadata
 from sparsemm_edge.kept_map import ImageGrid
-from sparsemm_edge.runtime import chat_template, library
+from sparsemm_edge.runtime import chat_template, library, session_file
+from sparsemm_edge.runtime.conversation import Conversation, GenerationStats
 from sparsemm_edge.runtime.eviction import Eviction, HeadBudgetTable, plan
 from sparsemm_edge.runtime.library import llama, mtmd
+from sparsemm_edge.runtime.process import rss_peak_bytes as rss_peak_bytes
+from sparsemm_edge.runtime.process import usable_cores
 from sparsemm_edge.runtime.prompt import (
     ImagePart,
     Prompt,
@@ -31,55 +30,8 @@ from sparsemm_edge.runtime.prompt import (
     tokenize_text,
     tokenize_with_images,
 )
-from sparsemm_edge.runtime.session import KVStats, Session, cache_type
+from sparsemm_edge.runtime.session import Session, cache_type
 from sparsemm_edge.runtime.token_embeddings import PLAIN_EMBEDDINGS, TENSOR, TokenEmbeddings
-
-# llama.cpp's own defaults for sampling with a temperature
-_TOP_K, _TOP_P, _MIN_P = 40, 0.95, 0.05
-
-
-@dataclass(frozen=True)
-class Timings:
-    """Milliseconds. decode_ms_per_token is a mean over the decoded tokens, None if there was none."""
-
-    load_ms: float
-    image_ms: float
-    prompt_ms: float
-    decode_ms_per_token: float | None
-
-
-@dataclass(frozen=True)
-class GenerationStats:
-    """What one generation took.
-
-    Attributes:
-        tokens: ids of the generated tokens, without the end token.
-        n_prompt: places of the prompt in the KV cache.
-        kv, timings: bytes and milliseconds.
-        rss_peak_bytes: the largest resident size of this process so far.
-    """
-
-    tokens: tuple[int, ...]
-    n_prompt: int
-    kv: KVStats
-    timings: Timings
-    rss_peak_bytes: int
-
-    @property
-    def n_generated(self) -> int:
-        return len(self.tokens)
-
-    def figures(self, text: str) -> dict[str, Any]:
-        """The figures as `generate --json` prints them, with the generated text."""
-        return {
-            "text": text,
-            "tokens": list(self.tokens),
-            "n_prompt": self.n_prompt,
-            "n_generated": self.n_generated,
-            "kv": asdict(self.kv),
-            "timings": asdict(self.timings),
-            "rss_peak_bytes": self.rss_peak_bytes,
-        }
 
 
 class VisionModel:
@@ -178,6 +130,8 @@ class VisionModel:
         cache_type_v: str = "f16",
         chat_template: str | None = None,
         eviction: Eviction | None = None,
+        save_session: Path | None = None,
+        load_session: Path | None = None,
     ) -> Iterator[str]:
         """Answer one user message, piece by piece; stats() tells afterwards what it took.
 
@@ -187,12 +141,14 @@ class VisionModel:
             n_predict: most tokens to generate.
             temperature: 0 takes the likeliest token; above 0 samples.
             seed: for sampling.
-            n_ctx: most positions of prompt and reply together; None: as many as they need.
+            n_ctx: most positions of prompts and replies together; None: as many as they need.
             n_ubatch: prompt tokens computed at a time; None: all of them, which lets an evicting cache share
                 one layer's memory over all layers while it reads the prompt.
             cache_type_k, cache_type_v: f16, f32, bf16 or q8_0.
             chat_template: jinja text to use instead of the model's own template.
             eviction: None: as the model file says.
+            save_session: a file to write the conversation to, once the answer is complete.
+            load_session: a file of save_session; the message follows what was said there.
 
         Yields:
             Text, never half a character.
@@ -201,26 +157,25 @@ class VisionModel:
             SparseMMError: an image that cannot be read, an image encoder or chat template that is missing,
                 a prompt longer than the context, or an argument out of its range.
         """
-        if temperature < 0:
-            raise SparseMMError(f"the temperature is {temperature}: it must be 0 or above")
-        if not 0 <= seed < 2**32:
-            raise SparseMMError(f"the seed is {seed}: it must be 0 to {2**32 - 1}")
-        with (
-            self.tokenize(self.chat_prompt(prompt, len(images), chat_template), images) as tokenized,
-            self.start(
-                tokenized,
-                n_predict=n_predict,
-                n_ctx=n_ctx,
-                n_ubatch=n_ubatch,
-                cache_type_k=cache_type_k,
-                cache_type_v=cache_type_v,
-                eviction=eviction,
-            ) as session,
-        ):
-            session.read_prompt()
-            room = llama.llama_n_ctx(session.context) if n_ctx is None else n_ctx
-            n_predict = min(n_predict, room - tokenized.n_tokens)
-            yield from self._reply(session, tokenized.n_tokens, n_predict, temperature, seed)
+        with Conversation(
+            self,
+            n_ctx=n_ctx,
+            n_ubatch=n_ubatch,
+            cache_type_k=cache_type_k,
+            cache_type_v=cache_type_v,
+            chat_template=chat_template,
+            eviction=eviction,
+            several=save_session is not None,
+            resume=load_session,
+        ) as conversation:
+            try:
+                yield from conversation.ask(
+                    prompt, images, n_predict=n_predict, temperature=temperature, seed=seed
+                )
+            finally:
+                self._stats = conversation.last_stats or self._stats
+            if save_session is not None:
+                conversation.save(save_session)
 
     def stats(self) -> GenerationStats:
         """What the last generation took, as far as it went."""
@@ -228,8 +183,13 @@ class VisionModel:
             raise SparseMMError("nothing was generated yet")
         return self._stats
 
-    def chat_prompt(self, prompt: str, n_images: int, template: str | None = None) -> str:
-        """The text of one user message in the model's chat template, with image_marker() for each image."""
+    def chat_prompt(
+        self, prompt: str, n_images: int, template: str | None = None, *, first: bool = True
+    ) -> str:
+        """The text of one user message in the model's chat template, with image_marker() for each image.
+
+        A message that is not the first follows a reply: the text begins with what ends that.
+        """
         if template is None:
             found = llama.llama_model_chat_template(self.pointer, None)
             if not found:
@@ -245,17 +205,51 @@ class VisionModel:
             marker=image_marker(),
             bos=bos,
             eos=self._token_text(llama.llama_vocab_eos(self._vocab)),
+            first=first,
         )
         # tokenising adds the begin token again
-        return text.removeprefix(bos) if llama.llama_vocab_get_add_bos(self._vocab) else text
+        return text.removeprefix(bos) if first and llama.llama_vocab_get_add_bos(self._vocab) else text
 
-    def tokenize(self, text: str, images: Sequence[str | Path | Image.Image] = ()) -> Prompt:
-        """Text with image_marker() where its images go, as tokens and image chunks."""
+    def tokenize(
+        self, text: str, images: Sequence[str | Path | Image.Image] = (), *, first: bool = True
+    ) -> Prompt:
+        """Text with image_marker() where its images go, as tokens and image chunks.
+
+        Without `first` the begin token, which the text of a first message does not hold, is not added.
+        """
         if not images:
-            return tokenize_text(self._vocab, text)
+            return tokenize_text(self._vocab, text, first=first)
         if self._vision is None:
             raise SparseMMError("an image needs the model's image encoder: give its file with --mmproj")
-        return tokenize_with_images(self._vision, text, images)
+        return tokenize_with_images(self._vision, text, images, first=first)
+
+    def plan(self, eviction: Eviction, n_prompt: int, n_later: int | None = None) -> HeadBudgetTable | None:
+        """What a cache evicts by for a prompt of this length, see eviction.plan."""
+        return plan(eviction, self.metadata, self.shape, n_prompt, self.path, n_later)
+
+    def n_ctx_for(self, prompt: Prompt, n_predict: int, n_ctx: int | None, before: int = 0) -> int:
+        """Places in the KV cache for a sequence so far, a prompt and its reply.
+
+        Args:
+            prompt: the prompt.
+            n_predict: most tokens of the reply.
+            n_ctx: the user's limit; None: what they need, within what the model was trained for.
+            before: places that are taken already.
+
+        Raises:
+            SparseMMError: there is no place for a single token of the reply.
+        """
+        n_tokens, n_pos = before + prompt.n_tokens, before + prompt.n_pos
+        if n_ctx is None:
+            if n_pos >= self.n_ctx_train:
+                raise SparseMMError(
+                    f"the prompt takes {n_pos} positions, and {self.path} was trained for"
+                    f" {self.n_ctx_train}; --n-ctx goes beyond that"
+                )
+            return n_tokens + min(n_predict, self.n_ctx_train - n_pos)
+        if n_tokens >= n_ctx:
+            raise SparseMMError(f"the prompt takes {n_tokens} positions, --n-ctx allows {n_ctx}")
+        return n_ctx
 
     def start(
         self,
@@ -276,25 +270,10 @@ class VisionModel:
             if value is not None and value < 1:
                 raise SparseMMError(f"{name} is {value}: it must be at least 1")
         cache_type(cache_type_k), cache_type(cache_type_v)
-        if n_ctx is None:
-            if prompt.n_pos >= self.n_ctx_train:
-                raise SparseMMError(
-                    f"the prompt takes {prompt.n_pos} positions, and {self.path} was trained for"
-                    f" {self.n_ctx_train}; --n-ctx goes beyond that"
-                )
-            n_ctx = prompt.n_tokens + min(n_predict, self.n_ctx_train - prompt.n_pos)
-        elif prompt.n_tokens >= n_ctx:
-            raise SparseMMError(f"the prompt takes {prompt.n_tokens} positions, --n-ctx allows {n_ctx}")
-
-        table = plan(eviction or Eviction(), self.metadata, self.shape, prompt.n_tokens, self.path)
-        if table is not None:
-            check_supported(self._header, self.shape)
-            library.set_head_budgets(self.pointer, table.head_budgets, table.window, table.pool_kernel)
-        library.set_head_eviction(self.pointer, table is not None)
-        return Session(
-            self,
+        return self.start_with(
             prompt,
-            n_ctx=n_ctx,
+            self.plan(eviction or Eviction(), prompt.n_tokens),
+            n_ctx=self.n_ctx_for(prompt, n_predict, n_ctx),
             n_ubatch=n_ubatch,
             cache_type_k=cache_type_k,
             cache_type_v=cache_type_v,
@@ -308,6 +287,7 @@ class VisionModel:
         if table is not None:
             check_supported(self._header, self.shape)
             library.set_head_budgets(self.pointer, table.head_budgets, table.window, table.pool_kernel)
+            library.set_head_tail(self.pointer, table.max_tail or 0)
         library.set_head_eviction(self.pointer, table is not None)
         return Session(self, prompt, **options)
 
@@ -317,7 +297,7 @@ class VisionModel:
 
     def text_of(self, tokens: Sequence[int]) -> str:
         """The text of generated tokens; control tokens have none."""
-        return b"".join(self._piece(token) for token in tokens).decode("utf-8", "replace")
+        return b"".join(self.piece(token) for token in tokens).decode("utf-8", "replace")
 
     @property
     def vision(self) -> int:
@@ -330,6 +310,11 @@ class VisionModel:
     def uses_mrope(self) -> bool:
         """Whether positions of image tokens have several dimensions."""
         return bool(mtmd.mtmd_decode_use_mrope(self.vision))
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """Tells this model file from others, see session_file.fingerprint."""
+        return session_file.fingerprint(self.path)
 
     @cached_property
     def token_embeddings(self) -> TokenEmbeddings:
@@ -407,39 +392,8 @@ class VisionModel:
         if not mtmd.mtmd_support_vision(self._vision):
             raise SparseMMError(f"{mmproj}: holds no image encoder")
 
-    def _reply(
-        self, session: Session, n_prompt: int, n_predict: int, temperature: float, seed: int
-    ) -> Iterator[str]:
-        """Sample and decode until the model ends its turn or n_predict tokens are there."""
-        tokens: list[int] = []
-        decode_ms: list[float] = []
-        text = codecs.getincrementaldecoder("utf-8")(errors="replace")
-        sampler = _sampler(temperature, seed)
-        try:
-            while len(tokens) < n_predict:
-                started = time.perf_counter()
-                if tokens:
-                    session.decode(tokens[-1])
-                token = llama.llama_sampler_sample(sampler, session.context, -1)
-                if tokens:
-                    decode_ms.append((time.perf_counter() - started) * 1000)
-                if self.ends_turn(token):
-                    break
-                tokens.append(token)
-                if piece := text.decode(self._piece(token)):
-                    yield piece
-            if rest := text.decode(b"", final=True):
-                yield rest
-        finally:
-            llama.llama_sampler_free(sampler)
-            per_token = sum(decode_ms) / len(decode_ms) if decode_ms else None
-            timings = Timings(self.load_ms, session.image_ms, session.prompt_ms, per_token)
-            self._stats = GenerationStats(
-                tuple(tokens), n_prompt, session.kv_stats(), timings, rss_peak_bytes()
-            )
-
-    def _piece(self, token: int) -> bytes:
-        """The bytes that a token stands for; nothing for control tokens."""
+    def piece(self, token: int) -> bytes:
+        """The bytes that a generated token stands for; nothing for control tokens."""
         size = 64
         while True:
             buffer = ctypes.create_string_buffer(size)
@@ -452,34 +406,3 @@ class VisionModel:
         if token == llama.LLAMA_TOKEN_NULL:
             return ""
         return str(llama.llama_vocab_get_text(self._vocab, token).decode("utf-8", "replace"))
-
-
-def _sampler(temperature: float, seed: int) -> Any:
-    """llama_sampler pointer, to be freed: greedy at temperature 0."""
-    chain = llama.llama_sampler_chain_init(llama.llama_sampler_chain_default_params())
-    if temperature <= 0:
-        llama.llama_sampler_chain_add(chain, llama.llama_sampler_init_greedy())
-    else:
-        llama.llama_sampler_chain_add(chain, llama.llama_sampler_init_top_k(_TOP_K))
-        llama.llama_sampler_chain_add(chain, llama.llama_sampler_init_top_p(_TOP_P, 1))
-        llama.llama_sampler_chain_add(chain, llama.llama_sampler_init_min_p(_MIN_P, 1))
-        llama.llama_sampler_chain_add(chain, llama.llama_sampler_init_temp(temperature))
-        llama.llama_sampler_chain_add(chain, llama.llama_sampler_init_dist(seed))
-    return chain
-
-
-def usable_cores() -> int:
-    """The physical cores that this process may use."""
-    physical = psutil.cpu_count(logical=False) or 1
-    allowed = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else physical
-    return max(1, min(physical, allowed))
-
-
-def rss_peak_bytes() -> int:
-    """The largest resident size of this process so far."""
-    if sys.platform == "win32":
-        return int(psutil.Process().memory_info().peak_wset)
-    import resource
-
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024

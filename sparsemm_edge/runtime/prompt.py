@@ -60,6 +60,17 @@ class Prompt:
         self.n_pos = sum(part.n_pos for part in parts)
         self._chunks = chunks
 
+    def prepend(self, tokens: Sequence[int]) -> None:
+        """Let the prompt begin with these tokens."""
+        if not tokens:
+            return
+        before, parts = np.array(tokens, dtype=np.int32), self.parts
+        if parts and isinstance(parts[0], TextPart):
+            before, parts = np.concatenate([before, parts[0].tokens]), parts[1:]
+        self.parts = (TextPart(before), *parts)
+        self.n_tokens += len(tokens)
+        self.n_pos += len(tokens)
+
     def close(self) -> None:
         if self._chunks is not None:
             mtmd.mtmd_input_chunks_free(self._chunks)
@@ -75,24 +86,33 @@ class Prompt:
         self.close()
 
 
-def tokenize_text(vocab: int, text: str) -> Prompt:
-    """A prompt without images. The begin token is added if the model wants one; special tokens are parsed."""
+def tokenize_text(vocab: int, text: str, *, first: bool = True) -> Prompt:
+    """A prompt without images; special tokens are parsed.
+
+    Args:
+        vocab: llama_vocab pointer.
+        text: the prompt.
+        first: whether it begins the sequence: the begin token is added if the model wants one.
+    """
     data = text.encode("utf-8")
     tokens = np.empty(len(data) + 16, dtype=np.int32)
     pointer = tokens.ctypes.data_as(llama.llama_token_p)
-    n = llama.llama_tokenize(vocab, data, len(data), pointer, len(tokens), True, True)
+    n = llama.llama_tokenize(vocab, data, len(data), pointer, len(tokens), first, True)
     if n < 1:
         raise SparseMMError("the prompt is empty")
     return Prompt([TextPart(tokens[:n].copy())])
 
 
-def tokenize_with_images(vision: int, text: str, images: Sequence[str | Path | Image.Image]) -> Prompt:
+def tokenize_with_images(
+    vision: int, text: str, images: Sequence[str | Path | Image.Image], *, first: bool = True
+) -> Prompt:
     """A prompt whose text holds one marker (image_marker) for each image.
 
     Args:
         vision: mtmd_context pointer.
         text: the prompt with markers.
         images: files or pictures, in the markers' order.
+        first: whether it begins the sequence: the begin token is added if the model wants one.
     """
     pictures = [read_image(image) for image in images]
     bitmaps: list[int] = []
@@ -103,7 +123,7 @@ def tokenize_with_images(vision: int, text: str, images: Sequence[str | Path | I
             height, width, _ = picture.shape
             bitmaps.append(mtmd.mtmd_bitmap_init(width, height, pixels))
         data = text.encode("utf-8")
-        given = mtmd.mtmd_input_text(text=data, text_len=len(data), add_special=True, parse_special=True)
+        given = mtmd.mtmd_input_text(text=data, text_len=len(data), add_special=first, parse_special=True)
         array = (ctypes.c_void_p * len(bitmaps))(*bitmaps)
         if mtmd.mtmd_tokenize(vision, chunks, ctypes.byref(given), array, len(bitmaps)) != 0:
             raise library.failure("llama.cpp cannot prepare the prompt's images")

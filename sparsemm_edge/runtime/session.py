@@ -1,4 +1,4 @@
-"""One llama.cpp context, sized to one prompt: reads the prompt, then decodes token by token."""
+"""One llama.cpp context: reads prompts, decodes token by token, hands its state out and takes it back."""
 
 import ctypes
 import time
@@ -34,13 +34,15 @@ class KVStats:
     """What the KV cache takes.
 
     Attributes:
+        n_positions: positions of the sequence, held or not.
         bytes_now: allocated for K and V now.
         bytes_peak: the same when it was largest, which is while the prompt is read.
         bytes_full: what the same positions would take unevicted.
         positions_kept_mean: positions held, mean over layers and KV heads.
-        n_evictions: 1 after a prompt that was longer than some head's budget.
+        n_evictions: prompts so far that were longer than some head's budget.
     """
 
+    n_positions: int
     bytes_now: int
     bytes_peak: int
     bytes_full: int
@@ -61,12 +63,32 @@ class Prefix:
     n_tokens: int
 
 
-class Session:
-    """A context with one prompt. Close it, or use it in a `with`: it owns memory of llama.cpp.
+@dataclass(frozen=True)
+class SessionState:
+    """A sequence and what is held of it.
 
     Attributes:
-        n_prompt_calls: in how many calls the prompt was read.
-        image_ms, prompt_ms: time that encoding the images and reading the prompt took.
+        n_past: the next position.
+        n_tokens: places in the KV cache that it would take unevicted; with M-RoPE more than n_past.
+        data: [n] bytes as llama.cpp saves them.
+    """
+
+    n_past: int
+    n_tokens: int
+    data: npt.NDArray[np.uint8]
+
+
+class Cancelled(Exception):
+    """The caller gave a prompt up; the session is as it was before."""
+
+
+class Session:
+    """A context, sized to its first prompt. Close it, or use it in a `with`: it owns memory of llama.cpp.
+
+    Attributes:
+        n_tokens: places in the KV cache that the sequence would take unevicted.
+        n_prompt_calls: in how many calls the last prompt was read.
+        image_ms, prompt_ms: time that encoding its images and reading it took.
     """
 
     def __init__(
@@ -89,8 +111,8 @@ class Session:
         Args:
             model: the model, which must outlive the session.
             prompt: what read_prompt will read; must outlive read_prompt.
-            n_ctx: places in the KV cache for prompt and reply.
-            n_ubatch: prompt tokens computed at a time; None: all of them.
+            n_ctx: places in the KV cache for all prompts and replies.
+            n_ubatch: prompt tokens computed at a time; None: all of this prompt's.
             cache_type_k, cache_type_v: one of CACHE_TYPES.
             one_batch: read text and images in one call where the model allows it; False: a call for each.
             flash_attn: False is for comparisons; a context that evicts uses flash attention all the same.
@@ -105,25 +127,18 @@ class Session:
         self._model = model
         self._prompt = prompt
         self._n_past = 0  # the next position, which is not n_tokens with M-RoPE
-        self._n_tokens = 0
+        self.n_tokens = 0
         self._after_prompt = (0, 0)
         self._n_calls = 0
         self._on_phase = on_phase or (lambda _: None)
         self._embeddings = embeddings
+        self._one_batch = one_batch
+        self._cancelled: Callable[[], bool] | None = None
         self._types = (cache_type(cache_type_k), cache_type(cache_type_v))
 
-        images = [part for part in prompt.parts if isinstance(part, ImagePart)]
-        self._as_embeddings = bool(images) and one_batch and model.takes_embeddings(images)
-        n_ubatch = min(n_ubatch or prompt.n_tokens, prompt.n_tokens)
-        if not self._as_embeddings:
-            # an image that attends to all of itself cannot be cut
-            whole = [part.n_tokens for part in images if model.is_non_causal(part)]
-            n_ubatch = max([n_ubatch, *whole])
-
         params = llama.llama_context_default_params()
-        params.n_ctx = n_ctx
-        params.n_batch = prompt.n_tokens
-        params.n_ubatch = n_ubatch
+        params.n_ctx = params.n_batch = n_ctx
+        params.n_ubatch = max(min(n_ubatch or prompt.n_tokens, prompt.n_tokens), self._n_uncut())
         params.n_seq_max = 1
         params.n_outputs_max = n_outputs
         params.n_threads = params.n_threads_batch = model.n_threads
@@ -161,6 +176,11 @@ class Session:
         """Whether this prompt can be read in parts that begin and end anywhere."""
         return self._as_embeddings
 
+    @property
+    def n_ubatch(self) -> int:
+        """Prompt tokens computed at a time."""
+        return int(llama.llama_n_ubatch(self.context))
+
     def read_prefix(self, n_tokens: int) -> Prefix:
         """Read only the first tokens of the prompt; none asks for logits, so that nothing is evicted.
 
@@ -169,6 +189,38 @@ class Session:
         self._read_as_embeddings(stop=n_tokens)
         return Prefix(self._state(), n_tokens)
 
+    def read(self, prompt: Prompt, cancelled: Callable[[], bool] | None = None) -> None:
+        """Append a prompt, the first or a later one, as read_prompt does.
+
+        If that fails, the sequence is what it was before.
+
+        Args:
+            prompt: what to append; must live until this returns.
+            cancelled: asked now and then; True gives the prompt up.
+
+        Raises:
+            Cancelled: `cancelled` said so.
+            SparseMMError: llama.cpp failed.
+        """
+        if prompt is not self._prompt:
+            self._prompt, self._embeddings = prompt, None
+        if (n_uncut := self._n_uncut()) > self.n_ubatch:
+            raise SparseMMError(f"an image of {n_uncut} tokens cannot be cut: it needs --n-ubatch {n_uncut}")
+        before = (self._n_past, self.n_tokens)
+        self._cancelled = cancelled
+        # asked once a node of the graph
+        callback = llama.ggml_abort_callback(*([lambda _: cancelled()] if cancelled else []))
+        llama.llama_set_abort_callback(self.context, callback, None)
+        try:
+            self.read_prompt()
+        except BaseException:
+            self._n_past, self.n_tokens = before
+            llama.llama_memory_seq_rm(self._memory(), 0, self._n_past, -1)
+            raise
+        finally:
+            self._cancelled = None
+            llama.llama_set_abort_callback(self.context, llama.ggml_abort_callback(), None)
+
     def read_prompt(self, prefix: Prefix | None = None) -> None:
         """Encode the images and run the prompt; afterwards logits() are those of the first new token.
 
@@ -176,10 +228,10 @@ class Session:
             prefix: what read_prefix of another session read of the same prompt; only the rest is run.
         """
         self._on_phase("prompt")
-        start, self.image_ms = time.perf_counter(), 0.0
+        start, self.image_ms, self._n_calls = time.perf_counter(), 0.0, 0
         if prefix is not None:
             self._set_state(prefix.state)
-            self._n_tokens = prefix.n_tokens
+            self.n_tokens = prefix.n_tokens
             self._read_as_embeddings(start=prefix.n_tokens)
         elif self._as_embeddings:
             self._read_as_embeddings()
@@ -188,11 +240,11 @@ class Session:
         llama.llama_synchronize(self.context)
         self.prompt_ms = _ms_since(start) - self.image_ms
         self.n_prompt_calls = self._n_calls
-        self._after_prompt = (self._n_past, self._n_tokens)
+        self._after_prompt = (self._n_past, self.n_tokens)
 
     def forget_reply(self, n_keep: int = 0) -> None:
         """Drop what was decoded since read_prompt, but for the first n_keep tokens of it."""
-        self._n_past, self._n_tokens = (place + n_keep for place in self._after_prompt)
+        self._n_past, self.n_tokens = (place + n_keep for place in self._after_prompt)
         if not llama.llama_memory_seq_rm(self._memory(), 0, self._n_past, -1):
             raise library.failure("llama.cpp cannot drop the reply")
 
@@ -235,6 +287,7 @@ class Session:
         shape = self._model.shape
         if stats is not None:
             return KVStats(
+                n_positions=stats.n_pos,
                 bytes_now=stats.size_k + stats.size_v,
                 bytes_peak=stats.size_k_peak + stats.size_v_peak,
                 bytes_full=stats.size_full,
@@ -247,7 +300,40 @@ class Session:
         )
         per_position = head * shape.n_head_kv * shape.n_layer
         allocated = per_position * llama.llama_n_ctx(self.context)
-        return KVStats(allocated, allocated, per_position * self._n_tokens, float(self._n_tokens), 0)
+        return KVStats(
+            n_positions=self.n_tokens,
+            bytes_now=allocated,
+            bytes_peak=allocated,
+            bytes_full=per_position * self.n_tokens,
+            positions_kept_mean=float(self.n_tokens),
+            n_evictions=0,
+        )
+
+    def state(self) -> SessionState:
+        """The sequence, for restore() of a session with the same model, head budgets and cache types."""
+        return SessionState(self._n_past, self.n_tokens, self._state())
+
+    def restore(self, state: SessionState) -> None:
+        """Go on with a saved sequence.
+
+        Raises:
+            SparseMMError: llama.cpp does not take the state.
+        """
+        self._restore(state.data)
+        self._n_past, self.n_tokens = state.n_past, state.n_tokens
+
+    @property
+    def _as_embeddings(self) -> bool:
+        """Whether the prompt's text and images go into one call, as embeddings."""
+        images = self._images()
+        return bool(images) and self._one_batch and self._model.takes_embeddings(images)
+
+    def _images(self) -> list[ImagePart]:
+        return [part for part in self._prompt.parts if isinstance(part, ImagePart)]
+
+    def _n_uncut(self) -> int:
+        """Tokens of the largest image that attends to all of itself, which has to be computed at once."""
+        return max((part.n_tokens for part in self._images() if self._model.is_non_causal(part)), default=0)
 
     def _memory(self) -> int:
         return int(llama.llama_get_memory(self.context))
@@ -270,14 +356,14 @@ class Session:
                 logits=outputs.ctypes.data_as(ctypes.POINTER(ctypes.c_int8)),
             )
         )
-        self._n_past = self._prompt.n_pos
+        self._n_past += self._prompt.n_pos
 
     def _embedding_rows(self) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.int32]]:
         """The whole prompt as embeddings, [n, n_embd_inp], and its positions, [1, n], with M-RoPE [4, n]."""
         model = self._model
         rows = np.zeros((self._prompt.n_tokens, model.n_embd_inp), dtype=np.float32)
         positions = np.zeros((_N_POS_MROPE if model.uses_mrope else 1, len(rows)), dtype=np.int32)
-        at, pos, n_images = 0, 0, 0
+        at, pos, n_images = 0, self._n_past, 0
         for part in self._prompt.parts:
             span = slice(at, at + part.n_tokens)
             if isinstance(part, TextPart):
@@ -316,7 +402,7 @@ class Session:
             )
             self._check(status)
             self._n_past = after.value
-            self._n_tokens += part.n_tokens
+            self.n_tokens += part.n_tokens
             self._n_calls += 1
 
     def _encode(self, part: ImagePart, index: int) -> npt.NDArray[np.float32]:
@@ -356,7 +442,10 @@ class Session:
         cache's own empty one, which ends with three counters.
         """
         own = self._state()[: -3 * 4]
-        state = np.concatenate([own, state[len(own) :]])
+        self._restore(np.concatenate([own, state[len(own) :]]))
+
+    def _restore(self, state: npt.NDArray[np.uint8]) -> None:
+        """Fill this cache with what _state returned."""
         pointer = state.ctypes.data_as(ctypes.POINTER(ctypes.c_uint8))
         library.forget_errors()
         if llama.llama_state_seq_set_data(self.context, pointer, len(state), 0) != len(state):
@@ -382,10 +471,12 @@ class Session:
         """One llama_decode. llama.cpp copies the batch, its arrays need to live no longer than this."""
         library.forget_errors()
         self._check(llama.llama_decode(self.context, batch))
-        self._n_tokens += batch.n_tokens
+        self.n_tokens += batch.n_tokens
         self._n_calls += 1
 
     def _check(self, status: int) -> None:
+        if status != 0 and self._cancelled is not None and self._cancelled():
+            raise Cancelled
         if status == 1:
             raise SparseMMError(f"the context of {llama.llama_n_ctx(self.context)} positions is full")
         if status != 0:

@@ -1,0 +1,346 @@
+"""Questions and answers in turn over one KV cache: each question is read once, nothing is read again."""
+
+import codecs
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import TYPE_CHECKING, Any
+
+from PIL import Image
+
+from sparsemm_edge.errors import SparseMMError
+from sparsemm_edge.runtime import session_file
+from sparsemm_edge.runtime.eviction import Eviction, HeadBudgetTable, same_table
+from sparsemm_edge.runtime.library import llama
+from sparsemm_edge.runtime.process import rss_peak_bytes
+from sparsemm_edge.runtime.prompt import Prompt
+from sparsemm_edge.runtime.session import KVStats, Session, cache_type
+
+if TYPE_CHECKING:
+    from sparsemm_edge.runtime.model import VisionModel
+
+# llama.cpp's own defaults for sampling with a temperature
+_TOP_K, _TOP_P, _MIN_P = 40, 0.95, 0.05
+
+
+@dataclass(frozen=True)
+class Timings:
+    """Milliseconds. decode_ms_per_token is a mean over the decoded tokens, None if there was none."""
+
+    load_ms: float
+    image_ms: float
+    prompt_ms: float
+    decode_ms_per_token: float | None
+
+
+@dataclass(frozen=True)
+class GenerationStats:
+    """What one answer took.
+
+    Attributes:
+        tokens: ids of the generated tokens, without the end token.
+        n_prompt: places in the KV cache that the question took; of a later turn's, only what was new.
+        kv, timings: bytes and milliseconds.
+        rss_peak_bytes: the largest resident size of this process so far.
+    """
+
+    tokens: tuple[int, ...]
+    n_prompt: int
+    kv: KVStats
+    timings: Timings
+    rss_peak_bytes: int
+
+    @property
+    def n_generated(self) -> int:
+        return len(self.tokens)
+
+    def figures(self, text: str) -> dict[str, Any]:
+        """The figures as `generate --json` prints them, with the generated text."""
+        return {
+            "text": text,
+            "tokens": list(self.tokens),
+            "n_prompt": self.n_prompt,
+            "n_generated": self.n_generated,
+            "kv": asdict(self.kv),
+            "timings": asdict(self.timings),
+            "rss_peak_bytes": self.rss_peak_bytes,
+        }
+
+
+class Conversation:
+    """Turns of a user and a model. Close it, or use it in a `with`: it owns memory of llama.cpp.
+
+        with Conversation(model, n_ctx=4096) as conversation:
+            for piece in conversation.ask("What is written here?", ["page.png"]):
+                print(piece, end="", flush=True)
+            for piece in conversation.ask("And on this one?", ["other.png"]):
+                print(piece, end="", flush=True)
+
+    The context is made for the first question, so that it is read in one batch. The cache evicts at the end
+    of every question that leaves a head above its budget.
+    """
+
+    def __init__(
+        self,
+        model: "VisionModel",
+        *,
+        n_ctx: int | None = None,
+        n_ubatch: int | None = None,
+        cache_type_k: str = "f16",
+        cache_type_v: str = "f16",
+        chat_template: str | None = None,
+        eviction: Eviction | None = None,
+        several: bool = True,
+        resume: Path | None = None,
+    ) -> None:
+        """Args:
+        model: the model, which must outlive the conversation.
+        n_ctx: most positions of all questions and answers together; None: as many as the first question
+            and its answer need, after which the context is full.
+        n_ubatch: prompt tokens computed at a time; None: all of the first question's, which lets an
+            evicting cache share one layer's memory over all layers while it reads it.
+        cache_type_k, cache_type_v: one of CACHE_TYPES.
+        chat_template: jinja text to use instead of the model's own template.
+        eviction: None: as the model file says, or as the resumed conversation did.
+        several: more questions may follow, so that a first one that fits into the budget is not what the
+            head budgets are shared out for.
+        resume: a file that save() wrote; the next question goes on from there.
+
+        Raises:
+            SparseMMError: an argument out of its range, or a file that cannot be resumed with this model and
+                these arguments.
+        """
+        for name, value in (("n_ctx", n_ctx), ("n_ubatch", n_ubatch)):
+            if value is not None and value < 1:
+                raise SparseMMError(f"{name} is {value}: it must be at least 1")
+        cache_type(cache_type_k), cache_type(cache_type_v)
+        self._model = model
+        self._n_ctx = n_ctx
+        self._n_ubatch = n_ubatch
+        self._types = (cache_type_k, cache_type_v)
+        self._template = chat_template
+        self._eviction = eviction or Eviction()
+        self._several = several
+        self._session: Session | None = None
+        self._room = 0
+        self._table: HeadBudgetTable | None = None
+        self._planned: tuple[int, int | None] = (0, None)
+        self._pending: tuple[int, ...] = ()  # said, but not in the cache yet
+        self.last_stats: GenerationStats | None = None
+        self._resumed: session_file.SavedConversation | None = None
+        if resume is not None:
+            self._resumed = session_file.read(resume)
+            self._check_resumed(resume, self._resumed)
+            self._pending = self._resumed.pending
+
+    def close(self) -> None:
+        """Free the context; the next question would be a first one."""
+        if self._session is not None:
+            self._session.close()
+            self._session = None
+        self._pending = ()
+
+    def __enter__(self) -> "Conversation":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    @property
+    def session(self) -> Session | None:
+        """The context; None before the first question."""
+        return self._session
+
+    def stats(self) -> GenerationStats:
+        """What the last answer took, as far as it went."""
+        if self.last_stats is None:
+            raise SparseMMError("nothing was generated yet")
+        return self.last_stats
+
+    def ask(
+        self,
+        question: str,
+        images: Sequence[str | Path | Image.Image] = (),
+        *,
+        n_predict: int = 256,
+        temperature: float = 0.0,
+        seed: int = 0,
+        cancelled: Callable[[], bool] | None = None,
+    ) -> Iterator[str]:
+        """Answer one message, piece by piece; stats() tells afterwards what it took.
+
+        An answer that is not read to its end is part of the conversation as far as it was read.
+
+        Args:
+            question: what the user asks.
+            images: files or pictures that the message shows before the text.
+            n_predict: most tokens to generate.
+            temperature: 0 takes the likeliest token; above 0 samples.
+            seed: for sampling.
+            cancelled: asked now and then while the question is read; True gives it up.
+
+        Yields:
+            Text, never half a character.
+
+        Raises:
+            SparseMMError: an image that cannot be read, an image encoder or chat template that is missing, a
+                question that does not fit into the context, or an argument out of its range. The
+                conversation is then what it was before.
+            Cancelled: `cancelled` said so; likewise.
+        """
+        if n_predict < 1:
+            raise SparseMMError(f"n_predict is {n_predict}: it must be at least 1")
+        if temperature < 0:
+            raise SparseMMError(f"the temperature is {temperature}: it must be 0 or above")
+        if not 0 <= seed < 2**32:
+            raise SparseMMError(f"the seed is {seed}: it must be 0 to {2**32 - 1}")
+        model, first = self._model, self._session is None and self._resumed is None
+        text = model.chat_prompt(question, len(images), self._template, first=first)
+        with model.tokenize(text, images, first=first) as prompt:
+            prompt.prepend(self._pending)
+            session = self._session_for(prompt, n_predict)
+            try:
+                session.read(prompt, cancelled)
+            except BaseException:
+                if first:
+                    self.close()
+                raise
+            self._pending = ()
+            n_prompt = prompt.n_tokens
+        yield from self._reply(
+            session, n_prompt, min(n_predict, self._room - session.n_tokens), temperature, seed
+        )
+
+    def save(self, path: Path) -> None:
+        """Write the conversation to a file, from which another process can go on.
+
+        Raises:
+            SparseMMError: nothing was asked yet, or the file cannot be written.
+        """
+        if self._session is None:
+            raise SparseMMError("nothing was asked yet: there is nothing to save")
+        session_file.write(
+            path,
+            session_file.SavedConversation(
+                model=self._model.fingerprint,
+                model_name=self._model.path.name,
+                cache_types=self._types,
+                table=self._table,
+                planned=self._planned,
+                n_ubatch=self._session.n_ubatch,
+                pending=self._pending,
+                state=self._session.state(),
+            ),
+        )
+
+    def _session_for(self, prompt: Prompt, n_predict: int) -> Session:
+        """The context, with room for this prompt: made for the first one."""
+        if self._session is not None:
+            if self._session.n_tokens + prompt.n_tokens >= self._room:
+                raise SparseMMError(
+                    f"the context of {self._room} positions is full: {self._session.n_tokens} are taken and"
+                    f" the message takes {prompt.n_tokens}; --n-ctx makes it larger"
+                )
+            return self._session
+
+        saved, model = self._resumed, self._model
+        n_ctx = model.n_ctx_for(
+            prompt, n_predict, self._n_ctx, before=saved.state.n_tokens if saved is not None else 0
+        )
+        n_ubatch = self._n_ubatch
+        if saved is not None:
+            self._planned, self._table = saved.planned, saved.table
+            n_ubatch = saved.n_ubatch  # computed as if there had been no break
+        else:
+            self._planned = (prompt.n_tokens, self._n_ctx if self._several else None)
+            self._table = model.plan(self._eviction, *self._planned)
+        session = model.start_with(
+            prompt,
+            self._table,
+            n_ctx=n_ctx,
+            n_ubatch=n_ubatch,
+            cache_type_k=self._types[0],
+            cache_type_v=self._types[1],
+        )
+        if saved is not None:
+            try:
+                session.restore(saved.state)
+            except BaseException:
+                session.close()
+                raise
+            self._resumed = None
+        self._room = n_ctx
+        self._session = session
+        return session
+
+    def _check_resumed(self, path: Path, saved: session_file.SavedConversation) -> None:
+        """Refuse what cannot go on here, before anything is read."""
+        if saved.model != self._model.fingerprint:
+            raise SparseMMError(
+                f"{path}: saved with another model, {saved.model_name}: give that one, not {self._model.path}"
+            )
+        if saved.cache_types != self._types:
+            was, now = ("/".join(types) for types in (saved.cache_types, self._types))
+            raise SparseMMError(
+                f"{path}: saved with cache types {was}, not {now}: give --cache-type-k {saved.cache_types[0]}"
+                f" --cache-type-v {saved.cache_types[1]}"
+            )
+        if self._eviction == Eviction():
+            return
+        if not same_table(self._model.plan(self._eviction, *saved.planned), saved.table):
+            raise SparseMMError(
+                f"{path}: saved with other head budgets than these options give: leave the options of"
+                " eviction out, the file knows them"
+            )
+
+    def _reply(
+        self, session: Session, n_prompt: int, n_predict: int, temperature: float, seed: int
+    ) -> Iterator[str]:
+        """Sample and decode until the model ends its turn or n_predict tokens are there."""
+        model = self._model
+        tokens: list[int] = []
+        decode_ms: list[float] = []
+        text = codecs.getincrementaldecoder("utf-8")(errors="replace")
+        sampler = _sampler(temperature, seed)
+        try:
+            while len(tokens) < n_predict:
+                started = time.perf_counter()
+                if tokens:
+                    session.decode(tokens[-1])
+                    self._pending = ()
+                token = llama.llama_sampler_sample(sampler, session.context, -1)
+                if tokens:
+                    decode_ms.append((time.perf_counter() - started) * 1000)
+                if model.ends_turn(token):
+                    break
+                tokens.append(token)
+                self._pending = (token,)
+                if piece := text.decode(model.piece(token)):
+                    yield piece
+            if rest := text.decode(b"", final=True):
+                yield rest
+        finally:
+            llama.llama_sampler_free(sampler)
+            per_token = sum(decode_ms) / len(decode_ms) if decode_ms else None
+            timings = Timings(model.load_ms, session.image_ms, session.prompt_ms, per_token)
+            self.last_stats = GenerationStats(
+                tuple(tokens), n_prompt, session.kv_stats(), timings, rss_peak_bytes()
+            )
+
+
+def _sampler(temperature: float, seed: int) -> Any:
+    """llama_sampler pointer, to be freed: greedy at temperature 0."""
+    chain = llama.llama_sampler_chain_init(llama.llama_sampler_chain_default_params())
+    if temperature <= 0:
+        llama.llama_sampler_chain_add(chain, llama.llama_sampler_init_greedy())
+    else:
+        llama.llama_sampler_chain_add(chain, llama.llama_sampler_init_top_k(_TOP_K))
+        llama.llama_sampler_chain_add(chain, llama.llama_sampler_init_top_p(_TOP_P, 1))
+        llama.llama_sampler_chain_add(chain, llama.llama_sampler_init_min_p(_MIN_P, 1))
+        llama.llama_sampler_chain_add(chain, llama.llama_sampler_init_temp(temperature))
+        llama.llama_sampler_chain_add(chain, llama.llama_sampler_init_dist(seed))
+    return chain

@@ -1,0 +1,23 @@
+"""What this process may use, and what it has used."""
+
+import os
+import sys
+
+import psutil
+
+
+def usable_cores() -> int:
+    """The physical cores that this process may use."""
+    physical = psutil.cpu_count(logical=False) or 1
+    allowed = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else physical
+    return max(1, min(physical, allowed))
+
+
+def rss_peak_bytes() -> int:
+    """The largest resident size of this process so far."""
+    if sys.platform == "win32":
+        return int(psutil.Process().memory_info().peak_wset)
+    import resource
+
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
