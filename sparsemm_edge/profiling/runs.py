@@ -13,6 +13,8 @@ from typing import IO, Any
 from sparsemm_edge.profiling.jobs import Event, Setting, Task
 from sparsemm_edge.profiling.memory import MemoryTrace, MemoryWatch
 
+_NO_MEMORY = ("insufficient memory", "failed to allocate", "bad_alloc", "out of memory", "Cannot allocate")
+
 Listener = Callable[[Event], None]
 
 
@@ -21,8 +23,8 @@ class Run:
     """What one worker did.
 
     Attributes:
-        status: "ok"; "killed": ended from outside, as a system does when memory runs out; "failed":
-            `reason` says why.
+        status: "ok"; "killed": ended from outside, as a system does when memory runs out; "out of memory":
+            llama.cpp was refused memory; "failed": for another reason.
         reason: one line, "" if ok.
         start: time.monotonic when it was started.
         end: the same when it had ended.
@@ -106,11 +108,16 @@ def _outcome(code: int, events: list[Event], errors: IO[bytes]) -> tuple[str, st
         return "ok", ""
     said = next((event["reason"] for event in events if event["event"] == "failed"), None)
     if said is not None:
-        return "failed", said
+        return _status(said), said
     if code == -signal.SIGKILL:
         return "killed", "killed by the system, most likely because memory ran out"
     errors.seek(0)
     lines = errors.read().decode("utf-8", "replace").strip().splitlines()
     last = f": {lines[-1].strip()}" if lines else ""
     how = f"ended by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
-    return "failed", how + last
+    return _status(last), how + last
+
+
+def _status(reason: str) -> str:
+    refused = any(sign in reason for sign in _NO_MEMORY)
+    return "out of memory" if refused else "failed"

@@ -23,7 +23,7 @@ class ImageTokens:
     """What images of certain sizes become.
 
     Attributes:
-        n_tokens: places that each image takes in the KV cache, its markers included.
+        n_tokens: places that each image takes in the KV cache, with the markers around and between its tiles.
         one_batch: whether text and images can be read in one call (see VisionModel.takes_embeddings).
     """
 
@@ -90,9 +90,10 @@ class Estimate:
         """What mtmd makes of images of these (width, height) in pixels: tiles, grids, markers."""
         assert self._vision is not None
         counts, one_batch = [], True
+        n_bos = int(llama.llama_vocab_get_add_bos(llama.llama_model_get_vocab(self._model)))
         for size in sizes:
             with tokenize_with_images(self._vision, image_marker(), [Image.new("RGB", size)]) as prompt:
-                counts.append(prompt.n_tokens)
+                counts.append(prompt.n_tokens - n_bos)
                 one_batch &= not any(
                     mtmd.mtmd_decode_use_non_causal(self._vision, part.chunk)
                     for part in prompt.parts
