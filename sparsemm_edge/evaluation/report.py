@@ -20,6 +20,7 @@ BASELINE = "uniform"
 """The policy that the others are compared with at equal bytes: what everybody does without head scores."""
 
 _N_RESAMPLES = 2000
+_TABLE_WIDTH = 160  # where there is no terminal to ask, as in a file
 _COLOURS = {"sparsemm": "C3", "uniform": "C0", "pyramid": "C2", "random": "C7"}
 _MARKERS = "osD^vPX*<>hp"
 
@@ -93,9 +94,16 @@ class Failure:
 
 @dataclass(frozen=True)
 class Report:
-    """rows: by task, the full cache first, then in the settings' order. failures: in none of the rows."""
+    """What a run found.
+
+    Attributes:
+        rows: by task, the full cache first, then in the settings' order.
+        n_questions: those that were asked, of all tasks.
+        failures: those of them that are in none of the rows.
+    """
 
     rows: tuple[Row, ...]
+    n_questions: int
     failures: tuple[Failure, ...]
 
 
@@ -126,7 +134,8 @@ def make_report(
     rows: list[Row] = []
     for task in dict.fromkeys(record.task for record in answered):
         rows += _rows_of_task(task, [each for each in answered if each.task == task], settings, seed)
-    return Report(tuple(rows), tuple(failures.values()))
+    n_questions = len({record.question for record in chosen})
+    return Report(tuple(rows), n_questions, tuple(failures.values()))
 
 
 def labels(settings: Sequence[Setting]) -> dict[Setting, str]:
@@ -270,6 +279,8 @@ def print_report(report: Report) -> None:
     from rich.table import Table
 
     console = Console()
+    if not console.is_terminal:
+        console.width = _TABLE_WIDTH
     for task in dict.fromkeys(row.task for row in report.rows):
         rows = [row for row in report.rows if row.task == task]
         table = Table(title=f"{task}: {rows[0].n_questions} questions", title_justify="left")
@@ -293,9 +304,10 @@ def print_report(report: Report) -> None:
             highlight=False,
         )
     if report.failures:
-        console.print(f"{len(report.failures)} questions failed and are in no figure above:", highlight=False)
+        n_failed = len(report.failures)
+        print(f"{n_failed} of {report.n_questions} questions failed and are in no figure above:")
         for failure in report.failures:
-            console.print(f"  {failure.question}: {failure.error}", highlight=False, markup=False)
+            print(f"  {failure.question}: {failure.error}")
 
 
 def _cells(row: Row) -> list[str]:
@@ -335,6 +347,7 @@ def as_json(report: Report, about: dict[str, Any]) -> dict[str, Any]:
         "format": "sparsemm-edge/eval",
         "version": 1,
         **about,
+        "n_questions": report.n_questions,
         "rows": [row.figures() for row in report.rows],
         "failures": [asdict(failure) for failure in report.failures],
     }

@@ -22,7 +22,7 @@ from sparsemm_edge.gguf_metadata import POOL_KERNEL
 from sparsemm_edge.runtime import VisionModel
 from sparsemm_edge.runtime.eviction import HeadBudgetTable
 from sparsemm_edge.runtime.prompt import ImagePart, Prompt
-from sparsemm_edge.runtime.session import Prefix, Session
+from sparsemm_edge.runtime.session import Prefix, Session, cache_type
 from sparsemm_edge.scores import HeadScores, group_scores
 
 _REFERENCE = Setting("full")
@@ -140,6 +140,8 @@ class Evaluator:
     def check(self, settings: Sequence[Setting]) -> None:
         """Raise SparseMMError if a setting cannot be run with this model, before anything is run."""
         for setting in settings:
+            if cache_type(setting.cache_type).name.startswith("Q4") and setting.policy != "full":
+                raise SparseMMError(f"a cache that evicts cannot hold {setting.cache_type}: f16 or q8_0")
             if setting.policy == "sparsemm" and self._scores is None:
                 raise SparseMMError(
                     f"{self._job.model} holds no head scores: convert it first (sparsemm-edge convert), or"

@@ -1,0 +1,366 @@
+"""eval on small real models: its answers are llama.cpp's and generate's, its work is not done twice."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from sparsemm_edge import cli
+from sparsemm_edge.convert import convert
+from sparsemm_edge.errors import SparseMMError
+from sparsemm_edge.evaluation.datasets import DataSet, Question
+from sparsemm_edge.evaluation.run import Evaluator, Job, Record, Results, run
+from sparsemm_edge.evaluation.settings import Setting
+from sparsemm_edge.gguf_metadata import read_model_shape
+from sparsemm_edge.runtime import Eviction, VisionModel
+from sparsemm_edge.scores import HeadScores
+
+PROMPT = "What is written here? Answer briefly, in the words of the page itself."
+FULL = Setting("full")
+N_PREDICT = 12
+
+
+def setting(policy: str, budget: int, window: int = 8, **changes: Any) -> Setting:
+    return Setting(policy, budget=budget, window=window, **{"floor_ratio": 0.1, **changes})
+
+
+@pytest.fixture
+def scores(models: Callable[[str], Any], tmp_path: Path) -> Path:
+    shape = read_model_shape(models("llava").gguf())
+    values = np.random.default_rng(0).gamma(0.3, size=(shape.n_layer, shape.n_head))
+    path = tmp_path / "scores.json"
+    HeadScores("random", values, shape.n_head_kv, {"dataset": "random"}).save(path)
+    return path
+
+
+def picture(models: Callable[[str], Any], seed: int, name: str = "llava") -> Image.Image:
+    from models import sample_image
+
+    return sample_image(models(name).image_size, seed)
+
+
+def question(page: str, image: Any, prompt: str = PROMPT, name: str = "") -> Question:
+    return Question(name or f"{page}: {prompt}", page, image, prompt, "reading", "cer", ("something",))
+
+
+def job_of(models: Callable[[str], Any], scores: Path | None = None, name: str = "llava") -> Job:
+    files = models(name)
+    return Job(files.gguf(), files.mmproj(), scores, N_PREDICT, n_threads=1)
+
+
+def evaluate(
+    job: Job, questions: list[Question], settings: list[Setting], path: Path, **options: Any
+) -> dict[tuple[str, str], Record]:
+    data = DataSet("by hand", tuple(questions), N_PREDICT)
+    results = Results(path, job, data, resume=options.pop("resume", False))
+    run(job, data, settings, results, n_jobs=options.pop("n_jobs", 1), show_progress=False)
+    results.close()
+    return results.records
+
+
+@pytest.mark.parametrize("name", ["llava", "qwen2vl"])
+def test_the_full_cache_answers_as_llama_cpp_does_without_this_package(
+    name: str, models: Callable[[str], Any]
+) -> None:
+    from native import Native
+
+    page = picture(models, 3, name)
+    with Evaluator(job_of(models, name=name)) as evaluator:
+        (record,) = evaluator.answer(question("p", page), [FULL])
+        text = evaluator._model.chat_prompt(PROMPT, 1)
+        with Native(models(name).gguf(), models(name).mmproj(), n_threads=1) as native:
+            tokens = native.greedy(text, [page], n_predict=N_PREDICT, type_kv=1)[0]
+        ends = [i for i, token in enumerate(tokens) if evaluator._model.ends_turn(token)]
+        assert record.answer == evaluator._model.text_of(tokens[: ends[0]] if ends else tokens)
+    assert (record.agreement, record.first_divergence, record.kl) == (1, None, 0)
+    assert record.kept == record.n_prompt and record.kv_bytes == record.kv_full_bytes
+
+
+@pytest.mark.parametrize("cache_type", ["f16", "q8_0"])
+def test_every_setting_answers_as_generate_does(
+    cache_type: str, models: Callable[[str], Any], scores: Path
+) -> None:
+    page = picture(models, 3)
+    settings = [
+        setting("full", 0, cache_type=cache_type),
+        setting("sparsemm", 24, cache_type=cache_type),
+        setting("sparsemm", 40, 70, cache_type=cache_type),  # a window over half of the budget: 20
+        setting("uniform", 24, cache_type=cache_type),
+        setting("pyramid", 48, cache_type=cache_type),
+        setting("random", 48, 16, cache_type=cache_type),
+        setting("uniform", 4000, cache_type=cache_type),
+    ]
+    job = job_of(models, scores)
+    with Evaluator(job) as evaluator:
+        records = evaluator.answer(question("p", page), settings)
+    assert len({record.answer for record in records}) > 2  # they do differ
+    by_key = {record.setting: record for record in records}
+    with VisionModel.load(job.model, job.mmproj, n_threads=1) as model:
+        for each in settings:
+            found = by_key[each.key]
+            evicts = each.policy != "full"
+            wanted = Eviction(
+                policy=each.policy,
+                budget=each.budget if evicts else None,
+                window=each.window_of(found.n_prompt) if evicts else None,
+                scores=scores if each.policy == "sparsemm" else None,
+            )
+            answer = "".join(
+                model.generate(
+                    PROMPT,
+                    [page],
+                    n_predict=N_PREDICT,
+                    cache_type_k=cache_type,
+                    cache_type_v=cache_type,
+                    eviction=wanted,
+                )
+            )
+            assert found.answer == answer, each
+            stats = model.stats().kv
+            n_new = model.stats().n_generated - (model.stats().n_generated == N_PREDICT)
+            assert found.kept == pytest.approx(stats.positions_kept_mean - n_new)
+            assert found.kv_bytes == pytest.approx(
+                stats.bytes_full * found.kept / (found.n_prompt + n_new), rel=1e-9
+            )
+
+
+def test_a_budget_over_the_prompt_agrees_in_everything(models: Callable[[str], Any]) -> None:
+    with Evaluator(job_of(models)) as evaluator:
+        roomy, tight = evaluator.answer(
+            question("p", picture(models, 3)), [setting("uniform", 4000), setting("uniform", 10, 4)]
+        )
+    assert (roomy.agreement, roomy.first_divergence) == (1, None)
+    assert roomy.kl < 1e-3 < tight.kl
+    assert roomy.kept == roomy.n_prompt
+
+
+def test_an_image_is_encoded_once_and_a_prompt_read_twice(
+    models: Callable[[str], Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from sparsemm_edge.runtime.session import Session
+
+    calls = {"encode": 0, "prefix": 0, "whole": 0}
+    encode, prefix, prompt = VisionModel.encode_image, Session.read_prefix, Session.read_prompt
+
+    def count(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
+        def counted(self: Any, *arguments: Any) -> Any:
+            calls[name] += name != "whole" or not any(arguments)
+            return function(self, *arguments)
+
+        return counted
+
+    monkeypatch.setattr(VisionModel, "encode_image", count("encode", encode))
+    monkeypatch.setattr(Session, "read_prefix", count("prefix", prefix))
+    monkeypatch.setattr(Session, "read_prompt", count("whole", prompt))
+    questions = [question("a", picture(models, 1)), question("a", picture(models, 1), "And this?")]
+    questions.append(question("b", picture(models, 2)))
+    settings = [FULL] + [setting("uniform", budget) for budget in (10, 20, 30, 40)]
+    evaluate(job_of(models), questions, settings, tmp_path / "r.jsonl")
+    # for every question: the whole prompt for the full cache, the prefix for all the others
+    assert calls == {"encode": 2, "prefix": 3, "whole": 3}
+
+
+def test_a_run_goes_on_where_it_was_stopped(
+    models: Callable[[str], Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    questions = [question(f"p{i}", picture(models, i)) for i in range(3)]
+    settings, path = [FULL, setting("uniform", 20)], tmp_path / "r.jsonl"
+    job = job_of(models)
+    whole = evaluate(job, questions, settings, path)
+    assert len(whole) == 6
+    with pytest.raises(SparseMMError, match="--resume goes on"):
+        evaluate(job, questions, settings, path)
+
+    lines = path.read_text().splitlines(keepends=True)
+    path.write_text("".join(lines[:4]) + lines[4][:30])  # stopped while it wrote the second page
+    answered = []
+    answer = Evaluator.answer
+
+    def spy(self: Evaluator, asked: Question, under: Any) -> Any:
+        answered.append((asked.page, len(under)))
+        return answer(self, asked, under)
+
+    monkeypatch.setattr(Evaluator, "answer", spy)
+    assert evaluate(job, questions, settings, path, resume=True) == whole
+    assert answered == [("p1", 1), ("p2", 2)]
+    # a setting more is run for all, nothing is run anew
+    answered.clear()
+    evaluate(job, questions, [*settings, setting("uniform", 30)], path, resume=True)
+    assert answered == [("p0", 1), ("p1", 1), ("p2", 1)]
+    answered.clear()
+    evaluate(job, questions, settings, path, resume=True)
+    assert answered == []
+
+    other = job_of(models, name="llava-gqa")
+    with pytest.raises(SparseMMError, match="of another run"):
+        evaluate(other, questions, settings, path, resume=True)
+    path.write_text("nothing\n")
+    with pytest.raises(SparseMMError, match="not a file of eval's results"):
+        evaluate(job, questions, settings, path, resume=True)
+
+
+def test_what_fails_is_recorded_and_tried_again(models: Callable[[str], Any], tmp_path: Path) -> None:
+    (tmp_path / "broken.png").write_bytes(b"\x89PNG")
+    questions = [
+        question("good", picture(models, 1)),
+        question("broken", tmp_path / "broken.png"),
+        question("bytes", b"no image"),
+        question("gone", tmp_path / "gone.png"),
+        question("long", picture(models, 1), "word " * 4000),
+    ]
+    settings, path = [FULL, setting("uniform", 20)], tmp_path / "r.jsonl"
+    records = evaluate(job_of(models), questions, settings, path)
+    errors = {record.page: record.error or "" for record in records.values()}
+    assert not errors["good"]
+    assert "broken.png: not an image" in errors["broken"]
+    assert "not an image" in errors["bytes"]
+    assert "gone.png: no such file" in errors["gone"]
+    assert "the context has" in errors["long"]
+    picture(models, 2).save(tmp_path / "gone.png")
+    records = evaluate(job_of(models), questions, settings, path, resume=True)
+    assert records[questions[3].name, FULL.key].error is None
+
+
+def test_several_processes_find_what_one_does(models: Callable[[str], Any], tmp_path: Path) -> None:
+    questions = [question(f"p{i}", picture(models, i)) for i in range(3)]
+    settings = [FULL, setting("uniform", 20), setting("random", 20)]
+    alone = evaluate(job_of(models), questions, settings, tmp_path / "1.jsonl")
+    assert evaluate(job_of(models), questions, settings, tmp_path / "2.jsonl", n_jobs=2) == alone
+
+
+# --- the commands
+
+
+def run_cli(monkeypatch: pytest.MonkeyPatch, *arguments: object) -> int:
+    monkeypatch.setattr(sys, "argv", ["sparsemm-edge", *(str(argument) for argument in arguments)])
+    try:
+        cli.main()
+    except SystemExit as exit_:
+        return int(exit_.code or 0)
+    return 0
+
+
+def test_eval_writes_a_table_a_plot_and_json(
+    models: Callable[[str], Any],
+    scores: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    llava, out = models("llava"), tmp_path / "out"
+    for i in range(2):
+        picture(models, i).save(tmp_path / f"{i}.png")
+    rows = [
+        {"image": f"{i}.png", "question": PROMPT, "answers": ["x"], "metric": "anls"} for i in (0, 1, "none")
+    ]
+    (tmp_path / "q.jsonl").write_text("\n".join(json.dumps(row) for row in rows))
+    model = convert(llava.gguf(), scores, tmp_path / "c.gguf", budget=48, window=8).path
+    files = ("-m", model, "--mmproj", llava.mmproj(), "--threads", 1, "--out", out, "-n", 4)
+    options = ("--data", tmp_path / "q.jsonl", "--retention", "20,50", "--window", 8, "--random-seeds", 2)
+    assert run_cli(monkeypatch, "eval", *files, *options, "--water-fill", "both") == 0
+    printed = capfd.readouterr().out
+    assert "1 of 3 questions failed" in printed and "none.png: no such file" in printed
+    assert sorted(path.name for path in out.iterdir()) == ["eval.json", "eval.png", "results.jsonl"]
+    report = json.loads((out / "eval.json").read_text())
+    # full, sparsemm with and without water-filling, uniform, pyramid, random
+    assert len(report["rows"]) == 1 + 2 * 2 + 2 + 2 + 2
+    assert len(report["failures"]) == 1
+    kept = {row["label"]: row["kept_share"] for row in report["rows"] if row["setting"]["retention"] == 50}
+    assert kept["sparsemm"] == pytest.approx(kept["uniform"]) == pytest.approx(0.5, abs=0.01)
+    assert kept["sparsemm, no water-filling"] < kept["sparsemm"]
+    assert run_cli(monkeypatch, "eval", *files, *options, "--resume", "--json") == 0
+    again = json.loads(capfd.readouterr().out)
+    assert len(again["rows"]) == len(report["rows"]) - 2  # without --water-fill both
+
+
+def test_eval_judges_fidelity_without_answers(
+    models: Callable[[str], Any],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    llava = models("llava")
+    (tmp_path / "images").mkdir()
+    picture(models, 1).save(tmp_path / "images" / "a.png")
+    files = ("-m", llava.gguf(), "--mmproj", llava.mmproj(), "--threads", 1, "--out", tmp_path / "out")
+    asked = ("--fidelity-only", tmp_path / "images", "-n", 8, "--policies", "uniform", "--window", 8)
+    assert run_cli(monkeypatch, "eval", *files, *asked, "--budgets", "20,2000", "--json") == 0
+    rows = json.loads(capfd.readouterr().out)["rows"]
+    assert [row["score"] for row in rows] == [None] * 3
+    full, tight, roomy = rows
+    assert full["kl"]["mean"] == 0 and roomy["kl"]["mean"] < tight["kl"]["mean"]
+    assert roomy["agreement"]["mean"] == 1 and roomy["identical"] == 1
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        ([], "--data with questions, or --fidelity-only"),
+        (["--data", "grid", "--fidelity-only", "."], "--data with questions, or --fidelity-only"),
+        (["--data", "nowhere"], "no data set at nowhere"),
+        (["--data", "grid", "--policies", "best"], "unknown policy 'best'"),
+        (["--data", "grid", "--retention", "five"], "--retention five: expected numbers"),
+        (["--data", "grid", "--water-fill", "maybe"], "expected yes, no or both"),
+        (["--data", "grid", "--jobs", 0], "--jobs is 0"),
+        (["--data", "grid", "--pages", 0], "at least 1"),
+        (
+            ["--data", "grid", "--pages", 1, "--cache-types", "q9", "--policies", "uniform"],
+            "unknown cache type 'q9'",
+        ),
+        (
+            ["--data", "grid", "--pages", 1, "--cache-types", "q4_0", "--policies", "uniform"],
+            "cannot hold q4_0",
+        ),
+        (["--data", "grid", "--pages", 1], "no head scores"),
+        (["--data", "grid", "--pages", 1, "--jobs", 2], "no head scores"),
+    ],
+)
+def test_bad_wishes_are_one_clear_line(
+    arguments: list[Any],
+    said: str,
+    models: Callable[[str], Any],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    llava = models("llava")
+    files = ("-m", llava.gguf(), "--mmproj", llava.mmproj(), "--out", tmp_path / "out")
+    assert run_cli(monkeypatch, "eval", *files, *arguments) == 2
+    out, err = capfd.readouterr()
+    assert out == ""
+    last = err.strip().splitlines()[-1]
+    assert last.startswith("error: ") and said in last
+
+
+def test_kept_draws_what_one_prompt_keeps(
+    models: Callable[[str], Any],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    llava = models("llava")
+    picture(models, 1).save(tmp_path / "a.png")
+    asked = ("-m", llava.gguf(), "--mmproj", llava.mmproj(), "--image", tmp_path / "a.png", "-p", PROMPT)
+    wanted = ("--policy", "uniform", "--budget", 24, "--window", 8, "--threads", 1)
+    out = tmp_path / "kept.png"
+    assert run_cli(monkeypatch, "kept", *asked, *wanted, "--out", out, "--view", "layer") == 0
+    with Image.open(out) as drawn:
+        assert drawn.format == "PNG"
+    out.unlink()
+    capfd.readouterr()
+    for more, said in (
+        (("--out", tmp_path / "kept.jpg", *wanted), "must end in .png"),
+        (("--out", out, *wanted, "--view", "most"), "unknown view 'most'"),
+        (("--out", out), "nothing is evicted"),
+        (("--out", out, *wanted, "--budget", 5000), "nothing is evicted"),
+    ):
+        assert run_cli(monkeypatch, "kept", *asked, *more) == 2
+        assert said in capfd.readouterr().err
+    assert not out.exists()
