@@ -26,7 +26,13 @@ from sparsemm_edge.runtime.prompt import ImagePart, TextPart, image_marker
 # few layers, small heads, but as many heads as real models have: that is what groups are made of
 SMALL = replace(SHAPES["llava-1.5-7b"], n_layer=3, n_embd=1024, n_ff=64)
 GQA = replace(
-    SHAPES["qwen2-vl-7b"], n_layer=2, n_embd=896, n_ff=64, n_vocab=151936, rope_sections=(4, 6, 6, 0)
+    SHAPES["qwen2-vl-7b"],
+    n_layer=2,
+    n_embd=896,
+    n_ff=64,
+    n_vocab=32000,
+    vocab="llama-spm",
+    rope_sections=(4, 6, 6, 0),
 )
 
 
@@ -224,7 +230,7 @@ def test_no_budget_fits_into_nothing(small: VisionModel) -> None:
 
 
 def test_a_prompt_that_does_not_fit_the_context_is_one_clear_line(small: VisionModel) -> None:
-    with pytest.raises(SparseMMError, match="the prompt takes 500 positions .* --n-ctx allows 300"):
+    with pytest.raises(SparseMMError, match=r"the prompt takes 500 positions .* --n-ctx allows 300"):
         fit(Wish(small.path, n_text=500, n_ctx=300))
     with pytest.raises(SparseMMError, match="give its file with --mmproj"):
         fit(Wish(small.path, image_sizes=((10, 10),)))
