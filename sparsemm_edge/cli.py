@@ -7,6 +7,7 @@ import typer
 
 from sparsemm_edge import __version__
 from sparsemm_edge.commands.bench import bench
+from sparsemm_edge.commands.chat import chat
 from sparsemm_edge.commands.convert import convert
 from sparsemm_edge.commands.demo import demo
 from sparsemm_edge.commands.eval import evaluate
@@ -46,7 +47,7 @@ def _app(
     """Visual-head KV-cache eviction for llama.cpp: same answers about images, a fraction of the cache."""
 
 
-for _command in (score, convert, mmproj, inspect, generate, fit, profile, bench, kept, demo):
+for _command in (score, convert, mmproj, inspect, generate, chat, fit, profile, bench, kept, demo):
     app.command()(_command)
 app.command("eval")(evaluate)
 app.add_typer(scores, name="scores")

@@ -8,3 +8,6 @@ WINDOW = 32
 
 FLOOR_RATIO = 0.1
 """Share of the budget that every head gets (rho)."""
+
+N_CTX = 8192
+"""Most positions of a chat."""

@@ -140,7 +140,7 @@ class Conversation:
         if self._session is not None:
             self._session.close()
             self._session = None
-        self._pending = ()
+        self._pending, self._resumed, self.last_stats = (), None, None
 
     def __enter__(self) -> "Conversation":
         return self
@@ -154,6 +154,11 @@ class Conversation:
     def session(self) -> Session | None:
         """The context; None before the first question."""
         return self._session
+
+    @property
+    def n_ctx(self) -> int:
+        """Most positions of all questions and answers; 0 before the first question."""
+        return self._room
 
     def stats(self) -> GenerationStats:
         """What the last answer took, as far as it went."""

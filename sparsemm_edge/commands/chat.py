@@ -1,0 +1,194 @@
+"""`sparsemm-edge chat`."""
+
+import json
+import signal
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+from types import FrameType
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from sparsemm_edge import defaults
+from sparsemm_edge.errors import SparseMMError
+
+if TYPE_CHECKING:
+    from sparsemm_edge.runtime import Conversation
+
+_HELP = """\
+/image PATH   show this image with the next message; may be given several times
+/stats        what the KV cache holds and takes, and how long the last answer took
+/reset        begin anew, without what was said
+/help         these lines
+/exit         leave, as does the end of the input
+Ctrl-C        end the answer that is being given"""
+
+
+def chat(
+    model: Annotated[Path, typer.Option("--model", "-m", help="The text model, a GGUF file.")],
+    mmproj: Annotated[Path | None, typer.Option(help="Its image encoder, a GGUF file.")] = None,
+    image: Annotated[
+        list[Path] | None, typer.Option(help="Image for the first message; may be given several times.")
+    ] = None,
+    n_predict: Annotated[int, typer.Option("--n-predict", "-n", help="Most tokens of an answer.")] = 512,
+    temp: Annotated[float, typer.Option(help="0: the likeliest token; above: sample.")] = 0.0,
+    seed: Annotated[int, typer.Option(help="Seed for sampling.")] = 0,
+    n_ctx: Annotated[
+        int | None,
+        typer.Option(
+            help=f"Most positions of the whole chat [default: {defaults.N_CTX}, or what the model was"
+            " trained for if that is less]."
+        ),
+    ] = None,
+    n_ubatch: Annotated[
+        int | None, typer.Option(help="Prompt tokens computed at a time [default: all of the first message].")
+    ] = None,
+    threads: Annotated[int | None, typer.Option(help="Threads [default: the physical cores].")] = None,
+    cache_type_k: Annotated[str, typer.Option(help="Numbers of K: f16, f32, bf16 or q8_0.")] = "f16",
+    cache_type_v: Annotated[str, typer.Option(help="Numbers of V: f16, f32, bf16 or q8_0.")] = "f16",
+    budget: Annotated[
+        int | None, typer.Option(help="Positions a KV head keeps on average, instead of the file's budget.")
+    ] = None,
+    policy: Annotated[
+        str | None, typer.Option(help="sparsemm, uniform, pyramid, random or full, instead of the file's.")
+    ] = None,
+    window: Annotated[
+        int | None,
+        typer.Option(help="Last prompt positions, which vote and are kept, instead of the file's."),
+    ] = None,
+    scores: Annotated[
+        Path | None, typer.Option(help="Head scores to use instead of the file's, a JSON file.")
+    ] = None,
+    kv_max_tail: Annotated[
+        int | None,
+        typer.Option(help="Generated positions a KV head holds at most, the oldest go first [default: all]."),
+    ] = None,
+    evict: Annotated[bool, typer.Option("--evict/--no-evict", help="Evict, or keep the whole cache.")] = True,
+    chat_template: Annotated[
+        str | None, typer.Option(help="Jinja text or file to use instead of the model's chat template.")
+    ] = None,
+    verbose: Annotated[bool, typer.Option("--verbose", help="Show llama.cpp's log.")] = False,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="Print text and figures of each answer as one JSON object a line.")
+    ] = False,
+) -> None:
+    """Talk about images. A message is a line; what was read once is not read again.
+
+    Every message that leaves a head above its budget evicts again. /help lists the commands.
+
+    \b
+    Examples:
+      sparsemm-edge chat -m llava.sparsemm.gguf --mmproj mmproj.gguf --image page.png
+      echo "What is written here?" | sparsemm-edge chat -m llava.sparsemm.gguf --mmproj mm.gguf --image a.png
+    """
+    from sparsemm_edge.runtime import Cancelled, Conversation, Eviction, VisionModel
+    from sparsemm_edge.runtime.chat_template import read_template
+    from sparsemm_edge.runtime.prompt import read_image
+
+    template = None if chat_template is None else read_template(chat_template)
+    images = list(image or [])
+    for path in images:
+        read_image(path)
+    with (
+        VisionModel.load(model, mmproj, n_threads=threads, show_log=verbose) as loaded,
+        Conversation(
+            loaded,
+            n_ctx=min(loaded.n_ctx_train, defaults.N_CTX) if n_ctx is None else n_ctx,
+            n_ubatch=n_ubatch,
+            cache_type_k=cache_type_k,
+            cache_type_v=cache_type_v,
+            chat_template=template,
+            eviction=Eviction(evict, policy, budget, window, scores, kv_max_tail),
+        ) as conversation,
+    ):
+        for line in _lines():
+            command, _, rest = line.partition(" ")
+            try:
+                if command == "/exit":
+                    break
+                if command == "/help":
+                    print(_HELP)
+                elif command == "/reset":
+                    conversation.close()
+                    images.clear()
+                elif command == "/stats":
+                    print(_figures(conversation))
+                elif command == "/image":
+                    path = Path(rest.strip()).expanduser()
+                    read_image(path)
+                    images.append(path)
+                elif command.startswith("/"):
+                    raise SparseMMError(f"there is no command {command}; /help lists them")
+                elif line:
+                    text = ""
+                    with _interrupts() as seen:
+                        for piece in conversation.ask(
+                            line,
+                            images,
+                            n_predict=n_predict,
+                            temperature=temp,
+                            seed=seed,
+                            cancelled=partial(bool, seen),
+                        ):
+                            text += piece
+                            if not as_json:
+                                print(piece, end="", flush=True)
+                            if seen:
+                                break
+                    print(json.dumps(conversation.stats().figures(text)) if as_json else "")
+                    images.clear()
+            except SparseMMError as error:
+                print(f"error: {error}", file=sys.stderr)
+            except Cancelled:
+                print("the message was not read to its end, and is not part of the chat", file=sys.stderr)
+
+
+def _lines() -> Iterator[str]:
+    """What the user types, a line at a time, until the end of the input or Ctrl-C."""
+    asks = sys.stdin.isatty() and sys.stdout.isatty()
+    if asks:
+        import readline  # noqa: F401  (input() then edits lines)
+
+        print("A message is a line; /image PATH shows an image with it; /help lists the commands.")
+    while True:
+        try:
+            yield input("> " if asks else "").strip()
+        except (EOFError, KeyboardInterrupt):
+            print()
+            return
+
+
+@contextmanager
+def _interrupts() -> Iterator[list[int]]:
+    """A list that Ctrl-C puts something into, instead of ending the program."""
+    seen: list[int] = []
+
+    def note(number: int, frame: FrameType | None) -> None:
+        seen.append(number)
+
+    before = signal.signal(signal.SIGINT, note)
+    try:
+        yield seen
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def _figures(conversation: "Conversation") -> str:
+    """What `/stats` prints."""
+    stats = conversation.stats()
+    kv, timings = stats.kv, stats.timings
+    per_token = timings.decode_ms_per_token
+    return "\n".join(
+        (
+            f"positions    {kv.n_positions} of {conversation.n_ctx};"
+            f" a head holds {kv.positions_kept_mean:.0f} on average; {kv.n_evictions} evictions",
+            f"KV cache     {kv.bytes_now / 2**20:.1f} MiB, {kv.bytes_peak / 2**20:.1f} MiB at most,"
+            f" {kv.bytes_full / 2**20:.1f} MiB unevicted",
+            f"last answer  {stats.n_prompt} positions read in {timings.image_ms + timings.prompt_ms:.0f} ms,"
+            f" {stats.n_generated} generated"
+            + (f" at {per_token:.1f} ms each" if per_token is not None else ""),
+        )
+    )
