@@ -6,6 +6,7 @@ strings of arrays, reads no tensor data, and knows afterwards that all tensor da
 """
 
 import mmap
+import reprlib
 import struct
 from dataclasses import dataclass, replace
 from math import prod
@@ -24,6 +25,7 @@ from sparsemm_edge.errors import SparseMMError
 
 _MAGIC = b"GGUF"
 _VERSIONS = (2, 3)
+_MAX_DIMS = 4  # GGML_MAX_DIMS
 _DTYPES = {
     GGUFValueType.UINT8: "<u1",
     GGUFValueType.INT8: "<i1",
@@ -121,6 +123,13 @@ def weight_bytes(path: Path) -> int:
     return sum(tensor.end - tensor.start for tensor in read_header(path).tensors.values())
 
 
+def shown(value: Any) -> str:
+    """A value of a file for an error's one line: what a damaged file holds may be long, or no text at all."""
+    if isinstance(value, str) and value.isprintable() and 0 < len(value) <= 64:
+        return value
+    return reprlib.repr(value)
+
+
 class _Walk:
     """One pass over the header's bytes."""
 
@@ -142,14 +151,16 @@ class _Walk:
         for _ in range(n_fields):
             key = self.text()
             if key in fields:
-                raise SparseMMError(f"{self.path}: damaged GGUF file: the key {key} is there twice")
+                raise SparseMMError(f"{self.path}: damaged GGUF file: the key {shown(key)} is there twice")
             fields[key] = self.field(self.type(key))
 
         listed: dict[str, GGUFTensor] = {}  # start and end count from where the data section starts
         for _ in range(n_tensors):
             name = self.text()
             if name in listed:
-                raise SparseMMError(f"{self.path}: damaged GGUF file: the tensor {name} is there twice")
+                raise SparseMMError(
+                    f"{self.path}: damaged GGUF file: the tensor {shown(name)} is there twice"
+                )
             listed[name] = self.tensor(name)
 
         alignment = GGUF_DEFAULT_ALIGNMENT
@@ -165,8 +176,8 @@ class _Walk:
         for name, tensor in tensors.items():
             if tensor.end > self.size:
                 raise SparseMMError(
-                    f"{self.path}: the file is cut short: the data of {name} ends at byte {tensor.end},"
-                    f" the file has {self.size}"
+                    f"{self.path}: the file is cut short: the data of {shown(name)} ends at byte"
+                    f" {tensor.end}, the file has {self.size}"
                 )
         return GGUFHeader(self.path, fields, tensors)
 
@@ -196,7 +207,7 @@ class _Walk:
             return GGUFValueType(number)
         except ValueError as error:
             raise SparseMMError(
-                f"{self.path}: damaged GGUF file: the key {key} has the unknown type {number}"
+                f"{self.path}: damaged GGUF file: the key {shown(key)} has the unknown type {number}"
             ) from error
 
     def field(self, kind: GGUFValueType) -> GGUFField:
@@ -219,12 +230,18 @@ class _Walk:
 
     def tensor(self, name: str) -> GGUFTensor:
         """One entry of the tensor list; start and end count from where the data section starts."""
-        shape = tuple(self.number("<u8") for _ in range(self.number("<u4")))
+        n_dims = self.number("<u4")
+        if n_dims > _MAX_DIMS:
+            raise SparseMMError(
+                f"{self.path}: damaged GGUF file: the tensor {shown(name)} has {n_dims} dimensions"
+            )
+        shape = tuple(self.number("<u8") for _ in range(n_dims))
         number = self.number("<u4")
         offset = self.number("<u8")
         if number not in list(GGMLQuantizationType):
             raise SparseMMError(
-                f"{self.path}: the tensor {name} has type {number}, which the installed gguf does not know"
+                f"{self.path}: the tensor {shown(name)} has type {number}, which the installed gguf does not"
+                " know"
             )
         kind = GGMLQuantizationType(number)
         block, n_bytes = GGML_QUANT_SIZES[kind]

@@ -1,5 +1,6 @@
 """What a GGUF file says about its model's shape, and the `sparsemm.*` keys that hold its head budgets."""
 
+import reprlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import islice
@@ -12,7 +13,7 @@ from gguf.constants import GGUFValueType
 
 from sparsemm_edge.budgets import POLICIES
 from sparsemm_edge.errors import SparseMMError
-from sparsemm_edge.gguf_header import GGUFField, GGUFHeader, read_header
+from sparsemm_edge.gguf_header import GGUFField, GGUFHeader, read_header, shown
 
 PREFIX = "sparsemm."
 VERSION = 1
@@ -167,11 +168,13 @@ def model_shape(header: GGUFHeader) -> ModelShape:
         if isinstance(value, np.ndarray) and value.size and (value == value[0]).all():
             value = value[0].item()
         if isinstance(value, np.ndarray):
-            raise SparseMMError(f"{path}: {arch}.{key} differs between layers, which is not supported")
+            raise SparseMMError(f"{path}: {shown(arch)}.{key} differs between layers, which is not supported")
         if value is None:
-            raise SparseMMError(f"{path}: the key {arch}.{key} is missing")
+            raise SparseMMError(f"{path}: the key {shown(arch)}.{key} is missing")
         if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-            raise SparseMMError(f"{path}: {arch}.{key} is {value!r}, expected a positive whole number")
+            raise SparseMMError(
+                f"{path}: {shown(arch)}.{key} is {reprlib.repr(value)}, expected a positive whole number"
+            )
         return value
 
     n_head = count("attention.head_count")
@@ -196,7 +199,7 @@ def check_supported(header: GGUFHeader, shape: ModelShape) -> None:
     path, arch = header.path, shape.arch
     if arch not in SUPPORTED_ARCHITECTURES:
         supported = ", ".join(sorted(SUPPORTED_ARCHITECTURES))
-        raise SparseMMError(f"{path}: unsupported architecture {arch!r}; supported: {supported}")
+        raise SparseMMError(f"{path}: unsupported architecture {reprlib.repr(arch)}; supported: {supported}")
     n_parts = header.value("split.count", 1)
     if n_parts not in (0, 1):  # llama-gguf-split --merge leaves 0
         raise SparseMMError(
@@ -269,7 +272,7 @@ def sparsemm_metadata(header: GGUFHeader) -> SparseMMMetadata | None:
     metadata = SparseMMMetadata(**values)
     scores = metadata.head_scores
     if metadata.policy not in POLICIES:
-        raise broken(f"{PREFIX}policy is {metadata.policy!r}")
+        raise broken(f"{PREFIX}policy is {reprlib.repr(metadata.policy)}")
     if not 1 <= metadata.window < metadata.budget:
         raise broken(f"{PREFIX}window is {metadata.window} with a {PREFIX}budget of {metadata.budget}")
     if metadata.head_budgets.min() < metadata.window:
