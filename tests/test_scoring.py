@@ -9,9 +9,8 @@ from tempfile import mkdtemp
 import numpy as np
 import pytest
 import torch
-from models import sample_image
 from transformers import AutoModelForImageTextToText
-from vision_models import ARCHITECTURES, make
+from vision_models import ARCHITECTURES, letters_page, make
 
 from sparsemm_edge.pages import Chunk, Page
 from sparsemm_edge.scoring.models import VisionLanguageModel, load
@@ -30,21 +29,6 @@ def checkpoint(name: str) -> Path:
 @cache
 def model(name: str) -> VisionLanguageModel:
     return load(str(checkpoint(name)))
-
-
-def letters_page(size: tuple[int, int] = (300, 220), seed: int = 0) -> Page:
-    """A page whose twelve chunks share all printable characters out, some of them given to two chunks."""
-    rng = np.random.default_rng(seed)
-    shuffled = "".join(rng.permutation([chr(code) for code in range(33, 127)]))
-    width, height = size[0] / 4, size[1] / 3
-    chunks = [
-        Chunk(
-            shuffled[8 * i : 8 * i + 10],  # neighbours share two characters
-            (i % 4 * width, i // 4 * height, (i % 4 + 1) * width, (i // 4 + 1) * height),
-        )
-        for i in range(12)
-    ]
-    return Page(f"letters-{seed}", sample_image(size, seed), tuple(chunks))
 
 
 # --- the oracle: DESIGN section 3, "Head scores", and nothing else -------------------------------------

@@ -7,13 +7,18 @@ GGUF, so each is made where it is used, in a fraction of a second.
 from __future__ import annotations
 
 import importlib
+import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+from models import sample_image
 from torch import nn
+
+from sparsemm_edge.pages import Chunk, Page
 
 MARKS = ["<s>", "</s>", "<pad>"]
 IMAGE_TOKENS = {"qwen": "<|image_pad|>", "internvl": "<IMG_CONTEXT>"}
@@ -298,4 +303,35 @@ def make(name: str, folder: Path, seed: int = 0) -> Path:
         **architecture.settings
     )
     processor.save_pretrained(folder)
+    return folder
+
+
+def letters_page(size: tuple[int, int] = (300, 220), seed: int = 0) -> Page:
+    """A page whose twelve chunks share all printable characters out, some of them given to two chunks.
+
+    A random model says random characters, so most of what it says is found in one chunk.
+    """
+    rng = np.random.default_rng(seed)
+    shuffled = "".join(rng.permutation([chr(code) for code in range(33, 127)]))
+    width, height = size[0] / 4, size[1] / 3
+    chunks = [
+        Chunk(
+            shuffled[8 * i : 8 * i + 10],  # neighbours share two characters
+            (i % 4 * width, i // 4 * height, (i % 4 + 1) * width, (i // 4 + 1) * height),
+        )
+        for i in range(12)
+    ]
+    return Page(f"letters-{seed}", sample_image(size, seed), tuple(chunks))
+
+
+def letters_folder(folder: Path, n_pages: int) -> Path:
+    """The same as a user's folder of pages."""
+    folder.mkdir()
+    records = []
+    for seed in range(n_pages):
+        page = letters_page(seed=seed)
+        page.image.save(folder / f"{page.name}.png")
+        chunks = [{"text": chunk.text, "box": chunk.box} for chunk in page.chunks]
+        records.append({"image": f"{page.name}.png", "chunks": chunks})
+    (folder / "pages.json").write_text(json.dumps(records))
     return folder
