@@ -53,7 +53,8 @@ def bench(
 
     Returns:
         `machine`, `model`, `scores` (where they come from), `rows` (see _row), and `lengths`: for each prompt
-        length its `settings` (see setting_figures), `decode_tps` by setting, `depth_0_tps`, `limits`.
+        length its `settings` (see setting_figures), `decode_tps` by setting, `depth_0_tps`, `limits`, and
+        `against`: for each full setting what was decoded by turns with it (see _by_turns).
 
     Raises:
         SparseMMError: a model that cannot be evicted, not enough memory, or not one setting could run.
@@ -153,40 +154,46 @@ def _measure(task: Task, settings: list[Setting], n_rounds: int, progress: Progr
             name: 1000 / float(np.median(times)) for name, times in decode.items() if name != _EMPTY
         },
         "depth_0_tps": 1000 / float(np.median(decode[_EMPTY])) if _EMPTY in decode else None,
-        "ratios": _ratios(turns),
+        "against": {against: _by_turns(turns, against) for against in {e["against"] for e in turns}},
     }
 
 
 _EMPTY = "depth 0"
 
 
-def _ratios(turns: Sequence[Event]) -> dict[str, dict[str, dict[str, float]]]:
-    """How much faster than each full setting the others decoded, turn by turn: {full: {other: spread}}."""
-    medians: dict[tuple[str, int, int], dict[str, float]] = {}
+def _by_turns(turns: Sequence[Event], against: str) -> dict[str, dict[str, Any]]:
+    """What was decoded by turns with one full setting: for each setting `tps` and, turn by turn, `ratio`.
+
+    `tps` is the median over the tokens; `ratio` the spread over the turns of how much faster than `against`.
+    """
+    tokens: dict[str, list[float]] = {}
+    by_turn: dict[tuple[int, int], dict[str, float]] = {}
     for event in turns:
-        key = (event["against"], event["round"], event["turn"])
-        medians.setdefault(key, {})[event["setting"]] = float(np.median(event["decode_ms"]))
-    found: dict[str, dict[str, list[float]]] = {}
-    for (against, _, _), by_setting in medians.items():
-        for name, ms in by_setting.items():
-            if name != against and against in by_setting:
-                found.setdefault(against, {}).setdefault(name, []).append(by_setting[against] / ms)
+        if event["against"] == against:
+            tokens.setdefault(event["setting"], []).extend(event["decode_ms"])
+            medians = by_turn.setdefault((event["round"], event["turn"]), {})
+            medians[event["setting"]] = float(np.median(event["decode_ms"]))
+    whole = [medians for medians in by_turn.values() if len(medians) == len(tokens)]
     return {
-        against: {name: spread(ratios) for name, ratios in others.items()}
-        for against, others in found.items()
+        name: {
+            "tps": 1000 / float(np.median(times)),
+            "ratio": spread([medians[against] / medians[name] for medians in whole]),
+        }
+        for name, times in tokens.items()
     }
 
 
 def _row(length: dict[str, Any], budget: int) -> dict[str, Any]:
     """One prompt length and budget against the full f16 cache at its better flash-attention setting.
 
-    Speeds are tokens a second, of the runs by turns; bytes are those of the runs in processes of their own.
-    What was not measured, because a setting could not run, is None. `*_low` and `*_high` are quartiles.
+    Speeds are tokens a second, bytes are those of the runs in processes of their own. What was not measured,
+    because a setting could not run, is None.
 
-    - decode_tps, decode_tps_full; decode_tps_full_flash_attn, decode_tps_full_no_flash_attn,
-      decode_tps_full_q8_0, decode_tps_depth_0
-    - decode_ratio: the median over the turns of evicted against full, and decode_limit_ratio: of depth 0
-      against full, which is what eviction can give at most; decode_limit_share: how much of it is there
+    - decode_tps, decode_tps_full and decode_tps_depth_0, in the same turns, and what follows from them:
+      decode_ratio, evicted over full, with the quartiles of the turns (decode_ratio_low, decode_ratio_high);
+      decode_limit_ratio, depth 0 over full, which is what eviction can give at most; decode_limit_share, how
+      much of it is there
+    - decode_tps_full_flash_attn, decode_tps_full_no_flash_attn, decode_tps_full_q8_0
     - prompt_tps, prompt_tps_full (better setting)
     - kv_bytes: of K and V after the reply; kv_bytes_peak; kv_bytes_full: of the same positions unevicted
     - rss_peak, rss_peak_full (smaller setting), in bytes; anon_peak, anon_peak_full: what no file backs
@@ -200,8 +207,10 @@ def _row(length: dict[str, Any], budget: int) -> dict[str, Any]:
     ]
     tps = length["decode_tps"]
     better = max((f["name"] for f in full_f16 if f["name"] in tps), key=tps.__getitem__, default=None)
-    ratios = length["ratios"].get(better, {})
-    ratio, limit = ratios.get(evicted["name"]), ratios.get(_EMPTY)
+    turns = length["against"].get(better, {})
+    mine, empty = turns.get(evicted["name"]), turns.get(_EMPTY)
+    decode, decode_empty = mine and mine["tps"], empty and empty["tps"]
+    decode_full = turns[better]["tps"] if better is not None else None
     prompt_ms = length["prompt_ms"]
 
     def prompt_tps(name: str) -> float | None:
@@ -217,18 +226,18 @@ def _row(length: dict[str, Any], budget: int) -> dict[str, Any]:
         "n_prompt": length["n_prompt"],
         "budget": budget,
         "status": evicted["status"],
-        "decode_tps": tps.get(evicted["name"]),
-        "decode_tps_full": tps.get(better),
+        "decode_tps": decode,
+        "decode_tps_full": decode_full,
+        "decode_tps_depth_0": decode_empty,
         "full_setting": better,
-        "decode_ratio": ratio and ratio["median"],
-        "decode_ratio_low": ratio and ratio["low"],
-        "decode_ratio_high": ratio and ratio["high"],
-        "decode_limit_ratio": limit and limit["median"],
-        "decode_limit_share": ratio and limit and ratio["median"] / limit["median"],
+        "decode_ratio": decode and decode_full and decode / decode_full,
+        "decode_ratio_low": mine and mine["ratio"]["low"],
+        "decode_ratio_high": mine and mine["ratio"]["high"],
+        "decode_limit_ratio": decode_empty and decode_full and decode_empty / decode_full,
+        "decode_limit_share": decode and decode_empty and decode / decode_empty,
         "decode_tps_full_flash_attn": tps.get(plain.name),
         "decode_tps_full_no_flash_attn": tps.get(no_flash.name),
         "decode_tps_full_q8_0": tps.get(full("q8_0").name),
-        "decode_tps_depth_0": length["depth_0_tps"],
         "prompt_tps": prompt_tps(evicted["name"]),
         "prompt_tps_full": max((t for f in full_f16 if (t := prompt_tps(f["name"]))), default=None),
         "kv_bytes": kv and kv["bytes_now"],

@@ -108,8 +108,8 @@ def write(folder: Path, content: dict[str, Any]) -> None:
         notes=[
             *sentences(content),
             "Prompts are random tokens. Speeds are of contexts that decode by turns in one process, a few"
-            " tokens each, so that what else the machine does slows all alike; a ratio is the median over the"
-            " turns. Memory is of processes of their own.",
+            " tokens each, so that what else the machine does slows all alike. Memory is of processes of"
+            " their own.",
             profile_report.UBATCHES,
             profile_report.READING_MEMORY,
         ],

@@ -54,6 +54,7 @@ def setting_figures(setting: Setting, run: Run) -> dict[str, Any]:
         "decode_tps": 1000 / float(np.median(result["decode_ms"])),
         "kv": result["kv"],
         "breakdown": breakdown(result),
+        "buffers": result["buffers"],
     }
     return figures
 
