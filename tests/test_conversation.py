@@ -1,0 +1,377 @@
+"""Turns over one cache: what the oracle says of them, what a saved session goes on with, and `chat`."""
+
+from __future__ import annotations
+
+import json
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from models import NAMES, sample_image, test_model
+from oracle import compare_kept
+from test_eviction import (
+    POOL_KERNEL,
+    all_kept,
+    context,
+    decode,
+    oracle_of,
+    random_table,
+    relative_error,
+    saved,
+)
+
+from sparsemm_edge import cli
+from sparsemm_edge.budgets import head_budgets
+from sparsemm_edge.errors import SparseMMError
+from sparsemm_edge.runtime import Cancelled, Conversation, Eviction, VisionModel, library
+from sparsemm_edge.runtime.chat_template import render
+from sparsemm_edge.runtime.library import llama
+from sparsemm_edge.runtime.prompt import TextPart
+from sparsemm_edge.runtime.session import Session
+
+CLI = (sys.executable, "-m", "sparsemm_edge.cli")
+EVICTION = Eviction(policy="uniform", budget=24, window=8)
+OPTIONS = ("--policy", "uniform", "--budget", "24", "--window", "8", "--threads", "1")
+QUESTIONS = ("What is written here?", "And what here, on the other one?", "Which of the two is longer?")
+
+
+@pytest.fixture(scope="module")
+def llava() -> Iterator[VisionModel]:
+    files = test_model("llava")
+    with VisionModel.load(files.gguf("f16"), files.mmproj("f16"), n_threads=1) as opened:
+        yield opened
+
+
+@pytest.fixture
+def pages(tmp_path: Path) -> list[Path]:
+    paths = [tmp_path / "one.png", tmp_path / "two.png"]
+    for seed, path in enumerate(paths):
+        sample_image(test_model("llava").image_size, seed).save(path)
+    return paths
+
+
+# --- the oracle
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_three_turns_about_two_images_are_those_of_the_oracle(name: str) -> None:
+    """An image in the first turn, another in the second, a question about both; each turn evicts."""
+    files, oracle, window = test_model(name), oracle_of(name), 16
+    images = [[sample_image(files.image_size, 1)], [sample_image(files.image_size, 2)], []]
+    with VisionModel.load(files.gguf("f16"), files.mmproj("f16"), n_threads=1) as model:
+        talk = oracle.conversation(window)
+        session, table, pending = None, None, []
+        for turn, question in enumerate(QUESTIONS):
+            text = model.chat_prompt(question, len(images[turn]), first=turn == 0)
+            with model.tokenize(text, images[turn], first=turn == 0) as prompt:
+                wanted = oracle.prompt(text, images[turn], first=turn == 0)
+                ids = np.concatenate([part.tokens for part in prompt.parts if isinstance(part, TextPart)])
+                assert np.array_equal(ids, wanted.ids[~wanted.is_image])
+                if session is None:
+                    table = random_table(model, 48, window, prompt.n_tokens)
+                    library.set_head_budgets(model.pointer, table, window, POOL_KERNEL)
+                    library.set_head_tail(model.pointer, 0)
+                    library.set_head_eviction(model.pointer, True)
+                    session = Session(model, prompt, n_ctx=2048)
+                session.read(prompt)
+                assert session.n_prompt_calls == 1
+            expected = talk.read(wanted, table)
+            kept = all_kept(model, session)
+            agreement = compare_kept(expected, kept)
+            assert agreement.share >= 0.97
+            assert agreement.n_unexplained == 0
+            talk.keep(kept)
+            for _ in range(12):
+                logits = session.logits()
+                assert relative_error(logits[None], talk.logits[None]) < 1e-2
+                pending.append(int(logits.argmax()))
+                lead = talk.logits.max() - talk.logits[pending[-1]]
+                assert lead < 2e-2 * talk.logits.std(), "not the oracle's token, nor as good as tied"
+                session.decode(pending[-1])
+                talk.say(pending[-1])
+        assert session.kv_stats().n_evictions == 3
+        session.close()
+
+
+# --- templates
+
+
+@pytest.mark.parametrize(
+    ("template", "expected"),
+    [
+        (  # ChatML
+            "{% for m in messages %}<|im_start|>{{ m.role }}\n{% if m.content is string %}{{ m.content }}"
+            "{% else %}{% for part in m.content %}{% if part.type == 'image' %}<|vision_start|><|image_pad|>"
+            "<|vision_end|>{% else %}{{ part.text }}{% endif %}{% endfor %}{% endif %}<|im_end|>\n"
+            "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}",
+            "<|im_end|>\n<|im_start|>user\n<M>what?<|im_end|>\n<|im_start|>assistant\n",
+        ),
+        (  # plain text only, as Vicuna
+            "{{ bos_token }}{% for m in messages %}{% if m.role == 'user' %}USER: {{ m.content + '' }}"
+            " ASSISTANT:{% else %} {{ m.content.strip() }}{{ eos_token }}{% endif %}{% endfor %}",
+            "</s>USER: <M>\nwhat? ASSISTANT:",
+        ),
+    ],
+)
+def test_a_later_message_begins_with_the_end_of_the_reply(template: str, expected: str) -> None:
+    text = render(template, "what?", 1, marker="<M>", bos="<s>", eos="</s>", first=False)
+    assert text == expected
+
+
+# --- conversations
+
+
+def said(conversation: Conversation, *arguments: Any, **options: Any) -> tuple[int, ...]:
+    """The tokens of an answer."""
+    list(conversation.ask(*arguments, n_predict=12, **options))
+    return conversation.stats().tokens
+
+
+def test_a_turn_reads_only_what_is_new(llava: VisionModel, pages: list[Path]) -> None:
+    with Conversation(llava, n_ctx=2048, eviction=EVICTION) as conversation:
+        said(conversation, QUESTIONS[0], pages[:1])
+        first = conversation.stats()
+        said(conversation, QUESTIONS[2])
+        second = conversation.stats()
+    assert second.n_prompt < first.n_prompt - 50, "the image is not read again"
+    assert second.kv.n_positions == first.kv.n_positions + second.n_prompt + second.n_generated - 1
+    assert (first.kv.n_evictions, second.kv.n_evictions) == (1, 2)
+
+
+def test_a_question_that_fails_or_is_given_up_leaves_the_conversation_as_it_was(
+    llava: VisionModel, pages: list[Path]
+) -> None:
+    with (
+        Conversation(llava, n_ctx=400, eviction=EVICTION) as plain,
+        Conversation(llava, n_ctx=400, eviction=EVICTION) as troubled,
+    ):
+        calls = 0
+
+        def cancelled() -> bool:
+            nonlocal calls
+            calls += 1
+            return calls > 20
+
+        with pytest.raises(Cancelled):
+            said(troubled, QUESTIONS[0], pages[:1], cancelled=cancelled)
+        assert said(plain, QUESTIONS[0], pages[:1]) == said(troubled, QUESTIONS[0], pages[:1])
+        calls = 0
+        with pytest.raises(Cancelled):
+            said(troubled, QUESTIONS[1], pages[1:], cancelled=cancelled)
+        with pytest.raises(SparseMMError, match="the context of 400 positions is full"):
+            said(troubled, "No, no, no. " * 100)
+        with pytest.raises(SparseMMError, match="no such file"):
+            said(troubled, QUESTIONS[1], ["nowhere.png"])
+        assert said(plain, QUESTIONS[2]) == said(troubled, QUESTIONS[2])
+
+
+def test_an_answer_that_is_cut_short_is_part_of_the_conversation(llava: VisionModel) -> None:
+    with Conversation(llava, n_ctx=1024, eviction=EVICTION) as conversation:
+        pieces = conversation.ask("Hello", n_predict=50)
+        next(pieces)
+        pieces.close()
+        stats = conversation.stats()
+        assert stats.n_generated >= 1
+        said(conversation, "And now?")
+        assert conversation.session is not None
+        later = conversation.stats()
+    # the token that was said last was not in the cache yet: it goes with the next question
+    assert later.kv.n_positions == stats.kv.n_positions + later.n_prompt + later.n_generated - 1
+
+
+def test_a_short_first_question_does_not_make_all_heads_alike(llava: VisionModel) -> None:
+    """It fits into the budget, which is then shared out for what the chat can become."""
+    budget = Eviction(policy="random", budget=64, window=8)
+    with Conversation(llava, n_ctx=1024, eviction=budget) as conversation:
+        said(conversation, "Hello")
+        said(conversation, "Tell me more of it, please, and slowly. " * 8)
+        assert conversation.session is not None
+        lengths = {len(head) for heads in conversation.session.kept() for head in heads}
+    assert len(lengths) > 5
+
+
+# --- saved sessions
+
+
+def generate(*arguments: object) -> tuple[list[int], str]:
+    """`generate` in a process of its own: the tokens, and what it wrote on stderr."""
+    done = subprocess.run(
+        [*CLI, "generate", *map(str, arguments), "-n", "12", "--json", *OPTIONS[-2:]],
+        capture_output=True,
+        text=True,
+    )
+    return (json.loads(done.stdout)["tokens"] if done.returncode == 0 else []), done.stderr
+
+
+@pytest.fixture(scope="module")
+def session_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A question about an image and its answer, saved by `generate`."""
+    files, folder = test_model("llava"), tmp_path_factory.mktemp("session")
+    sample_image(files.image_size, 0).save(folder / "page.png")
+    model = ("-m", files.gguf("f16"), "--mmproj", files.mmproj("f16"), "--image", folder / "page.png")
+    path = folder / "page.session"
+    tokens, error = generate(*model, *OPTIONS[:-2], "-p", QUESTIONS[0], "--save-session", path)
+    assert tokens, error
+    return path
+
+
+def test_a_new_process_goes_on_as_if_there_had_been_no_break(
+    llava: VisionModel, session_file: Path, pages: list[Path]
+) -> None:
+    with Conversation(llava, n_ctx=2048, eviction=EVICTION, several=False) as conversation:
+        said(conversation, QUESTIONS[0], pages[:1])
+        expected = [said(conversation, QUESTIONS[2]), said(conversation, QUESTIONS[1], pages[1:])]
+    again = session_file.with_name("again.session")
+    model = ("-m", llava.path, "--load-session")
+    tokens, _ = generate(*model, session_file, "-p", QUESTIONS[2], "--save-session", again)
+    assert tuple(tokens) == expected[0]
+    # and once more, with another image and the options of the first time
+    image = ("--mmproj", test_model("llava").mmproj("f16"), "--image", pages[1])
+    tokens, _ = generate(*model, again, *image, *OPTIONS[:-2], "-p", QUESTIONS[1])
+    assert tuple(tokens) == expected[1]
+
+
+def test_a_session_that_does_not_fit_is_refused_in_one_line(
+    llava: VisionModel, session_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    def refusal(path: object, *options: object, model: object = llava.path) -> str:
+        arguments = ("generate", "-m", model, "--load-session", path, "-p", "x", "-n", 2, *options)
+        monkeypatch.setattr(sys, "argv", ["sparsemm-edge", *map(str, arguments)])
+        with pytest.raises(SystemExit) as stopped:
+            cli.main()
+        assert stopped.value.code == 2
+        captured = capsys.readouterr()
+        assert captured.out == "" and captured.err.count("\n") == 1
+        return str(captured.err)
+
+    assert "saved with another model, model-f16.gguf" in refusal(
+        session_file, model=test_model("llava-gqa").gguf("f16")
+    )
+    assert "saved with cache types f16/f16, not q8_0/f16" in refusal(session_file, "--cache-type-k", "q8_0")
+    assert "other head budgets" in refusal(session_file, "--policy", "uniform", "--budget", 32)
+    assert "other head budgets" in refusal(session_file, "--no-evict")
+    assert "other head budgets" in refusal(session_file, *OPTIONS, "--kv-max-tail", 64)
+    assert "nowhere.session" in refusal(tmp_path / "nowhere.session")
+    assert "not a saved conversation" in refusal(llava.path)
+
+    content = session_file.read_bytes()
+    half, flipped = tmp_path / "half.session", tmp_path / "flipped.session"
+    half.write_bytes(content[: len(content) // 2])
+    flipped.write_bytes(content[:-100] + bytes([content[-100] ^ 1]) + content[-99:])
+    for damaged in (half, flipped):
+        assert "damaged" in refusal(damaged)
+    header = json.loads(content.split(b"\n")[0])
+    for key, value in (("version", 2), ("n_past", "x"), ("planned", [1]), ("eviction", {})):
+        (tmp_path / "odd.session").write_bytes(
+            json.dumps({**header, key: value}).encode() + content[content.index(b"\n") :]
+        )
+        assert "version 2" in (line := refusal(tmp_path / "odd.session")) or "damaged" in line
+
+
+def test_a_state_is_a_tenth_of_the_full_caches(llava: VisionModel) -> None:
+    """2944 positions, as an image takes in LLaVA-NeXT, and a mean budget of 256."""
+    n, tokens = 2944, np.random.default_rng(0).integers(10, 290, 2944).tolist()
+    table = head_budgets("random", None, n_layer=5, n_head_kv=4, budget=256, window=32, n_prompt=n)
+    library.set_head_budgets(llava.pointer, table, 32, POOL_KERNEL)
+    library.set_head_tail(llava.pointer, 0)
+    sizes = []
+    for evicts in (True, False):
+        library.set_head_eviction(llava.pointer, evicts)
+        ctx = context(llava, n_ctx=3072, n_batch=3072, flash_attn_type=1)
+        assert ctx
+        decode(ctx, tokens, 0)
+        sizes.append(len(saved(ctx, True)))
+        llama.llama_free(ctx)
+    assert sizes[0] < 0.1 * sizes[1]
+
+
+# --- chat
+
+
+def chat(files: Any, typed: str, *options: object, **kwargs: Any) -> subprocess.CompletedProcess[str]:
+    arguments = ("-m", files.gguf("f16"), "--mmproj", files.mmproj("f16"), *OPTIONS, *options)
+    return subprocess.run(
+        [*CLI, "chat", *map(str, arguments)], input=typed, capture_output=True, text=True, **kwargs
+    )
+
+
+def test_chat_answers_each_line_and_reads_no_image_twice(llava: VisionModel, pages: list[Path]) -> None:
+    with Conversation(llava, n_ctx=2048, eviction=EVICTION) as conversation:
+        expected = [said(conversation, QUESTIONS[0], pages[:1]), said(conversation, QUESTIONS[1], pages[1:])]
+        n_prompt = conversation.stats().n_prompt
+        expected.append(said(conversation, QUESTIONS[2]))
+    typed = f"{QUESTIONS[0]}\n/image {pages[1]}\n{QUESTIONS[1]}\n\n{QUESTIONS[2]}\n/reset\n{QUESTIONS[2]}\n"
+    done = chat(test_model("llava"), typed, "--image", pages[0], "-n", 12, "--n-ctx", 2048, "--json")
+    assert done.returncode == 0, done.stderr
+    answers = [json.loads(line) for line in done.stdout.splitlines() if line]
+    assert [tuple(a["tokens"]) for a in answers[:3]] == expected
+    assert answers[1]["n_prompt"] == n_prompt
+    assert [a["kv"]["n_evictions"] for a in answers] == [1, 2, 3, answers[3]["kv"]["n_evictions"]]
+    assert answers[3]["kv"]["n_positions"] < answers[0]["kv"]["n_positions"], "it began anew"
+
+
+def test_what_chat_cannot_do_is_one_line_and_the_chat_goes_on(pages: list[Path]) -> None:
+    typed = (
+        f"/help\n/stats\n/nothing\n/image nowhere.png\n/image {pages[0].parent}\nHello\n"
+        f"{'No, no. ' * 60}\n/stats\n/exit\nnot read\n"
+    )
+    done = chat(test_model("llava"), typed, "-n", 8, "--n-ctx", 128)
+    assert done.returncode == 0
+    assert "/image PATH" in done.stdout
+    assert "positions    " in done.stdout and "of 128;" in done.stdout
+    errors = done.stderr.splitlines()
+    assert len(errors) == 5
+    for line, said_so in zip(
+        errors,
+        (
+            "nothing was generated",
+            "no command /nothing",
+            "nowhere.png: no such file",
+            "not an image",
+            "is full",
+        ),
+        strict=True,
+    ):
+        assert line.startswith("error: ") and said_so in line
+    bad = chat(test_model("llava"), "", "--image", "nowhere.png")
+    assert (bad.returncode, bad.stderr) == (2, "error: nowhere.png: no such file\n")
+
+
+def test_interrupting_an_answer_keeps_the_chat() -> None:
+    files = test_model("llava")
+    arguments = ("-m", files.gguf("f16"), *OPTIONS, "-n", "4000", "--n-ctx", "8000", "--kv-max-tail", "16")
+    # a template that never lets the model end its turn is not needed: random weights rarely do, and then
+    # the next line is simply answered
+    with subprocess.Popen(
+        [*CLI, "chat", *map(str, arguments)],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        bufsize=1,
+    ) as process:
+        assert process.stdin and process.stdout and process.stderr
+        process.stdin.write("Count to a million.\n")
+        process.stdin.flush()
+        assert process.stdout.read(1)
+        process.send_signal(signal.SIGINT)
+        out, err = process.communicate("/stats\n", timeout=120)
+    assert process.returncode == 0, err
+    assert "last answer" in out
+    generated = int(out.split("last answer")[1].split(" generated")[0].split()[-1])
+    assert 1 <= generated < 4000
+
+
+@pytest.mark.parametrize("command", ["chat", "generate"])
+def test_help_shows_an_example(
+    command: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["sparsemm-edge", command, "--help"])
+    with pytest.raises(SystemExit):
+        cli.main()
+    assert f"sparsemm-edge {command} -m" in capsys.readouterr().out
