@@ -121,6 +121,20 @@ def test_synthdog_chunks_get_the_box_around_their_corners(tmp_path: Path) -> Non
     assert [(chunk.text, chunk.box) for chunk in page.chunks] == [("tilted", (2.5, 2, 12, 9))]
 
 
+def test_synthdog_as_the_reference_unpacks_it(tmp_path: Path) -> None:
+    """Images as files, named by their whole path; corners may be two, opposite ones."""
+    image_file(tmp_path)
+    record = {
+        "id": 0,
+        "image_name": str(tmp_path / "a.png"),
+        "2_coord": [{"chunk": "word", "coord": [[3, 2], [12, 8]]}],
+    }
+    (tmp_path / "synthdog-en.json").write_text(json.dumps([record]))
+    page = open_pages(str(tmp_path), 9).page(0)
+    assert page.image.size == (40, 30)
+    assert [(chunk.text, chunk.box) for chunk in page.chunks] == [("word", (3, 2, 12, 8))]
+
+
 def test_synthdog_as_parquet_with_the_images_inside(tmp_path: Path) -> None:
     arrow = pytest.importorskip("pyarrow")
     parquet = pytest.importorskip("pyarrow.parquet")

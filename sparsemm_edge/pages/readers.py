@@ -5,7 +5,7 @@ record a page, in one of two forms:
 
 - {"image": file name, "chunks": [{"text": "...", "box": [left, top, right, bottom]}, ...]}, boxes in pixels;
 - as synthdog-en-detection is published: `2_coord`, a list of {"chunk", "coord": corner points}, and the image
-  as a file name or as bytes.
+  as bytes, or as a file name in `image` or `image_name` (the form that SparseMM's own script makes of it).
 """
 
 import json
@@ -87,9 +87,7 @@ def page_size(text: str) -> tuple[int, int]:
     """Width and height of an option such as 896x672."""
     width, _, height = text.partition("x")
     if not width.isdecimal() or not height.isdecimal():
-        raise SparseMMError(
-            f"the page size is {text!r}: expected width x height in pixels, such as 896x672"
-        )
+        raise SparseMMError(f"the page size is {text!r}: expected width x height in pixels, such as 896x672")
     return int(width), int(height)
 
 
@@ -159,7 +157,7 @@ def _page(folder: Path, where: str, record: dict[str, Any]) -> Page:
 
 def _image_of(where: str, record: dict[str, Any]) -> str | bytes:
     """The file name of a record's image, or its bytes."""
-    image = record.get("image", record.get("file_name"))
+    image = record.get("image", record.get("image_name"))
     if isinstance(image, dict):  # as the datasets library stores images
         image = image.get("bytes") or image.get("path")
     if not isinstance(image, str | bytes) or not image:
