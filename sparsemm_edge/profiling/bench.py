@@ -150,9 +150,7 @@ def _measure(task: Task, settings: list[Setting], n_rounds: int, progress: Progr
         "by_turns": {"status": run.status, "reason": run.reason, "n_rounds": n_rounds},
         "prompt_ms": {name: spread(times) for name, times in prompts.items() if times},
         "decode_ms": {name: spread(times) for name, times in decode.items()},
-        "decode_tps": {
-            name: 1000 / float(np.median(times)) for name, times in decode.items() if name != _EMPTY
-        },
+        "decode_tps": {name: 1000 / float(np.median(decode[name])) for name in names if name in decode},
         "depth_0_tps": 1000 / float(np.median(decode[_EMPTY])) if _EMPTY in decode else None,
         "against": {against: _by_turns(turns, against) for against in {e["against"] for e in turns}},
     }
@@ -196,7 +194,10 @@ def _row(length: dict[str, Any], budget: int) -> dict[str, Any]:
     - decode_tps_full_flash_attn, decode_tps_full_no_flash_attn, decode_tps_full_q8_0
     - prompt_tps, prompt_tps_full (better setting)
     - kv_bytes: of K and V after the reply; kv_bytes_peak; kv_bytes_full: of the same positions unevicted
-    - rss_peak, rss_peak_full (smaller setting), in bytes; anon_peak, anon_peak_full: what no file backs
+    - rss_peak, rss_peak_full (smaller setting); anon_peak, anon_peak_full: what no file backs
+    - memory_difference: anon_peak (or rss_peak) less that of the full setting, memory_setting, that has the
+      smaller one; memory_difference_allocated: the same of K and V at their peak and compute buffers, as
+      llama.cpp says, which should explain it
     """
     settings = {figures["name"]: figures for figures in length["settings"]}
     evicted = next(figures for figures in length["settings"] if figures["budget"] == budget)
@@ -221,6 +222,10 @@ def _row(length: dict[str, Any], budget: int) -> dict[str, Any]:
         return min(values, default=None)
 
     kv = evicted.get("kv")
+    measured = "rss_peak" if evicted["anon_peak"] is None else "anon_peak"
+    ran = [f for f in full_f16 if f["status"] == "ok"]
+    small = min(ran, key=lambda figures: figures[measured], default=None)
+    compares = small is not None and evicted["status"] == "ok"
     plain, no_flash = full(), full(flash_attn=False)
     return {
         "n_prompt": length["n_prompt"],
@@ -247,8 +252,19 @@ def _row(length: dict[str, Any], budget: int) -> dict[str, Any]:
         "rss_peak_full": least("rss_peak"),
         "anon_peak": evicted["anon_peak"],
         "anon_peak_full": least("anon_peak"),
+        "memory_setting": small and small["name"],
+        "memory_difference": evicted[measured] - small[measured] if compares and small else None,
+        "memory_difference_allocated": _allocated(evicted) - _allocated(small)
+        if compares and small
+        else None,
         "status_full": {name: f["status"] for name, f in settings.items() if f["budget"] is None},
     }
+
+
+def _allocated(figures: dict[str, Any]) -> int:
+    """Bytes of K and V and of compute buffers at the peak, as llama.cpp says."""
+    sizes = figures["breakdown"]
+    return int(sizes["kv_peak"] + sizes["compute"] + sizes["output"])
 
 
 def _weights_read(tensors: dict[str, Any]) -> int:

@@ -14,8 +14,8 @@ _COLUMNS = (
     "full, better setting",
     "ratio (quartiles)",
     "limit: empty cache",
-    "K and V of full",
-    "at their peak",
+    "K+V of full",
+    "K+V at peak",
     "peak memory, MiB",
     "full, MiB",
     "prompt, of full's tokens/s",
@@ -65,6 +65,12 @@ def sentences(content: dict[str, Any]) -> list[str]:
                     f" {row['full_setting']} (quartiles {row['decode_ratio_low']:.2f} to"
                     f" {row['decode_ratio_high']:.2f}); an empty cache would give"
                     f" {row['decode_limit_ratio']:.2f}x: {row['decode_limit_share']:.0%} of the limit."
+                )
+            if row["n_prompt"] == length["n_prompt"] and row["memory_difference"] is not None:
+                said.append(
+                    f"{where}, budget {row['budget']}: {_signed(row['memory_difference'])} MiB at the peak"
+                    f" against {row['memory_setting']}; K, V and compute buffers explain"
+                    f" {_signed(row['memory_difference_allocated'])} MiB."
                 )
     return said
 
@@ -154,6 +160,10 @@ def _cards(rows: list[dict[str, Any]]) -> list[tuple[str, str]]:
             (_share(row["kv_bytes_peak"], row["kv_bytes_full"]), "of them at the peak, at the prompt's end"),
         ]
     return cards
+
+
+def _signed(n_bytes: int) -> str:
+    return f"{n_bytes / 2**20:+,.1f}"
 
 
 def _number(value: float | None, form: str) -> str:

@@ -10,7 +10,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 _MIB = 2**20
-_WIDTH = 5.6  # inches
+_WIDTH = 4.8  # inches
 _FULL, _EVICTED, _LIMIT, _INK = "#8a97a3", "#c4472f", "#2f6f8f", "#2b2f33"
 
 # what memory is for, from the bottom of a bar to its top

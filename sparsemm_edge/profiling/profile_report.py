@@ -10,8 +10,8 @@ from sparsemm_edge.profiling.machine import in_words
 _SCREEN = ("setting", "K+V MiB", "K+V peak", "peak MiB", "prompt t/s", "decode t/s")
 _COLUMNS = (
     "setting",
-    "K and V, MiB",
-    "at their peak",
+    "K+V, MiB",
+    "K+V at peak",
     "peak memory, MiB",
     "not in files",
     "compute, MiB",

@@ -29,11 +29,11 @@ p { margin: .4rem 0; }
 .card b { display: block; font-size: 1.6rem; line-height: 1.2; color: #b23c26; }
 .card span { font-size: .9rem; color: #5c6670; }
 section { margin-top: 1rem; }
-img { display: block; width: 100%; max-width: 46rem; height: auto; margin: 0 auto; }
+img { display: block; width: 100%; max-width: 40rem; height: auto; margin: 0 auto; }
 .scroll { overflow-x: auto; -webkit-overflow-scrolling: touch; }
 table { border-collapse: collapse; width: 100%; font-size: .9rem; font-variant-numeric: tabular-nums; }
 th, td { text-align: right; padding: .35rem .6rem; border-bottom: 1px solid #e9ebed; white-space: nowrap; }
-th { font-weight: 600; color: #5c6670; white-space: normal; vertical-align: bottom; }
+th { min-width: 4.4rem; font-weight: 600; color: #5c6670; white-space: normal; vertical-align: bottom; }
 th:first-child, td:first-child { text-align: left; position: sticky; left: 0; background: #fff; }
 tr.evicted td { color: #b23c26; }
 tr.evicted td:first-child { font-weight: 600; }
