@@ -253,7 +253,7 @@ def test_a_session_that_does_not_fit_is_refused_in_one_line(
         session_file, model=test_model("llava-gqa").gguf("f16")
     )
     assert "saved with cache types f16/f16, not q8_0/f16" in refusal(session_file, "--cache-type-k", "q8_0")
-    assert "other head budgets" in refusal(session_file, "--policy", "uniform", "--budget", 32)
+    assert "other head budgets" in refusal(session_file, *OPTIONS, "--budget", 32)
     assert "other head budgets" in refusal(session_file, "--no-evict")
     assert "other head budgets" in refusal(session_file, *OPTIONS, "--kv-max-tail", 64)
     assert "nowhere.session" in refusal(tmp_path / "nowhere.session")
