@@ -88,6 +88,7 @@ def test_llama_cpp_python_reuses_a_prefix_or_reads_the_prompt_again(tmp_path: Pa
     chat, or a part of it, which the heads do not hold any more."""
     import llama_cpp
 
+    library.require_patched()
     source = test_model("llava").gguf("f16")
     file = convert(source, random_scores(source, tmp_path), tmp_path / "m.gguf", budget=40, window=8).path
 
