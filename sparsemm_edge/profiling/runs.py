@@ -7,6 +7,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from typing import IO, Any
 
@@ -85,8 +86,9 @@ def _work(job: dict[str, Any], listen: Listener | None) -> Run:
         assert process.stdin is not None and process.stdout is not None
         try:
             with MemoryWatch(process.pid) as watch:
-                process.stdin.write(json.dumps(job) + "\n")
-                process.stdin.flush()  # and left open: its end tells the worker that we are gone
+                with suppress(BrokenPipeError):  # a worker that could not even start: its exit code tells
+                    process.stdin.write(json.dumps(job) + "\n")
+                    process.stdin.flush()  # and left open: its end tells the worker that we are gone
                 for line in process.stdout:
                     event = json.loads(line)
                     events.append(event)
@@ -97,7 +99,8 @@ def _work(job: dict[str, Any], listen: Listener | None) -> Run:
             process.kill()
             process.wait()
             process.stdout.close()
-            process.stdin.close()
+            with suppress(BrokenPipeError):
+                process.stdin.close()
         status, reason = _outcome(code, events, errors)
     return Run(status, reason, start, time.monotonic(), events, watch.trace)
 
