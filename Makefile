@@ -8,14 +8,13 @@ PIP    := $(PY) -m pip install --quiet --disable-pip-version-check
 
 .PHONY: setup setup-dev demo test lint sanitize clean
 
-setup: $(VENV)/.package
+setup: $(VENV)/.package $(VENV)/.demo-model
 setup-dev: $(VENV)/.dev
 
-# Until the trained demo model is part of the package, its stand-in is made with torch: hence setup-dev.
-demo: $(VENV)/.dev
+demo: setup
 	$(VENV)/bin/sparsemm-edge demo --out build/demo
 
-test: lint
+test: lint $(VENV)/.demo-model
 	$(PY) -m pytest
 
 lint: $(VENV)/.dev
@@ -52,6 +51,11 @@ $(VENV)/.llama: $(VENV)/.python scripts/build_llama_cpp_python.py patches/pin.js
 
 $(VENV)/.package: $(VENV)/.llama pyproject.toml
 	$(PIP) --editable .
+	touch $@
+
+# The demo model's GGUF files, from its checkpoint: llama.cpp's converter wants torch, the package does not
+$(VENV)/.demo-model: $(VENV)/.dev scripts/make_demo_gguf.py $(wildcard models/demo/* scores/demo.json)
+	$(PY) scripts/make_demo_gguf.py
 	touch $@
 
 # torch first and by itself, so that nothing else chooses its version

@@ -93,6 +93,10 @@ def main() -> None:
     arguments = parser.parse_args()
     make(arguments.checkpoint, arguments.out)
     if arguments.out == PACKAGED:
+        if not SCORES.is_file():
+            raise SystemExit(
+                f"error: {SCORES} is missing: sparsemm-edge score models/demo --data grid makes it"
+            )
         shutil.copyfile(SCORES, PACKAGED / "head-scores.json")
 
 

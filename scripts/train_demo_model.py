@@ -361,15 +361,30 @@ def context_of(runner: TextRunner, features: Tensor, shown: Tensor) -> tuple[Ten
     return context, positions
 
 
-def random_lines(rng: np.random.Generator) -> list[Line]:
-    """Many more glyphs than a page has, for the vision tower's warm-up."""
-    lines = []
-    for row in range(GRID):
-        if rng.random() < 0.25:
-            length = int(rng.integers(4, GRID + 1))
-            text = "".join(rng.choice([*GLYPHS, *" " * 12], length))
-            lines.append(Line(row, int(rng.integers(0, GRID - length + 1)), text))
-    return lines
+def dense_pages(n: int, density: float, rng: np.random.Generator) -> tuple[Tensor, Tensor, Tensor]:
+    """Pages with many more glyphs than a page has, for the vision tower.
+
+    Args:
+        n: how many pages.
+        density: share of the rows that hold a line.
+        rng: what chooses.
+
+    Returns:
+        The pages [n, SIZE, SIZE, 3], the patches to show [n, n_shown] and their labels [n, n_shown].
+    """
+    pixels, labels = [], torch.zeros(n, N_PATCHES, dtype=torch.long)
+    for label in labels:
+        lines = []
+        for row in range(GRID):
+            if rng.random() < density:
+                length = int(rng.integers(4, GRID + 1))
+                text = "".join(rng.choice([*GLYPHS, *" " * 12], length))
+                lines.append(Line(row, int(rng.integers(0, GRID - length + 1)), text))
+                first = row * GRID + lines[-1].column
+                label[first : first + length] = torch.tensor([1 + GLYPHS.find(char) for char in text])
+        pixels.append(torch.from_numpy(draw_lines(rng, lines)))
+    shown = choose_patches([label.nonzero()[:, 0].tolist() for label in labels], 0.03, rng)
+    return torch.stack(pixels), shown, labels.gather(1, shown)
 
 
 # --- training -----------------------------------------------------------------------------------------
@@ -395,7 +410,7 @@ class Phase:
 PHASES = (
     Phase(0.20, 0.0, 24, 4),
     Phase(0.45, 0.1, 24, 5),
-    Phase(0.62, 0.3, 20, 6),
+    Phase(0.72, 0.3, 20, 6),
     Phase(1.01, 1.0, 16, 8),
 )
 
@@ -423,7 +438,7 @@ class Training:
         self.model = make_model(make_config(arguments.heads), self.seed)
         self.runner = TextRunner(self.model)
         self.progress = Progress()
-        self.heads = nn.ModuleList([nn.Linear(256, n) for n in (1 + len(GLYPHS), GRID, GRID, N_LINES[1], 9)])
+        self.heads = nn.ModuleList([nn.Linear(256, n) for n in (1 + len(GLYPHS), GRID, GRID, N_LINES[1])])
         self.optimizer = self._vision_optimizer()
         self.checkpoint = self.out / "checkpoint.pt"
         self.stopped = False
@@ -469,6 +484,10 @@ class Training:
         least = max(N_LINES[0], n_lines - 3)
         return [grid_page(first + i, int(rng.integers(least, n_lines + 1))) for i in range(n)]
 
+    def _rng(self) -> np.random.Generator:
+        """Chance that hangs on how far the training is."""
+        return np.random.default_rng(self.progress.next_seed)
+
     # the first stage
 
     def _vision_optimizer(self) -> torch.optim.AdamW:
@@ -477,37 +496,21 @@ class Training:
         return torch.optim.AdamW(parameters, lr=2e-3, betas=(0.9, 0.98), weight_decay=0.05, fused=True)
 
     def _vision_batch(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Pages [n, SIZE, SIZE, 3]; the patches to show, [n, n_shown]; of each its glyph (0: blank),
-        [n, n_shown]; and on pages of lines its line and place in it (else -100), [n, n_shown, 2]."""
-        n = 24
-        pages = self._pages(n, None)
-        glyphs = torch.cat([glyph_labels(pages), torch.zeros(n, N_PATCHES, dtype=torch.long)])
-        places = torch.full((2 * n, N_PATCHES, 2), -100)
-        pixels = [page_pixels(page) for page in pages]
-        for i, page in enumerate(pages):
-            keys = [key for key, _ in page.lookups]
-            line, place = -1, 0
-            for j, patch in enumerate(glyph_patches(page)):
-                following = "".join(c.text for c in page.chunks[j : j + 2])
-                if line + 1 < len(keys) and following == keys[line + 1]:
-                    line, place = line + 1, 0
-                places[i, patch] = torch.tensor([line, place])
-                place += 1
-        rng = np.random.default_rng(self.progress.next_seed)
-        for i in range(n, 2 * n):
-            lines = random_lines(rng)
-            pixels.append(torch.from_numpy(draw_lines(rng, lines)))
-            for line_ in lines:
-                for j, char in enumerate(line_.text):
-                    if char != " ":
-                        glyphs[i, line_.row * GRID + line_.column + j] = 1 + GLYPHS.index(char)
-        shown = choose_patches(
-            [row.nonzero()[:, 0].tolist() for row in glyphs], float(rng.choice([0.0, 0.03, 0.1])), rng
-        )
-        return torch.stack(pixels), shown, glyphs.gather(1, shown), _take(places, shown)
+        """Pages of lines [n, SIZE, SIZE, 3]; the patches to show, [n, n_shown]; of each its glyph (0: blank),
+        [n, n_shown]; and of glyphs their line, else -100, [n, n_shown]."""
+        pages = self._pages(24, None)
+        lines = torch.full((len(pages), N_PATCHES), -100)
+        for row, page in zip(lines, pages, strict=True):
+            numbers = [i for i, (_, line) in enumerate(page.lookups) for char in line if char != " "]
+            row[glyph_patches(page)] = torch.tensor(numbers)
+        rng = self._rng()
+        blanks = float(rng.choice([0.0, 0.03, 0.1]))
+        shown = choose_patches([glyph_patches(page) for page in pages], blanks, rng)
+        pixels = torch.stack([page_pixels(page) for page in pages])
+        return pixels, shown, glyph_labels(pages).gather(1, shown), lines.gather(1, shown)
 
     def _learn_to_see(self) -> None:
-        """Character, row and column of every patch, and of glyphs their line and place in it."""
+        """Character, row and column of every patch, and of glyphs the number of their line."""
         rows = torch.arange(N_PATCHES) // GRID
         columns = torch.arange(N_PATCHES) % GRID
         progress, last_save = self.progress, time.monotonic()
@@ -516,33 +519,33 @@ class Training:
             share = progress.elapsed / self.vision_seconds
             for group in self.optimizer.param_groups:
                 group["lr"] = 2e-3 * min(1, (progress.step + 1) / 20) * (0.02 + 0.98 * _cosine(share))
-            pixels, shown, glyphs, places = self._vision_batch()
+            pixels, shown, glyphs, lines = self._vision_batch()
+            pixels_dense, shown_dense, glyphs_dense = dense_pages(24, 0.25, self._rng())
             with self._autocast():
                 features = image_features(self.model, pixels, shown)
-                is_glyph = glyphs > 0
-                char, row, column = (head(features).float().flatten(0, 1) for head in self.heads[:3])
-                line, place = (head(features[is_glyph]).float() for head in self.heads[3:])
-            chars, row_true, column_true = glyphs.flatten(), rows[shown].flatten(), columns[shown].flatten()
+                line = self.heads[3](features).float().flatten(0, 1)
+                dense = image_features(self.model, pixels_dense, shown_dense)
+                both = torch.cat([features.flatten(0, 1), dense.flatten(0, 1)])
+                char, row, column = (head(both).float() for head in self.heads[:3])
+            patches = torch.cat([shown.flatten(), shown_dense.flatten()])
+            targets = torch.cat([glyphs.flatten(), glyphs_dense.flatten()])
+            lines = lines.flatten()
             loss = (
-                F.cross_entropy(char, chars)
-                + 0.5 * F.cross_entropy(row, row_true)
-                + 0.5 * F.cross_entropy(column, column_true)
-                + 0.25 * F.cross_entropy(line, places[..., 0][is_glyph])
-                + 0.25 * F.cross_entropy(place, places[..., 1][is_glyph])
+                F.cross_entropy(char, targets)
+                + 0.5 * F.cross_entropy(row, rows[patches])
+                + 0.5 * F.cross_entropy(column, columns[patches])
+                + 0.25 * F.cross_entropy(line, lines)
             )
             self._update(loss)
             progress.step += 1
             progress.elapsed += time.monotonic() - started
             if progress.step % 20 == 0:
-                known = places[..., 0][is_glyph] >= 0
                 self.log(
                     loss=loss.item(),
-                    glyphs=_accuracy(char[chars > 0], chars[chars > 0]),
-                    blanks=_accuracy(char[chars == 0], chars[chars == 0]),
-                    rows=_accuracy(row, row_true),
-                    columns=_accuracy(column, column_true),
-                    lines=_accuracy(line[known], places[..., 0][is_glyph][known]),
-                    places=_accuracy(place[known], places[..., 1][is_glyph][known]),
+                    glyphs=_accuracy(char[targets > 0], targets[targets > 0]),
+                    rows=_accuracy(row, rows[patches]),
+                    columns=_accuracy(column, columns[patches]),
+                    lines=_accuracy(line[lines >= 0], lines[lines >= 0]),
                 )
             if self.stopped or time.monotonic() - last_save > 120:
                 self._save()
@@ -592,7 +595,7 @@ class Training:
             for group in self.optimizer.param_groups:
                 group["lr"] = lr
             pages = self._pages(phase.batch, None if progress.n_lines == N_LINES[1] else progress.n_lines)
-            rng = np.random.default_rng(progress.next_seed)
+            rng = self._rng()
             tail = make_tail(pages, phase.n_lookups, rng)
             shown = choose_patches([glyph_patches(page) for page in pages], phase.blanks, rng)
             with self._autocast():
@@ -602,11 +605,13 @@ class Training:
                 logits = self.runner.train_logits(
                     context, positions, self.runner.embed(tail.tokens), tail.positions, tail.segment
                 )
-                glyph = self.heads[0](features).float().flatten(0, 1)
+                # the vision tower goes on learning what a glyph is, on pages that are full of them
+                pixels, shown_dense, glyphs_dense = dense_pages(24, 0.5, rng)
+                dense = image_features(self.model, pixels, shown_dense)
+                glyph = self.heads[0](torch.cat([features.flatten(0, 1), dense.flatten(0, 1)])).float()
             asked = tail.targets >= 0
-            glyphs = glyph_labels(pages).gather(1, shown).flatten()
+            glyphs = torch.cat([glyph_labels(pages).gather(1, shown).flatten(), glyphs_dense.flatten()])
             loss = F.cross_entropy(logits[asked], tail.targets[asked])
-            # the vision tower goes on learning what a glyph is
             loss = loss + 0.5 * F.cross_entropy(glyph, glyphs)
             norm = self._update(loss)
             right = logits.argmax(2) == tail.targets

@@ -1,207 +1,234 @@
-"""One page, read twice: with the full cache and with eviction, in a process each so that peaks compare."""
+"""A page drawn a moment ago, read by the packaged model: with the full cache and with evicted ones."""
 
-import hashlib
-import importlib.util
-import json
-import os
-import subprocess
-import sys
+import difflib
+import secrets
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image
 
-from sparsemm_edge.convert import convert
 from sparsemm_edge.errors import SparseMMError
-from sparsemm_edge.gguf_metadata import read_metadata, read_model_shape
+from sparsemm_edge.evaluation.metrics import edit_distance
+from sparsemm_edge.kept_map import save_kept_map
+from sparsemm_edge.pages.grid import FIRST_TRAINING_SEED, READ_PROMPT, SIZE, grid_page, lookup_prompt
 from sparsemm_edge.plot import save_head_map
-from sparsemm_edge.scores import HeadScores
 
-PAGE_LINES = ("SPARSE MM", "a few heads", "look at the", "page, others", "may forget")
-PROMPT = "What does the page say?"
-N_PREDICT = 48
+if TYPE_CHECKING:
+    from rich.text import Text
 
-_STAND_IN = "llava-gqa"
-_STAND_IN_SCRIPT = Path(__file__).resolve().parent.parent / "scripts" / "make_test_models.py"
+    from sparsemm_edge.runtime import VisionModel
+
+BUDGETS = (64, 32)
+WINDOW = 8
+N_PREDICT = 96
+
+_HEADINGS = {"full": "full cache", "sparsemm": "{} a head", "uniform": "{}, evenly"}
+_PACKAGED = Path(__file__).resolve().parent / "demo_model"
 
 
 @dataclass(frozen=True)
 class DemoModel:
-    """What the demo reads with.
+    """The files of the packaged model.
 
     Attributes:
-        model, mmproj: GGUF files of the text model and its image encoder.
-        scores: head scores of the model.
-        image_size: side of the square image that the encoder takes as it is, in pixels.
-        budget, window: of the eviction, in positions.
-        note: what a reader of the answers has to know.
+        model, mmproj: GGUF files of the text model and of its image encoder.
+        scores: its head scores.
     """
 
-    model: Path
-    mmproj: Path
-    scores: Path
-    image_size: int
-    budget: int
-    window: int
-    note: str
+    model: Path = _PACKAGED / "model-f16.gguf"
+    mmproj: Path = _PACKAGED / "mmproj-f16.gguf"
+    scores: Path = _PACKAGED / "head-scores.json"
+
+    def __post_init__(self) -> None:
+        for path in (self.model, self.mmproj, self.scores):
+            if not path.is_file():
+                raise SparseMMError(f"{path} is missing: `make setup` in the checkout makes it")
 
 
-def run(out: Path) -> dict[str, Any]:
-    """Render the page, convert the model and read the page both ways.
+@dataclass(frozen=True)
+class Question:
+    """A question about the page, and the answer if it is known."""
+
+    prompt: str
+    answer: str | None
+
+
+def run(
+    out: Path,
+    *,
+    seed: int | None = None,
+    image: Path | None = None,
+    prompt: str | None = None,
+    budgets: Sequence[int] = BUDGETS,
+) -> dict[str, Any]:
+    """Draw a page and ask about it, with the full cache and with evicted ones.
+
+    Every budget is shared out by the head scores; the first one also evenly, for comparison.
 
     Args:
-        out: folder for page.png, the converted model and head-map.png; made if it is not there.
+        out: folder for page.png, head-map.png and kept-map.png; made if it is not there.
+        seed: of the page, one that the model was not trained on; None: a new one.
+        image: a picture to use instead of a page, resized to the model's size.
+        prompt: a question to ask instead of the demo's own.
+        budgets: positions that a KV head keeps on average, none for the full cache only.
 
     Returns:
-        `note`, the paths `page`, `model` and `head_map`, and under `full` and `evicted` what
-        `generate --json` prints.
+        `seed` (None with an image), the paths `page`, `head_map` and `kept_map`, and `questions`, each with
+        `prompt`, `answer` (None if it is not known) and `runs`: what `generate --json` prints, with `policy`,
+        `budget` (None: the full cache) and `errors`, the edit distance in characters to the answer, or, where
+        that is not known, to what the full cache says.
 
     Raises:
-        SparseMMError: the demo model is missing or cannot be made, or a part of the pipeline fails.
+        SparseMMError: the packaged model is missing, or an argument cannot be used.
     """
+    from sparsemm_edge.runtime import VisionModel
+
+    files = DemoModel()
     try:
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise SparseMMError(f"cannot make the folder {out}: {error.strerror}") from error
-    demo = stand_in(out)
-    page, head_map = out / "page.png", out / "head-map.png"
-    render_page(demo.image_size).save(page)
-    converted = convert(
-        demo.model,
-        demo.scores,
-        out / "demo.sparsemm.gguf",
-        budget=demo.budget,
-        window=demo.window,
-        force=True,
-    ).path
+    if image is not None:
+        seed, page, questions = None, _open(image), [Question(READ_PROMPT, None)]
+    else:
+        seed, page, questions = _draw(seed)
+    if prompt is not None:
+        questions = [Question(prompt, None)]
+    page.save(out / "page.png")
 
-    command = ["-m", str(converted), "--mmproj", str(demo.mmproj), "--image", str(page), "-p", PROMPT]
     # one thread: a token of a model this small takes less time than threads take to meet
-    command += ["--n-predict", str(N_PREDICT), "--threads", "1"]
-    report = {
-        "note": demo.note,
-        "page": str(page),
-        "model": str(converted),
-        "head_map": str(head_map),
-        "full": _generate([*command, "--no-evict"]),
-        "evicted": _generate(command),
+    with VisionModel.load(files.model, files.mmproj, n_threads=1) as model:
+        asked = [_ask(model, files.scores, page, question, budgets) for question in questions]
+        if budgets:
+            _draw_maps(model, files.scores, page, questions[-1], min(budgets), out)
+    return {
+        "seed": seed,
+        "page": str(out / "page.png"),
+        "head_map": str(out / "head-map.png") if budgets else None,
+        "kept_map": str(out / "kept-map.png") if budgets else None,
+        "questions": asked,
     }
-    metadata = read_metadata(converted)
-    assert metadata is not None
-    save_head_map(metadata.head_budgets, head_map, title=f"head budgets, mean {metadata.budget} positions")
-    return report
 
 
 def show(report: dict[str, Any]) -> None:
-    """Print both answers and the table of what they took."""
+    """Print the answers side by side, wrong characters marked, and what they took."""
+    from rich import box
     from rich.console import Console
     from rich.table import Table
 
-    full, evicted = report["full"], report["evicted"]
-    console = Console()
-    console.print(f"page: {report['page']}, asked: {PROMPT}", highlight=False)
-    console.print(report["note"], style="yellow", highlight=False)
-    for name, figures in (("full cache", full), ("evicted", evicted)):
-        console.print(f"\n{name}:", style="bold")
-        console.print(figures["text"].strip() or "(nothing)", markup=False, highlight=False)
-
-    table = Table(title=f"\nprompt of {full['n_prompt']} positions", title_justify="left")
-    table.add_column("")
-    for column in ("full cache", "evicted"):
-        table.add_column(column, justify="right")
-    rows = {
-        "K and V for these positions": [
-            _kib(full["kv"]["bytes_full"]),
-            f"{_kib(evicted['kv']['bytes_now'])} ({_share(evicted)})",
-        ],
-        "K and V allocated": [_kib(figures["kv"]["bytes_now"]) for figures in (full, evicted)],
-        "K and V at peak": [_kib(figures["kv"]["bytes_peak"]) for figures in (full, evicted)],
-        "positions kept per head": [
-            f"{figures['kv']['positions_kept_mean']:.0f}" for figures in (full, evicted)
-        ],
-        "prompt": [f"{figures['timings']['prompt_ms']:.0f} ms" for figures in (full, evicted)],
-        "per token": [_per_token(figures) for figures in (full, evicted)],
-        "peak memory of the process": [
-            f"{figures['rss_peak_bytes'] / 2**20:.0f} MiB" for figures in (full, evicted)
-        ],
-    }
-    for name, cells in rows.items():
-        table.add_row(name, *cells)
-    console.print(table)
-    console.print(f"head map: {report['head_map']}", highlight=False)
+    console = Console(highlight=False)
+    drawn = "" if report["seed"] is None else f", drawn from seed {report['seed']}"
+    console.print(f"page: {report['page']}{drawn}", markup=False)
+    for question in report["questions"]:
+        runs = question["runs"]
+        names = [_HEADINGS[run["policy"]].format(run["budget"]) for run in runs]
+        table = Table(title=f"\n{question['prompt']}", title_justify="left", box=box.SIMPLE_HEAD)
+        table.add_column("" if question["answer"] is None else "on the page")
+        for name in names:
+            table.add_column(name)
+        truth = runs[0]["text"] if question["answer"] is None else question["answer"]
+        answers = [marked(run["text"], truth) for run in runs]
+        table.add_row(question["answer"] or "", *answers, end_section=True)
+        rows = {
+            "characters wrong": [str(run["errors"]) for run in runs],
+            "K and V": [_memory(run) for run in runs],
+            "prompt positions": [_kept_of_prompt(run) for run in runs],
+            "prompt": [f"{run['timings']['prompt_ms']:.0f} ms" for run in runs],
+            "a token": [_per_token(run) for run in runs],
+        }
+        for name, cells in rows.items():
+            table.add_row(name, *cells)
+        console.print(table)
+    for name, key in (("head budgets", "head_map"), ("what the heads kept of the page", "kept_map")):
+        if report[key]:
+            console.print(f"{name}: {report[key]}", markup=False)
 
 
-def render_page(size: int) -> Image.Image:
-    """A white page with PAGE_LINES, size x size pixels."""
-    page = Image.new("RGB", (size, size), "white")
-    draw = ImageDraw.Draw(page)
-    height = size / (len(PAGE_LINES) + 1)
-    font = ImageFont.load_default(height * 0.72)
-    for index, line in enumerate(PAGE_LINES):
-        draw.text((height / 2, height * (index + 0.5)), line, fill="black", font=font)
-    return page
+def marked(said: str, true: str) -> "Text":
+    """What was said: characters that differ in red, a red dot for each that is missing."""
+    from rich.text import Text
+
+    text = Text()
+    for kind, a, b, c, d in difflib.SequenceMatcher(None, said, true, autojunk=False).get_opcodes():
+        text.append(said[a:b], "" if kind == "equal" else "bold red")
+        text.append("·" * (d - c - (b - a)), "bold red")
+    return text
 
 
-def stand_in(out: Path) -> DemoModel:
-    """A test model in place of the trained demo model: real files of every kind, random weights.
+def _draw(seed: int | None) -> tuple[int, Image.Image, list[Question]]:
+    if seed is None:
+        seed = secrets.randbelow(FIRST_TRAINING_SEED)
+    if not 0 <= seed < FIRST_TRAINING_SEED:
+        raise SparseMMError(f"the seed is {seed}: it must be 0 to {FIRST_TRAINING_SEED - 1}")
+    page = grid_page(seed)
+    key, answer = page.lookups[seed % len(page.lookups)]
+    return seed, page.image, [Question(READ_PROMPT, page.text), Question(lookup_prompt(key), answer)]
 
-    Raises:
-        SparseMMError: it is not there yet and cannot be made here.
-    """
-    if not _STAND_IN_SCRIPT.is_file():
-        raise SparseMMError("the demo's stand-in model is made in a checkout: run `make demo` there")
-    # another script makes another model
-    key = hashlib.sha256(_STAND_IN_SCRIPT.read_bytes()).hexdigest()[:12]
-    home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    cache = home / "sparsemm-edge" / "demo" / key
-    model, mmproj = (cache / _STAND_IN / f"{name}-f16.gguf" for name in ("model", "mmproj"))
-    if not (model.is_file() and mmproj.is_file()):
-        if importlib.util.find_spec("torch") is None or importlib.util.find_spec("transformers") is None:
-            raise SparseMMError("the demo's stand-in model is made with torch: run `make demo`")
-        print("making the stand-in model (once)", file=sys.stderr)
-        made = subprocess.run([sys.executable, str(_STAND_IN_SCRIPT), str(cache), _STAND_IN], text=True)
-        if made.returncode != 0:
-            raise SparseMMError(f"{_STAND_IN_SCRIPT.name} could not make the stand-in model, see above")
-    shape = read_model_shape(model)
-    scores = out / "head-scores.json"
-    HeadScores(
-        model=_STAND_IN,
-        scores=np.random.default_rng(0).gamma(0.3, size=(shape.n_layer, shape.n_head)),
-        n_head_kv=shape.n_head_kv,
-        provenance={"dataset": "none: random scores for a model of random weights"},
-    ).save(scores)
-    return DemoModel(
-        model=model,
-        mmproj=mmproj,
-        scores=scores,
-        image_size=168,
-        budget=48,
-        window=16,
-        note="The trained demo model does not exist yet: weights are random, and so are the words below.",
+
+def _open(path: Path) -> Image.Image:
+    try:
+        with Image.open(path) as image:
+            return image.convert("RGB").resize((SIZE, SIZE), Image.Resampling.LANCZOS)
+    except OSError as error:
+        raise SparseMMError(f"cannot read the image {path}: {error.strerror or error}") from error
+
+
+def _ask(
+    model: "VisionModel", scores: Path, page: Image.Image, question: Question, budgets: Sequence[int]
+) -> dict[str, Any]:
+    """One question with every cache."""
+    from sparsemm_edge.runtime import Eviction
+
+    runs: list[dict[str, Any]] = []
+    settings = [("full", None), *(("sparsemm", budget) for budget in budgets)]
+    settings += [("uniform", budget) for budget in budgets[:1]]
+    for policy, budget in settings:
+        eviction = Eviction(policy=policy, budget=budget, window=WINDOW, scores=scores)
+        text = "".join(model.generate(question.prompt, [page], n_predict=N_PREDICT, eviction=eviction))
+        truth = question.answer
+        if truth is None:
+            truth = runs[0]["text"] if runs else text
+        judged = {"policy": policy, "budget": budget, "errors": edit_distance(text, truth)}
+        runs.append({**judged, **model.stats().figures(text)})
+    return {"prompt": question.prompt, "answer": question.answer, "runs": runs}
+
+
+def _draw_maps(
+    model: "VisionModel", scores: Path, page: Image.Image, question: Question, budget: int, out: Path
+) -> None:
+    """Head budgets, and over the page what the heads kept when they were asked this question."""
+    from sparsemm_edge.runtime import Eviction
+
+    with model.tokenize(model.chat_prompt(question.prompt, 1), [page]) as prompt:
+        grid = model.image_grid(prompt)
+        eviction = Eviction(budget=budget, window=WINDOW, scores=scores)
+        with model.start(prompt, n_predict=1, eviction=eviction) as session:
+            session.read_prompt()
+            kept = session.kept()
+    n_kept = np.array([[len(head) for head in layer] for layer in kept])
+    save_head_map(n_kept, out / "head-map.png", title=f"positions kept, mean {budget}")
+    save_kept_map(
+        page, kept, grid, out / "kept-map.png", view="head", title=f"{question.prompt} Budget {budget}"
     )
 
 
-def _generate(arguments: list[str]) -> dict[str, Any]:
-    """What `generate --json` prints, from a process of its own."""
-    command = [sys.executable, "-m", "sparsemm_edge.cli", "generate", *arguments, "--json"]
-    done = subprocess.run(command, capture_output=True, text=True)
-    if done.returncode != 0:
-        lines = done.stderr.strip().splitlines()
-        raise SparseMMError(lines[-1].removeprefix("error: ") if lines else f"{command} failed")
-    figures: dict[str, Any] = json.loads(done.stdout)
-    return figures
+def _memory(run: dict[str, Any]) -> str:
+    """Bytes of K and V: what the positions take in the full cache, what is allocated in an evicted one."""
+    full, evicted = run["kv"]["bytes_full"], run["kv"]["n_evictions"] > 0
+    taken = run["kv"]["bytes_now"] if evicted else full
+    return f"{taken / 2**20:.2f} MiB ({taken / full:.0%})"
 
 
-def _kib(n_bytes: int) -> str:
-    return f"{n_bytes / 2**10:.0f} KiB"
+def _kept_of_prompt(run: dict[str, Any]) -> str:
+    """Of the prompt's positions those kept, mean over heads: every head holds the reply too."""
+    # the last token of a reply that was cut short is never appended
+    reply = min(run["n_generated"], N_PREDICT - 1)
+    return f"{run['kv']['positions_kept_mean'] - reply:.0f} of {run['n_prompt']}"
 
 
-def _share(figures: dict[str, Any]) -> str:
-    return f"{figures['kv']['bytes_now'] / figures['kv']['bytes_full']:.0%}"
-
-
-def _per_token(figures: dict[str, Any]) -> str:
-    per_token = figures["timings"]["decode_ms_per_token"]
+def _per_token(run: dict[str, Any]) -> str:
+    per_token = run["timings"]["decode_ms_per_token"]
     return "-" if per_token is None else f"{per_token:.2f} ms"

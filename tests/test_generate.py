@@ -462,17 +462,3 @@ def test_bad_input_is_one_clear_line(
     assert out == ""
     assert err.startswith("error: ") and len(err.splitlines()) == 1
     assert said in err
-
-
-def test_the_demo_reads_a_page_both_ways_and_draws_the_head_map(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
-) -> None:
-    assert run_cli(monkeypatch, "demo", "--out", tmp_path) == 0
-    out = capfd.readouterr().out
-    assert "full cache" in out and "evicted" in out and "random" in out
-    assert (tmp_path / "head-map.png").read_bytes().startswith(b"\x89PNG")
-    assert run_cli(monkeypatch, "demo", "--out", tmp_path, "--json") == 0
-    report = json.loads(capfd.readouterr().out)
-    full, evicted = report["full"]["kv"], report["evicted"]["kv"]
-    assert (full["n_evictions"], evicted["n_evictions"]) == (0, 1)
-    assert evicted["bytes_now"] < full["bytes_now"]

@@ -5,24 +5,36 @@ from typing import Annotated
 
 import typer
 
-from sparsemm_edge.commands.output import print_json
+from sparsemm_edge.commands.output import print_json, whole_numbers
 
 
 def demo(
-    out: Annotated[Path, typer.Option(help="Folder for the page, the model files and the head map.")] = Path(
-        "sparsemm-demo"
-    ),
+    seed: Annotated[
+        int | None, typer.Option(help="The page to draw, 0 to 999999 [default: a new one].", show_default="")
+    ] = None,
+    image: Annotated[
+        Path | None, typer.Option(help="Your own picture instead of a page; it is resized to 336 x 336.")
+    ] = None,
+    prompt: Annotated[
+        str | None, typer.Option("--prompt", "-p", help="A question instead of the demo's own.")
+    ] = None,
+    budgets: Annotated[str, typer.Option(help="Positions that a KV head keeps on average.")] = "64,32",
+    out: Annotated[Path, typer.Option(help="Folder for the page and the pictures.")] = Path("sparsemm-demo"),
     as_json: Annotated[bool, typer.Option("--json", help="Print the figures as one JSON object.")] = False,
 ) -> None:
-    """Read a rendered page with the full cache and with eviction, side by side.
+    """A small packaged model reads a page: with the full cache and with evicted ones, side by side.
+
+    Budgets go to the heads by their scores; the first one is also shared out evenly, for comparison.
 
     \b
-    Example:
+    Examples:
       sparsemm-edge demo
+      sparsemm-edge demo --seed 7 --budgets 128,48
     """
     from sparsemm_edge.demo import run, show
 
-    report = run(out)
+    wanted = whole_numbers("--budgets", budgets)
+    report = run(out, seed=seed, image=image, prompt=prompt, budgets=wanted)
     if as_json:
         print_json(report)
     else:

@@ -1,0 +1,227 @@
+"""The shipped model: it reads pages that it has not seen; llama.cpp and transformers ask it the same."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from sparsemm_edge import cli
+from sparsemm_edge.demo import DemoModel, marked
+from sparsemm_edge.evaluation.metrics import character_accuracy
+from sparsemm_edge.pages.grid import (
+    CELL,
+    DIGITS,
+    LETTERS,
+    LOOKUP_PROMPTS,
+    N_LINES,
+    READ_PROMPT,
+    READ_PROMPTS,
+    grid_page,
+    lookup_prompt,
+)
+from sparsemm_edge.ranking import held_by_top
+from sparsemm_edge.runtime import VisionModel
+from sparsemm_edge.runtime.prompt import ImagePart, TextPart
+from sparsemm_edge.scores import HeadScores
+
+ROOT = Path(__file__).resolve().parent.parent
+CHECKPOINT = ROOT / "models" / "demo"
+SEEDS = range(500, 505)
+N_PATCHES = 576
+
+
+@pytest.fixture(scope="module")
+def model() -> Iterator[VisionModel]:
+    files = DemoModel()
+    with VisionModel.load(files.model, files.mmproj, n_threads=1) as loaded:
+        yield loaded
+
+
+def test_it_reads_five_pages(model: VisionModel) -> None:
+    right = []
+    for seed in SEEDS:
+        page = grid_page(seed)
+        said = "".join(model.generate(READ_PROMPT, [page.image], n_predict=96))
+        right.append(character_accuracy(said, [page.text]))
+    assert np.mean(right) >= 0.97
+
+
+def test_it_looks_up_a_key_on_five_pages(model: VisionModel) -> None:
+    right = 0
+    for seed in SEEDS:
+        page = grid_page(seed)
+        key, answer = page.lookups[seed % len(page.lookups)]
+        right += "".join(model.generate(lookup_prompt(key), [page.image], n_predict=16)) == answer
+    assert right >= 4
+
+
+@pytest.mark.parametrize("question", [*READ_PROMPTS, *(form.format("KQ") for form in LOOKUP_PROMPTS), "Hé!"])
+def test_llama_cpp_and_transformers_see_the_same_tokens(model: VisionModel, question: str) -> None:
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(CHECKPOINT)
+    message = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": question}]}]
+    text = tokenizer.apply_chat_template(message, add_generation_prompt=True, tokenize=False)
+    expected = tokenizer(text).input_ids
+    image = tokenizer.convert_tokens_to_ids("<image>")
+    tokens: list[int] = []
+    with model.tokenize(model.chat_prompt(question, 1), [grid_page(0).image]) as prompt:
+        for part in prompt.parts:
+            tokens += part.tokens.tolist() if isinstance(part, TextPart) else [image]
+            assert not isinstance(part, ImagePart) or part.n_tokens == N_PATCHES
+    assert tokens == expected
+    after = tokens[tokens.index(image) + 1 :]
+    if question in (READ_PROMPT, lookup_prompt("KQ")):
+        assert len(after) <= 8, "the question must fit into a window of 8 positions"
+
+
+def test_the_training_script_writes_the_tokens_that_the_model_reads() -> None:
+    from transformers import AutoTokenizer
+
+    sys.path.insert(0, str(ROOT / "scripts"))
+    from demo_tokenizer import decode, encode
+
+    tokenizer = AutoTokenizer.from_pretrained(CHECKPOINT)
+    page = grid_page(7)
+    for text in (page.text, f"\n{READ_PROMPT} ASSISTANT:", f"\n{lookup_prompt('KQ')} ASSISTANT:"):
+        assert encode(text) == tokenizer(text, add_special_tokens=False).input_ids
+        assert decode(encode(text)) == text == tokenizer.decode(encode(text))
+
+
+def test_a_tenth_of_its_heads_hold_half_of_the_score() -> None:
+    scores = HeadScores.load(DemoModel().scores)
+    assert scores.scores.size >= 96
+    assert held_by_top(scores.scores, 0.1) >= 0.5
+
+
+def test_checkpoint_and_card_are_small_enough_to_ship() -> None:
+    assert sum(path.stat().st_size for path in CHECKPOINT.iterdir()) <= 20 * 2**20
+    assert (CHECKPOINT / "README.md").is_file()
+
+
+# --- the pages it reads -------------------------------------------------------------------------------
+
+
+def test_a_seed_makes_the_same_page_again_and_another_seed_another() -> None:
+    one, same, other = grid_page(3), grid_page(3), grid_page(4)
+    assert one.image.tobytes() == same.image.tobytes() and one.text == same.text
+    assert one.text != other.text
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_a_page_says_what_its_glyphs_say(seed: int) -> None:
+    page = grid_page(seed)
+    lines = page.text.split("\n")
+    assert N_LINES[0] <= len(lines) <= N_LINES[1]
+    assert "".join(chunk.text for chunk in page.chunks) == page.text.replace(" ", "").replace("\n", "")
+    assert set("".join(chunk.text for chunk in page.chunks)) <= set(LETTERS + DIGITS)
+    cells = [(chunk.box[1], chunk.box[0]) for chunk in page.chunks]
+    assert cells == sorted(set(cells)), "reading order is the order of the cells, one glyph each"
+    # letters of keys are nowhere else, so a key can be looked up
+    keys = "".join(key for key, _ in page.lookups)
+    everything = "".join(chunk.text for chunk in page.chunks)
+    assert all(everything.count(letter) == 1 for letter in keys)
+    assert [answer for _, answer in page.lookups] == lines
+
+
+def test_ink_is_where_the_glyphs_are() -> None:
+    page = grid_page(11)
+    pixels = np.asarray(page.image).astype(float)
+    paper = np.median(pixels.reshape(-1, 3), axis=0)
+    distance = np.abs(pixels - paper).max(axis=2)
+    spread = [
+        distance[int(c.box[1]) : int(c.box[3]), int(c.box[0]) : int(c.box[2])].max() for c in page.chunks
+    ]
+    assert min(spread) > 60
+    for chunk in page.chunks:  # and only there, but for the pixels by which glyphs reach over their cells
+        left, top, right, bottom = (int(edge) for edge in chunk.box)
+        distance[max(top - 3, 0) : bottom + 3, max(left - 3, 0) : right + 3] = 0
+    assert distance.max() < 60
+    assert page.image.size == (CELL * 24, CELL * 24)
+
+
+# --- the command --------------------------------------------------------------------------------------
+
+
+def test_the_demo_reads_a_page_with_every_cache(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    assert _run(monkeypatch, "--seed", "5", "--budgets", "96", "--out", tmp_path, "--json") == 0
+    report = json.loads(capfd.readouterr().out)
+    page = grid_page(5)
+    assert report["seed"] == 5
+    reading, look_up = report["questions"]
+    assert reading["answer"] == page.text and look_up["answer"] in page.text.split("\n")
+    for question in report["questions"]:
+        full, evicted, evenly = question["runs"]
+        assert [(run["policy"], run["budget"]) for run in question["runs"]] == [
+            ("full", None),
+            ("sparsemm", 96),
+            ("uniform", 96),
+        ]
+        assert evenly["kv"]["positions_kept_mean"] == pytest.approx(
+            evicted["kv"]["positions_kept_mean"] - evicted["n_generated"] + evenly["n_generated"], abs=1
+        )
+        assert (full["kv"]["n_evictions"], evicted["kv"]["n_evictions"]) == (0, 1)
+        assert evicted["kv"]["bytes_now"] < 0.5 * full["kv"]["bytes_now"]
+        assert (full["errors"] == 0) == (full["text"] == question["answer"])
+    for name in ("page.png", "head-map.png", "kept-map.png"):
+        assert (tmp_path / name).read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_demo_shows_answers_side_by_side(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    image = tmp_path / "mine.png"
+    grid_page(6).image.resize((400, 300)).save(image)
+    assert _run(monkeypatch, "--image", image, "--budgets", "64", "--out", tmp_path / "out") == 0
+    out = capfd.readouterr().out
+    assert "full cache" in out and "64 a head" in out and "64, evenly" in out and "MiB" in out
+    assert "on the page" not in out, "nobody knows what the user's picture says"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--seed", "1000000"], "999999"),
+        (["--image", "NONE.png"], "NONE.png"),
+        (["--budgets", "many"], "many"),
+        (["--budgets", "4"], "4"),
+    ],
+)
+def test_the_demo_refuses_what_it_cannot_use(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+    arguments: list[str],
+    said: str,
+) -> None:
+    assert _run(monkeypatch, *arguments, "--out", tmp_path) == 2
+    out, err = capfd.readouterr()
+    assert out == ""
+    assert err.startswith("error: ") and len(err.splitlines()) == 1
+    assert said in err
+
+
+def test_differing_characters_are_marked() -> None:
+    text = marked("KQ 7F3", "KQ 783A")
+    assert text.plain == "KQ 7F3·"
+    assert [text.plain[span.start : span.end] for span in text.spans if span.style == "bold red"] == [
+        "F",
+        "·",
+    ]
+    assert not marked("same", "same").spans
+
+
+def _run(monkeypatch: pytest.MonkeyPatch, *arguments: object) -> int:
+    monkeypatch.setattr(sys, "argv", ["sparsemm-edge", "demo", *(str(each) for each in arguments)])
+    try:
+        cli.main()
+    except SystemExit as exit_:
+        return int(exit_.code or 0)
+    return 0
