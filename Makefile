@@ -14,7 +14,7 @@ setup-dev: $(VENV)/.dev
 demo: setup
 	$(VENV)/bin/sparsemm-edge demo --out build/demo
 
-test: lint $(VENV)/.demo-model
+test: $(VENV)/.tools lint $(VENV)/.demo-model
 	$(PY) -m pytest
 
 lint: $(VENV)/.dev
@@ -47,6 +47,13 @@ $(VENV)/.python:
 # llama-cpp-python with this project's patches: built once a machine, minutes, then from the cache
 $(VENV)/.llama: $(VENV)/.python scripts/build_llama_cpp_python.py patches/pin.json $(wildcard patches/*.patch)
 	$(PY) scripts/build_llama_cpp_python.py install
+	touch $@
+
+# llama-server and the like, and the libllama without the patches, for the tests. The wheel comes out of the
+# same build: make test begins with this
+$(VENV)/.tools: $(VENV)/.python scripts/build_llama_cpp_python.py patches/pin.json $(wildcard patches/*.patch)
+	$(PY) scripts/build_llama_cpp_python.py tools
+	$(PY) scripts/build_llama_cpp_python.py stock
 	touch $@
 
 $(VENV)/.package: $(VENV)/.llama pyproject.toml
