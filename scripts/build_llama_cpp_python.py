@@ -573,7 +573,7 @@ def run_logged(command: Sequence[str], environment: dict[str, str], log_path: Pa
 def failure_reason(log_path: Path) -> str:
     """The first line of the log that names an error."""
     lines = log_path.read_text(encoding="utf-8", errors="replace").splitlines()
-    pattern = re.compile(r"(error:|CMake Error|ERROR:|No space left)")
+    pattern = re.compile(r"error:|CMake Error|ERROR:(?! pip's dependency resolver)|No space left|interrupted")
     return next((line.strip() for line in lines if pattern.search(line)), lines[-1] if lines else "no output")
 
 
