@@ -25,7 +25,8 @@ from sparsemm_edge.errors import SparseMMError
 from sparsemm_edge.gguf_header import read_header, weight_bytes
 from sparsemm_edge.gguf_metadata import model_shape, read_model_shape
 from sparsemm_edge.kv_layout import full_cache
-from sparsemm_edge.profiling import bench, profile, profile_report, shapes
+from sparsemm_edge.profiling import bench, plots, profile, profile_report, shapes
+from sparsemm_edge.profiling.figures import setting_figures
 from sparsemm_edge.profiling.fit import Wish, fit
 from sparsemm_edge.profiling.jobs import Event, Setting, Task, full
 from sparsemm_edge.profiling.memory import MemoryWatch
@@ -167,6 +168,22 @@ def test_a_setting_that_is_refused_memory_says_so(small: Path) -> None:
 def test_a_mistake_that_no_setting_survives_is_an_error(small: Path) -> None:
     with pytest.raises(SparseMMError, match="no setting could be run; full: "):
         measure(Task(str(small), prompt="Hello", n_threads=1, n_predict=10**6), [])
+
+
+def test_a_worker_that_cannot_start_is_a_failed_setting(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    broken = tmp_path / "python"
+    broken.write_text("#!/bin/sh\necho 'no such luck' >&2\nexit 3\n")
+    broken.chmod(0o755)
+    monkeypatch.setattr(sys, "executable", str(broken))
+
+    run = run_setting(Task("model.gguf", n_prompt=10), full())
+
+    assert (run.status, run.reason) == ("failed", "ended with exit code 3: no such luck")
+    figures = setting_figures(full(), run)
+    assert figures["phases"] == []
+    assert plots.svg(plots.memory_over_time([figures]))
 
 
 def test_ctrl_c_leaves_no_process_and_no_file(small: Path, tmp_path: Path) -> None:

@@ -48,7 +48,7 @@ class Run:
     def phases(self) -> list[dict[str, Any]]:
         """The phases in order: name, and start and end in seconds since the process was started."""
         begun = [event for event in self.events if event["event"] == "phase"]
-        ends = [event["t"] for event in begun[1:]] + [self.end]
+        ends = [event["t"] for event in begun[1:]] + [self.end] * bool(begun)
         phases: list[dict[str, Any]] = []
         for event, end in zip(begun, ends, strict=True):
             name, start = event["name"], event["t"]
