@@ -98,7 +98,7 @@ def samples(trace: MemoryTrace, zero: float, end: float) -> dict[str, list[Any]]
     kept: dict[str, list[Any]] = {"t": [round(trace.t[span][0] - zero, 3) for span in spans]}
     for name in ("rss", "anon", "file", "pss", "footprint"):
         values = getattr(trace, name)
-        if any(value is not None for value in values):
+        if name == "rss" or any(value is not None for value in values):
             known = ([value for value in values[span] if value is not None] for span in spans)
             kept[name] = [max(part, default=None) for part in known]
     return kept
