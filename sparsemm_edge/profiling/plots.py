@@ -35,7 +35,7 @@ def memory_over_time(settings: Sequence[dict[str, Any]]) -> Figure:
     """Resident memory of each setting's process, its phases behind it; a row each, on the same axes."""
     figure = _figure(0.7 + 1.15 * len(settings))
     rows = figure.subplots(len(settings), 1, sharex=True, sharey=True, squeeze=False)[:, 0]
-    top = max(setting["rss_peak"] for setting in settings) / _MIB * 1.32
+    top = max(1, *(setting["rss_peak"] / _MIB for setting in settings)) * 1.32
     end = max((setting["memory"]["t"] or [0])[-1] for setting in settings)
     for axes, setting in zip(rows, settings, strict=True):
         memory = setting["memory"]
