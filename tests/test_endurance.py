@@ -13,10 +13,10 @@ from typing import Any
 import numpy as np
 import psutil
 import pytest
-from models import test_model
 from test_eviction import POOL_KERNEL, context, decode
 from test_generate import random_scores
 
+from models import test_model
 from sparsemm_edge.convert import convert
 from sparsemm_edge.runtime import VisionModel, library
 from sparsemm_edge.runtime.library import llama

@@ -7,7 +7,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-from models import NAMES, test_model
 from oracle import compare_kept
 from test_eviction import (
     POOL_KERNEL,
@@ -23,6 +22,7 @@ from test_eviction import (
     saved,
 )
 
+from models import NAMES, test_model
 from sparsemm_edge.errors import SparseMMError
 from sparsemm_edge.runtime import Eviction, VisionModel, library
 from sparsemm_edge.runtime.eviction import plan
