@@ -14,7 +14,13 @@ from vision_models import ARCHITECTURES, letters_page, make
 
 from sparsemm_edge.pages import Chunk, Page
 from sparsemm_edge.scoring.models import VisionLanguageModel, load
-from sparsemm_edge.scoring.target_response import score_page, unique_chunk
+from sparsemm_edge.scoring.target_response import (
+    _strongest,
+    score_page,
+    strongest_positions,
+    table,
+    unique_chunk,
+)
 
 torch.set_num_threads(1)
 
@@ -92,14 +98,33 @@ def test_hits_are_those_of_the_naive_oracle(name: str) -> None:
     assert hits > 0
 
 
-def test_the_oracle_also_agrees_in_half_precision() -> None:
-    """bfloat16 rounds many weights to the same value; the strongest is found before they are rounded."""
-    page = letters_page()
-    expected = score_page(model("llava-next"), page, "read", 1)
-    half = load(str(checkpoint("llava-next")), dtype="bfloat16")
-    assert next(half.model.parameters()).dtype == torch.bfloat16
-    got = score_page(half, page, "read", 1)
-    assert got.scores.shape == expected.scores.shape
+@pytest.mark.parametrize("name", ["llava-next-mistral", "qwen2-vl"])
+def test_the_query_of_the_first_token_is_the_last_of_the_prompt(name: str) -> None:
+    """Every head's strongest position, whether or not it is a hit, of the pass that reads the prompt."""
+    ours = model(name)
+    prompt = ours.prompt("read", letters_page().image)
+    with strongest_positions(ours, prompt.n_tokens) as taps:
+        ours.answer(prompt, 1)
+        got = table(taps)
+    eager = AutoModelForImageTextToText.from_pretrained(
+        checkpoint(name), dtype=torch.float32, attn_implementation="eager"
+    ).eval()
+    with torch.no_grad():
+        attentions = eager(**prompt.inputs, use_cache=False, output_attentions=True).attentions
+    expected = np.array([layer[0, :, -1].argmax(dim=1).tolist() for layer in attentions])
+    np.testing.assert_array_equal(got, expected[None])
+    assert len(np.unique(got)) > 3
+
+
+def test_half_precision_ranks_positions_before_it_rounds_them() -> None:
+    """In bfloat16 the largest weights of thousands of positions are often ties; products in float32 are not."""
+    generator = torch.Generator().manual_seed(0)
+    query = torch.randn(1, 64, 1, 64, generator=generator).bfloat16()
+    key = torch.randn(1, 2, 4000, 64, generator=generator).bfloat16()
+    exact = query[0].double() @ key[0].double().repeat_interleave(32, 0).transpose(1, 2)
+    strongest = exact[:, 0].argmax(dim=1)
+    assert torch.equal(_strongest(query, key, None), strongest)
+    assert not torch.equal(exact.bfloat16()[:, 0].argmax(dim=1), strongest)
 
 
 def test_scoring_leaves_no_attention_weights_behind_and_ends_listening() -> None:
