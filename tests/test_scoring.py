@@ -117,7 +117,7 @@ def test_the_query_of_the_first_token_is_the_last_of_the_prompt(name: str) -> No
 
 
 def test_half_precision_ranks_positions_before_it_rounds_them() -> None:
-    """In bfloat16 the largest weights of thousands of positions are often ties; products in float32 are not."""
+    """In bfloat16 the largest of thousands of weights are often ties; products in float32 are not."""
     generator = torch.Generator().manual_seed(0)
     query = torch.randn(1, 64, 1, 64, generator=generator).bfloat16()
     key = torch.randn(1, 2, 4000, 64, generator=generator).bfloat16()
