@@ -33,7 +33,13 @@ sanitize: $(VENV)/.dev
 	$(VENV)/bin/ninja -C build/sanitize llama mtmd
 	LLAMA_CPP_LIB_PATH=build/sanitize/bin MTMD_CPP_LIB=build/sanitize/bin ASAN_OPTIONS=detect_leaks=0 \
 		LD_PRELOAD="$$(gcc -print-file-name=libasan.so) $$(gcc -print-file-name=libubsan.so)" \
-		$(PY) -m pytest tests/test_eviction.py
+		$(PY) -m pytest tests/test_eviction.py tests/test_tail.py tests/test_conversation.py
+	source="$$($(PY) scripts/build_llama_cpp_python.py source)/vendor/llama.cpp"; \
+	g++ -g -std=c++17 -fsanitize=address,undefined -I"$$source/include" -I"$$source/ggml/include" \
+		tests/leak_check.cpp -Lbuild/sanitize/bin -lllama -lggml -lggml-base \
+		-Wl,-rpath,"$(CURDIR)/build/sanitize/bin" -Wl,-rpath-link,build/sanitize/bin -o build/sanitize/leak_check
+	ASAN_OPTIONS=detect_leaks=1 build/sanitize/leak_check \
+		"$$(cd tests && ../$(PY) -c 'from models import test_model; print(test_model("llava").gguf("f16"))')"
 
 clean:
 	rm -rf $(VENV) build dist .pytest_cache .mypy_cache .ruff_cache
