@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -226,6 +227,21 @@ def test_what_fails_is_recorded_and_tried_again(models: Callable[[str], Any], tm
     picture(models, 2).save(tmp_path / "gone.png")
     records = evaluate(job_of(models), questions, settings, path, resume=True)
     assert records[questions[3].name, FULL.key].error is None
+
+
+def test_a_process_that_dies_is_an_error_and_what_was_done_is_saved(
+    models: Callable[[str], Any], tmp_path: Path
+) -> None:
+    class Deadly(Image.Image):
+        def __reduce__(self) -> Any:  # sent to a process, it ends that process
+            return os._exit, (1,)
+
+    questions = [question("good", picture(models, 1)), question("deadly", Deadly())]
+    path = tmp_path / "r.jsonl"
+    with pytest.raises(SparseMMError, match="--resume goes on"):
+        evaluate(job_of(models), questions, [FULL], path, n_jobs=2)
+    questions[1] = question("deadly", picture(models, 2))
+    assert len(evaluate(job_of(models), questions, [FULL], path, resume=True)) == 2
 
 
 def test_several_processes_find_what_one_does(models: Callable[[str], Any], tmp_path: Path) -> None:

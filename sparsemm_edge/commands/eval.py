@@ -76,7 +76,8 @@ def evaluate(
         "sparsemm-eval"
     ),
     resume: Annotated[
-        bool, typer.Option("--resume", help="Go on with the results in --out; settings may be added.")
+        bool,
+        typer.Option("--resume", help="Go on with the results in --out; settings and pages may be added."),
     ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print what eval.json holds.")] = False,
 ) -> None:
@@ -148,7 +149,9 @@ def evaluate(
     found = report.make_report(results.records, settings, data_set, seed=seed)
     report.save_json(found, out / "eval.json", about=about)
     if found.rows:
-        report.save_plot(found, out / "eval.png", title=f"{model.name}: {data_set.name}")
+        report.save_plot(
+            found, out / "eval.png", title=f"{model.name}: {data_set.name}, {about['n_pages']} images"
+        )
     if as_json:
         print_json(report.as_json(found, about))
     else:

@@ -66,7 +66,7 @@ class Question:
 
 @dataclass(frozen=True)
 class DataSet:
-    """name: where it came from, for reports; n_predict: tokens that its answers need at most."""
+    """name: where it came from, however much of it is taken; n_predict: tokens that answers need at most."""
 
     name: str
     questions: tuple[Question, ...]
@@ -137,7 +137,7 @@ def grid(n_pages: int, seed: int = 0) -> DataSet:
             questions.append(
                 Question(f"{page.name}/{task}", page.name, page.image, prompt, task, metric, (answer,))
             )
-    return DataSet(f"{GRID}, seeds {seed} to {seed + n_pages - 1}", tuple(questions), n_predict=96)
+    return DataSet(f"{GRID}, seeds from {seed}", tuple(questions), n_predict=96)
 
 
 def _files(path: Path) -> list[Path]:

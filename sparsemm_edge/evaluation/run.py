@@ -3,6 +3,7 @@
 import json
 from collections.abc import Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, dataclass, field
 from itertools import groupby, islice
 from multiprocessing import get_context
@@ -474,7 +475,13 @@ def _answers(job: Job, work: list[_Page], settings: Sequence[Setting], n_jobs: i
         while running:
             done, running = wait(running, return_when=FIRST_COMPLETED)
             for future in done:
-                yield future.result()
+                try:
+                    yield future.result()
+                except BrokenProcessPool as error:
+                    raise SparseMMError(
+                        "a process of the run died, for want of memory, or because a model file was replaced:"
+                        " what is done is saved, --resume goes on, fewer --jobs take less memory"
+                    ) from error
             running |= {pool.submit(_work, page) for page in islice(left, len(done))}
 
 
