@@ -20,8 +20,9 @@ BASELINE = "uniform"
 """The policy that the others are compared with at equal bytes: what everybody does without head scores."""
 
 _N_RESAMPLES = 2000
-_TABLE_WIDTH = 160  # where there is no terminal to ask, as in a file
+_TABLE_WIDTH = 180  # where there is no terminal to ask, as in a file
 _COLOURS = {"sparsemm": "C3", "uniform": "C0", "pyramid": "C2", "random": "C7"}
+_OTHER_COLOURS = ("C1", "C4", "C5", "C6", "C8", "C9")  # of further lines of a policy
 _MARKERS = "osD^vPX*<>hp"
 
 
@@ -286,7 +287,7 @@ def print_report(report: Report) -> None:
         table = Table(title=f"{task}: {rows[0].n_questions} questions", title_justify="left")
         table.add_column("policy")
         for column in ("budget", "window", "kept", "K+V", "allocated"):
-            table.add_column(column, justify="right")
+            table.add_column(column, justify="right", no_wrap=True)
         if rows[0].score:
             table.add_column("score", justify="right")
             table.add_column(f"- {BASELINE}", justify="right")
@@ -395,7 +396,9 @@ def save_plot(report: Report, path: Path, *, title: str) -> None:
                 markersize=5,
                 capsize=2,
                 linewidth=2.2 if policy == "sparsemm" else 1.4,
-                color=_COLOURS.get(policy) if _is_plain(line[0].setting, rows) else None,
+                color=_COLOURS[policy]
+                if _is_plain(line[0].setting, rows)
+                else _OTHER_COLOURS[number % len(_OTHER_COLOURS)],
             )
         axes.set_xscale("log")
         if ticks:
