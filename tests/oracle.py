@@ -15,7 +15,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from native import MARKER
 from PIL import Image
 from transformers import (
     AttentionInterface,
@@ -26,6 +25,8 @@ from transformers import (
     DynamicCache,
 )
 from transformers.masking_utils import eager_mask
+
+from native import MARKER
 
 _ATTENTION = "sparsemm_oracle"
 

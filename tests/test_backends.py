@@ -19,9 +19,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+
 from builds import ROOT, environment, tools
 from models import NAMES, sample_image, test_model
-
 from sparsemm_edge.budgets import head_budgets
 from sparsemm_edge.gguf_metadata import read_model_shape
 from sparsemm_edge.runtime import VisionModel

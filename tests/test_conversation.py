@@ -12,8 +12,17 @@ from typing import Any
 
 import numpy as np
 import pytest
+
 from models import NAMES, sample_image, test_model
 from oracle import compare_kept
+from sparsemm_edge import cli
+from sparsemm_edge.budgets import head_budgets
+from sparsemm_edge.errors import SparseMMError
+from sparsemm_edge.runtime import Cancelled, Conversation, Eviction, VisionModel, library
+from sparsemm_edge.runtime.chat_template import render
+from sparsemm_edge.runtime.library import llama
+from sparsemm_edge.runtime.prompt import TextPart
+from sparsemm_edge.runtime.session import Session
 from test_eviction import (
     POOL_KERNEL,
     all_kept,
@@ -24,15 +33,6 @@ from test_eviction import (
     relative_error,
     saved,
 )
-
-from sparsemm_edge import cli
-from sparsemm_edge.budgets import head_budgets
-from sparsemm_edge.errors import SparseMMError
-from sparsemm_edge.runtime import Cancelled, Conversation, Eviction, VisionModel, library
-from sparsemm_edge.runtime.chat_template import render
-from sparsemm_edge.runtime.library import llama
-from sparsemm_edge.runtime.prompt import TextPart
-from sparsemm_edge.runtime.session import Session
 
 CLI = (sys.executable, "-m", "sparsemm_edge.cli")
 EVICTION = Eviction(policy="uniform", budget=24, window=8)

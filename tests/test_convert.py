@@ -10,7 +10,6 @@ import gguf
 import numpy as np
 import pytest
 from gguf import GGMLQuantizationType, GGUFValueType
-from tiny_gguf import attention_tensors, write_model
 
 from sparsemm_edge import SparseMMError, cli
 from sparsemm_edge.budgets import head_budgets
@@ -24,6 +23,7 @@ from sparsemm_edge.gguf_metadata import (
     sparsemm_metadata,
 )
 from sparsemm_edge.scores import group_scores
+from tiny_gguf import attention_tensors, write_model
 
 U32, F32, STRING = GGUFValueType.UINT32, GGUFValueType.FLOAT32, GGUFValueType.STRING
 SCORES = [[0.0, 1.0, 2.0, 3.0], [40.0, 5.0, 6.0, 7.0]]

@@ -13,13 +13,13 @@ from typing import Any
 import numpy as np
 import psutil
 import pytest
-from test_eviction import POOL_KERNEL, context, decode
-from test_generate import random_scores
 
 from models import test_model
 from sparsemm_edge.convert import convert
 from sparsemm_edge.runtime import VisionModel, library
 from sparsemm_edge.runtime.library import llama
+from test_eviction import POOL_KERNEL, context, decode
+from test_generate import random_scores
 
 PROMPT = list(range(10, 110))
 

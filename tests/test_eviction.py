@@ -13,9 +13,9 @@ import gguf
 import numpy as np
 import psutil
 import pytest
+
 from models import NAMES, sample_image, test_model
 from oracle import Agreement, Oracle, compare_kept, leads
-
 from sparsemm_edge.budgets import head_budgets
 from sparsemm_edge.errors import SparseMMError
 from sparsemm_edge.runtime import VisionModel, library
@@ -680,9 +680,8 @@ def test_tokens_appended_together_are_those_appended_one_by_one(llava: VisionMod
 
 
 def test_a_kv_override_switches_eviction_off(llava: VisionModel, tmp_path: Any) -> None:
-    from test_generate import random_scores
-
     from sparsemm_edge.convert import convert
+    from test_generate import random_scores
 
     file = convert(
         llava.path, random_scores(llava.path, tmp_path), tmp_path / "m.gguf", budget=40, window=8

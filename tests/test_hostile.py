@@ -14,10 +14,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from builds import ROOT, environment, stock
 from gguf import GGUFValueType as Kind
-from models import test_model
 from PIL import Image
+
+from builds import ROOT, environment, stock
+from models import test_model
 from test_generate import run_cli
 
 sys.path.insert(0, str(ROOT / "scripts"))

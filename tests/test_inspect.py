@@ -9,12 +9,12 @@ import numpy as np
 import pytest
 from gguf import GGUFValueType
 from PIL import Image
-from tiny_gguf import write_model
 
 from sparsemm_edge import SparseMMError, cli
 from sparsemm_edge.convert import convert
 from sparsemm_edge.gguf_metadata import SparseMMMetadata, read_metadata
 from sparsemm_edge.plot import save_head_map
+from tiny_gguf import write_model
 
 U32, STRING, ARRAY = GGUFValueType.UINT32, GGUFValueType.STRING, GGUFValueType.ARRAY
 SCORES = {"0-0": [0], "0-1": [1], "0-2": [2], "0-3": [3], "1-0": [40], "1-1": [5], "1-2": [6], "1-3": [7]}

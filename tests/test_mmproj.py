@@ -12,11 +12,11 @@ import gguf
 import numpy as np
 import pytest
 import torch
-from models import TestModel, sample_image
-from native import Native
 from safetensors.torch import load_file, save_file
 from transformers import AutoImageProcessor, LlavaForConditionalGeneration
 
+from models import TestModel, sample_image
+from native import Native
 from sparsemm_edge.errors import SparseMMError
 from sparsemm_edge.mmproj import convert_mmproj
 

@@ -9,11 +9,12 @@ import gguf
 import numpy as np
 import pytest
 import torch
+from PIL import Image
+from transformers import AutoProcessor
+
 from models import NAMES, TestModel, sample_image, test_model
 from native import Native
 from oracle import Oracle, Prompt, attention_of_the_last, leads
-from PIL import Image
-from transformers import AutoProcessor
 
 TEXT = "The quick brown fox jumps over the lazy dog; 3 apples and 14 pears cost $7.50 → déjà vu, no? " * 2
 QUESTION = "What is written here? Answer briefly."

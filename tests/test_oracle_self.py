@@ -5,6 +5,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+from transformers import AutoModelForImageTextToText
+
 from models import NAMES, sample_image, test_model
 from oracle import (
     Oracle,
@@ -14,7 +16,6 @@ from oracle import (
     compare_kept,
     leads,
 )
-from transformers import AutoModelForImageTextToText
 
 QUESTION = "What is written here? Answer briefly."
 

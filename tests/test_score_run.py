@@ -17,7 +17,6 @@ import pytest
 import torch
 from PIL import Image
 from typer.testing import CliRunner
-from vision_models import letters_folder, make
 
 from sparsemm_edge import SparseMMError
 from sparsemm_edge.cli import app
@@ -32,6 +31,7 @@ from sparsemm_edge.scoring.knockout import knockout, silenced
 from sparsemm_edge.scoring.models import load
 from sparsemm_edge.scoring.reading import reading_accuracy
 from sparsemm_edge.scoring.run import Job, score
+from vision_models import letters_folder, make
 
 torch.set_num_threads(1)
 

@@ -10,7 +10,6 @@ import numpy as np
 import pytest
 import torch
 from transformers import AutoModelForImageTextToText
-from vision_models import ARCHITECTURES, letters_page, make
 
 from sparsemm_edge.pages import Chunk, Page
 from sparsemm_edge.scoring.models import VisionLanguageModel, load
@@ -21,6 +20,7 @@ from sparsemm_edge.scoring.target_response import (
     table,
     unique_chunk,
 )
+from vision_models import ARCHITECTURES, letters_page, make
 
 torch.set_num_threads(1)
 

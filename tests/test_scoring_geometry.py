@@ -14,14 +14,14 @@ from tempfile import mkdtemp
 import numpy as np
 import pytest
 import torch
-from models import sample_image
 from PIL import Image, ImageOps
-from vision_models import ARCHITECTURES, make
 
+from models import sample_image
 from sparsemm_edge import SparseMMError
 from sparsemm_edge.scoring import geometry
 from sparsemm_edge.scoring.geometry import ImageLayout
 from sparsemm_edge.scoring.models import VisionLanguageModel, load
+from vision_models import ARCHITECTURES, make
 
 torch.set_num_threads(1)
 

@@ -20,13 +20,13 @@ from typing import Any
 
 import numpy as np
 import pytest
+
 from builds import environment, tools
 from models import sample_image, test_model
-from test_generate import random_scores
-
 from sparsemm_edge.convert import convert
 from sparsemm_edge.runtime import Eviction, VisionModel, library
 from sparsemm_edge.runtime.session import Session
+from test_generate import random_scores
 
 LLAVAS = ("llava", "llava-gqa")
 MODELS = (*LLAVAS, "qwen2vl")

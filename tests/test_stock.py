@@ -8,11 +8,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+
 from builds import environment, stock
 from models import NAMES, test_model
-from test_generate import random_scores
-
 from sparsemm_edge.convert import convert
+from test_generate import random_scores
 
 # Reads a text prompt, and one of embeddings as an image's are, and decodes greedily: every step's logits.
 # argv: what of eviction ("stock": it must not be there, "off": switch it off), model files, .npy file

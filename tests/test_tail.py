@@ -7,7 +7,14 @@ from typing import Any
 
 import numpy as np
 import pytest
+
+from models import NAMES, test_model
 from oracle import compare_kept
+from sparsemm_edge.errors import SparseMMError
+from sparsemm_edge.runtime import Eviction, VisionModel, library
+from sparsemm_edge.runtime.eviction import plan
+from sparsemm_edge.runtime.library import llama
+from sparsemm_edge.runtime.session import Session
 from test_eviction import (
     POOL_KERNEL,
     TURNS,
@@ -21,13 +28,6 @@ from test_eviction import (
     restored,
     saved,
 )
-
-from models import NAMES, test_model
-from sparsemm_edge.errors import SparseMMError
-from sparsemm_edge.runtime import Eviction, VisionModel, library
-from sparsemm_edge.runtime.eviction import plan
-from sparsemm_edge.runtime.library import llama
-from sparsemm_edge.runtime.session import Session
 
 TAIL = 12
 PROMPT = list(range(10, 110))

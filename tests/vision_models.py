@@ -15,9 +15,9 @@ from typing import Any
 
 import numpy as np
 import torch
-from models import sample_image
 from torch import nn
 
+from models import sample_image
 from sparsemm_edge.pages import Chunk, Page
 
 MARKS = ["<s>", "</s>", "<pad>"]
