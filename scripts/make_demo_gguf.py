@@ -56,8 +56,15 @@ def make(checkpoint: Path, out: Path) -> None:
                     raise
     out.mkdir(parents=True, exist_ok=True)
     for name in FILES:
-        shutil.copyfile(cached / name, out / name)
+        _replace(cached / name, out / name)
     stamp.write_text(key)
+
+
+def _replace(source: Path, target: Path) -> None:
+    """Copy beside the target and rename: a process that has the old file mapped keeps it."""
+    part = target.with_name(f".{target.name}.{os.getpid()}.part")
+    shutil.copyfile(source, part)
+    part.replace(target)
 
 
 def _hash(checkpoint: Path) -> str:
@@ -97,7 +104,7 @@ def main() -> None:
             raise SystemExit(
                 f"error: {SCORES} is missing: sparsemm-edge score models/demo --data grid makes it"
             )
-        shutil.copyfile(SCORES, PACKAGED / "head-scores.json")
+        _replace(SCORES, PACKAGED / "head-scores.json")
 
 
 if __name__ == "__main__":
