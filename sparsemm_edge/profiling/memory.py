@@ -82,7 +82,7 @@ class MemoryWatch:
             if "rss" not in found:  # a process that has ended and was not waited for
                 raise ProcessLookupError
             pss = _linux_pss(self._pid) if with_pss else None
-            trace.rss_peak = max(trace.rss_peak, found["peak"])
+            trace.rss_peak = max(trace.rss_peak, found["peak"], found["rss"])
             rss, anon, file, footprint = found["rss"], found["anon"], found["file"], None
         else:
             rss, anon, file, pss = psutil.Process(self._pid).memory_info().rss, None, None, None
