@@ -5,6 +5,7 @@ from typing import Annotated
 
 import typer
 
+from sparsemm_edge.commands import options
 from sparsemm_edge.commands.output import print_json, print_table, whole_numbers
 from sparsemm_edge.errors import SparseMMError
 
@@ -21,17 +22,12 @@ def bench(
     layers: Annotated[int | None, typer.Option(help="Cut the shape to so many layers.")] = None,
     n_prompt: Annotated[str, typer.Option(help="Prompt lengths in positions.")] = "640,2944",
     budgets: Annotated[str, typer.Option(help="Budgets to evict to.")] = "64,256",
-    scores: Annotated[
-        Path | None, typer.Option(help="Head scores to use instead of the file's, a JSON file.")
-    ] = None,
+    scores: options.Scores = None,
     rounds: Annotated[int, typer.Option(help="How often each setting reads each prompt by turns.")] = 2,
-    n_ubatch: Annotated[
-        int | None,
-        typer.Option(help="Prompt tokens computed at a time [default: 512; evicted: the whole prompt]."),
-    ] = None,
-    threads: Annotated[int | None, typer.Option(help="Threads [default: the physical cores].")] = None,
+    n_ubatch: options.NUbatchCompared = None,
+    threads: options.Threads = None,
     out: Annotated[Path, typer.Option(help="Folder of the report.")] = Path("sparsemm-bench"),
-    as_json: Annotated[bool, typer.Option("--json", help="Print the figures as one JSON object.")] = False,
+    as_json: options.AsJson = False,
 ) -> None:
     """What would I gain here? Speed and memory over prompt lengths and budgets, by turns with the full cache.
 

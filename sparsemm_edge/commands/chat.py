@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from sparsemm_edge import defaults
+from sparsemm_edge.commands import options
 from sparsemm_edge.errors import SparseMMError
 
 if TYPE_CHECKING:
@@ -28,14 +29,14 @@ Ctrl-C        end the answer that is being given"""
 
 
 def chat(
-    model: Annotated[Path, typer.Option("--model", "-m", help="The text model, a GGUF file.")],
-    mmproj: Annotated[Path | None, typer.Option(help="Its image encoder, a GGUF file.")] = None,
+    model: options.Model,
+    mmproj: options.OptionalMmproj = None,
     image: Annotated[
         list[Path] | None, typer.Option(help="Image for the first message; may be given several times.")
     ] = None,
     n_predict: Annotated[int, typer.Option("--n-predict", "-n", help="Most tokens of an answer.")] = 512,
-    temp: Annotated[float, typer.Option(help="0: the likeliest token; above: sample.")] = 0.0,
-    seed: Annotated[int, typer.Option(help="Seed for sampling.")] = 0,
+    temp: options.Temperature = 0.0,
+    seed: options.SamplingSeed = 0,
     n_ctx: Annotated[
         int | None,
         typer.Option(
@@ -46,31 +47,17 @@ def chat(
     n_ubatch: Annotated[
         int | None, typer.Option(help="Prompt tokens computed at a time [default: all of the first message].")
     ] = None,
-    threads: Annotated[int | None, typer.Option(help="Threads [default: the physical cores].")] = None,
-    cache_type_k: Annotated[str, typer.Option(help="Numbers of K: f16, f32, bf16 or q8_0.")] = "f16",
-    cache_type_v: Annotated[str, typer.Option(help="Numbers of V: f16, f32, bf16 or q8_0.")] = "f16",
-    budget: Annotated[
-        int | None, typer.Option(help="Positions a KV head keeps on average, instead of the file's budget.")
-    ] = None,
-    policy: Annotated[
-        str | None, typer.Option(help="sparsemm, uniform, pyramid, random or full, instead of the file's.")
-    ] = None,
-    window: Annotated[
-        int | None,
-        typer.Option(help="Last prompt positions, which vote and are kept, instead of the file's."),
-    ] = None,
-    scores: Annotated[
-        Path | None, typer.Option(help="Head scores to use instead of the file's, a JSON file.")
-    ] = None,
-    kv_max_tail: Annotated[
-        int | None,
-        typer.Option(help="Generated positions a KV head holds at most, the oldest go first [default: all]."),
-    ] = None,
-    evict: Annotated[bool, typer.Option("--evict/--no-evict", help="Evict, or keep the whole cache.")] = True,
-    chat_template: Annotated[
-        str | None, typer.Option(help="Jinja text or file to use instead of the model's chat template.")
-    ] = None,
-    verbose: Annotated[bool, typer.Option("--verbose", help="Show llama.cpp's log.")] = False,
+    threads: options.Threads = None,
+    cache_type_k: options.CacheTypeK = "f16",
+    cache_type_v: options.CacheTypeV = "f16",
+    budget: options.Budget = None,
+    policy: options.Policy = None,
+    window: options.Window = None,
+    scores: options.Scores = None,
+    kv_max_tail: options.KvMaxTail = None,
+    evict: options.Evict = True,
+    chat_template: options.ChatTemplate = None,
+    verbose: options.Verbose = False,
     as_json: Annotated[
         bool, typer.Option("--json", help="Print text and figures of each answer as one JSON object a line.")
     ] = False,

@@ -6,6 +6,7 @@ from typing import Annotated
 import typer
 
 from sparsemm_edge import defaults
+from sparsemm_edge.commands import options
 from sparsemm_edge.commands.output import print_figures, print_json
 
 
@@ -33,8 +34,8 @@ def convert(
     ] = True,
     n_prompt: Annotated[int, typer.Option(help="Prompt length to water-fill for, in positions.")] = 2944,
     seed: Annotated[int, typer.Option(help="Seed of policy random.")] = 0,
-    force: Annotated[bool, typer.Option("--force", help="Replace the file to write if it exists.")] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="Print the figures as one JSON object.")] = False,
+    force: options.Force = False,
+    as_json: options.AsJson = False,
 ) -> None:
     """Write head budgets into a copy of a GGUF model.
 

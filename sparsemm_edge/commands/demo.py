@@ -5,6 +5,7 @@ from typing import Annotated
 
 import typer
 
+from sparsemm_edge.commands import options
 from sparsemm_edge.commands.output import print_json, whole_numbers
 
 
@@ -20,7 +21,7 @@ def demo(
     ] = None,
     budgets: Annotated[str, typer.Option(help="Positions that a KV head keeps on average.")] = "64,32",
     out: Annotated[Path, typer.Option(help="Folder for the page and the pictures.")] = Path("sparsemm-demo"),
-    as_json: Annotated[bool, typer.Option("--json", help="Print the figures as one JSON object.")] = False,
+    as_json: options.AsJson = False,
 ) -> None:
     """A small packaged model reads a page: with the full cache and with evicted ones, side by side.
 

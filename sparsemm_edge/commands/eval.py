@@ -7,6 +7,7 @@ from typing import Annotated, TypeVar
 import typer
 
 from sparsemm_edge import defaults
+from sparsemm_edge.commands import options
 from sparsemm_edge.commands.output import print_json
 from sparsemm_edge.errors import SparseMMError
 
@@ -14,8 +15,8 @@ _T = TypeVar("_T")
 
 
 def evaluate(
-    model: Annotated[Path, typer.Option("--model", "-m", help="The text model, a GGUF file.")],
-    mmproj: Annotated[Path, typer.Option(help="Its image encoder, a GGUF file.")],
+    model: options.Model,
+    mmproj: options.Mmproj,
     data: Annotated[
         str | None,
         typer.Option(
@@ -57,18 +58,14 @@ def evaluate(
     ] = "yes",
     random_seeds: Annotated[int, typer.Option(help="How many random tables policy random is a mean of.")] = 3,
     cache_types: Annotated[str, typer.Option(help="Numbers of K and V, such as f16,q8_0.")] = "f16",
-    scores: Annotated[
-        Path | None, typer.Option(help="Head scores to use instead of the model file's, a JSON file.")
-    ] = None,
+    scores: options.Scores = None,
     n_predict: Annotated[
         int | None, typer.Option("--n-predict", "-n", help="Most tokens of an answer [default: the data's].")
     ] = None,
     n_ctx: Annotated[
         int | None, typer.Option(help="Most positions of prompt and answer [default: as trained].")
     ] = None,
-    chat_template: Annotated[
-        str | None, typer.Option(help="Jinja text or file to use instead of the model's chat template.")
-    ] = None,
+    chat_template: options.ChatTemplate = None,
     seed: Annotated[int, typer.Option(help="First seed of the grid pages, and of the bootstrap.")] = 0,
     jobs: Annotated[int, typer.Option(help="Processes, each with the model loaded.")] = 1,
     threads: Annotated[int | None, typer.Option(help="Threads of a process [default: cores / jobs].")] = None,

@@ -6,6 +6,7 @@ from typing import Annotated, Any
 
 import typer
 
+from sparsemm_edge.commands import options
 from sparsemm_edge.commands.output import print_json, print_table
 from sparsemm_edge.errors import SparseMMError
 
@@ -14,7 +15,7 @@ _UNITS = {"K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 
 def fit(
     model: Annotated[Path, typer.Argument(help="The text model, a GGUF file.", show_default=False)],
-    mmproj: Annotated[Path | None, typer.Option(help="Its image encoder, a GGUF file.")] = None,
+    mmproj: options.OptionalMmproj = None,
     image: Annotated[
         list[str] | None,
         typer.Option(help="An image file, or a size in pixels such as 1344x896; may be given several times."),
@@ -28,18 +29,13 @@ def fit(
     cache_type: Annotated[
         str, typer.Option(help="Numbers of K and V where evicted: f16, f32, bf16 or q8_0.")
     ] = "f16",
-    n_ubatch: Annotated[
-        int | None,
-        typer.Option(help="Prompt tokens computed at a time [default: 512; evicted: the whole prompt]."),
-    ] = None,
-    scores: Annotated[
-        Path | None, typer.Option(help="Head scores to use instead of the file's, a JSON file.")
-    ] = None,
-    window: Annotated[int | None, typer.Option(help="Observation window, instead of the file's.")] = None,
+    n_ubatch: options.NUbatchCompared = None,
+    scores: options.Scores = None,
+    window: options.Window = None,
     memory: Annotated[
         str | None, typer.Option(help="Memory to fit into, such as 8G [default: what is available here].")
     ] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print the figures as one JSON object.")] = False,
+    as_json: options.AsJson = False,
 ) -> None:
     """Does it fit? What model, images and cache would take, without running anything.
 

@@ -6,59 +6,42 @@ from typing import Annotated
 
 import typer
 
+from sparsemm_edge.commands import options
 from sparsemm_edge.commands.output import print_json
 
 
 def generate(
-    model: Annotated[Path, typer.Option("--model", "-m", help="The text model, a GGUF file.")],
+    model: options.Model,
     prompt: Annotated[str, typer.Option("--prompt", "-p", help="What to ask.")],
-    mmproj: Annotated[Path | None, typer.Option(help="Its image encoder, a GGUF file.")] = None,
-    image: Annotated[
-        list[Path] | None, typer.Option(help="Image that the question is about; may be given several times.")
-    ] = None,
+    mmproj: options.OptionalMmproj = None,
+    image: options.Images = None,
     n_predict: Annotated[int, typer.Option("--n-predict", "-n", help="Most tokens to generate.")] = 256,
-    temp: Annotated[float, typer.Option(help="0: the likeliest token; above: sample.")] = 0.0,
-    seed: Annotated[int, typer.Option(help="Seed for sampling.")] = 0,
+    temp: options.Temperature = 0.0,
+    seed: options.SamplingSeed = 0,
     n_ctx: Annotated[
         int | None, typer.Option(help="Most positions of prompt and reply [default: what they need].")
     ] = None,
     n_ubatch: Annotated[
         int | None, typer.Option(help="Prompt tokens computed at a time [default: the whole prompt].")
     ] = None,
-    threads: Annotated[int | None, typer.Option(help="Threads [default: the physical cores].")] = None,
-    cache_type_k: Annotated[str, typer.Option(help="Numbers of K: f16, f32, bf16 or q8_0.")] = "f16",
-    cache_type_v: Annotated[str, typer.Option(help="Numbers of V: f16, f32, bf16 or q8_0.")] = "f16",
-    budget: Annotated[
-        int | None, typer.Option(help="Positions a KV head keeps on average, instead of the file's budget.")
-    ] = None,
-    policy: Annotated[
-        str | None, typer.Option(help="sparsemm, uniform, pyramid, random or full, instead of the file's.")
-    ] = None,
-    window: Annotated[
-        int | None,
-        typer.Option(help="Last prompt positions, which vote and are kept, instead of the file's."),
-    ] = None,
-    scores: Annotated[
-        Path | None, typer.Option(help="Head scores to use instead of the file's, a JSON file.")
-    ] = None,
-    kv_max_tail: Annotated[
-        int | None,
-        typer.Option(help="Generated positions a KV head holds at most, the oldest go first [default: all]."),
-    ] = None,
-    evict: Annotated[bool, typer.Option("--evict/--no-evict", help="Evict, or keep the whole cache.")] = True,
-    chat_template: Annotated[
-        str | None, typer.Option(help="Jinja text or file to use instead of the model's chat template.")
-    ] = None,
+    threads: options.Threads = None,
+    cache_type_k: options.CacheTypeK = "f16",
+    cache_type_v: options.CacheTypeV = "f16",
+    budget: options.Budget = None,
+    policy: options.Policy = None,
+    window: options.Window = None,
+    scores: options.Scores = None,
+    kv_max_tail: options.KvMaxTail = None,
+    evict: options.Evict = True,
+    chat_template: options.ChatTemplate = None,
     save_session: Annotated[
         Path | None, typer.Option(help="Write question and answer to this file, to go on from later.")
     ] = None,
     load_session: Annotated[
         Path | None, typer.Option(help="Go on from such a file: what was read then is not read again.")
     ] = None,
-    verbose: Annotated[bool, typer.Option("--verbose", help="Show llama.cpp's log.")] = False,
-    as_json: Annotated[
-        bool, typer.Option("--json", help="Print text and figures as one JSON object.")
-    ] = False,
+    verbose: options.Verbose = False,
+    as_json: options.AsJson = False,
 ) -> None:
     """Answer a question about images, evicting as the converted model file says.
 

@@ -5,6 +5,7 @@ from typing import Annotated
 
 import typer
 
+from sparsemm_edge.commands import options
 from sparsemm_edge.commands.output import print_figures, print_json
 from sparsemm_edge.errors import SparseMMError
 
@@ -14,7 +15,7 @@ def inspect(
     plot: Annotated[
         Path | None, typer.Option(help="Draw the head map as a picture: layers x KV heads (PNG).")
     ] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print the figures as one JSON object.")] = False,
+    as_json: options.AsJson = False,
 ) -> None:
     """Show the head budgets that a GGUF file holds, and what they save.
 

@@ -5,10 +5,12 @@ from typing import Annotated
 
 import typer
 
+from sparsemm_edge.commands import options
+
 
 def kept(
-    model: Annotated[Path, typer.Option("--model", "-m", help="The text model, a GGUF file.")],
-    mmproj: Annotated[Path, typer.Option(help="Its image encoder, a GGUF file.")],
+    model: options.Model,
+    mmproj: options.Mmproj,
     image: Annotated[Path, typer.Option(help="The image.")],
     prompt: Annotated[str, typer.Option("--prompt", "-p", help="What is asked about it.")],
     out: Annotated[Path, typer.Option(help="The picture to write (PNG).")] = Path("kept.png"),
@@ -16,20 +18,11 @@ def kept(
         str,
         typer.Option(help="all: heads that keep a position; layer: the same by layer; head: single heads."),
     ] = "all",
-    budget: Annotated[
-        int | None, typer.Option(help="Positions a KV head keeps on average, instead of the file's budget.")
-    ] = None,
-    policy: Annotated[
-        str | None, typer.Option(help="sparsemm, uniform, pyramid or random, instead of the file's.")
-    ] = None,
-    window: Annotated[
-        int | None,
-        typer.Option(help="Last prompt positions, which vote and are kept, instead of the file's."),
-    ] = None,
-    scores: Annotated[
-        Path | None, typer.Option(help="Head scores to use instead of the file's, a JSON file.")
-    ] = None,
-    threads: Annotated[int | None, typer.Option(help="Threads [default: the physical cores].")] = None,
+    budget: options.Budget = None,
+    policy: options.Policy = None,
+    window: options.Window = None,
+    scores: options.Scores = None,
+    threads: options.Threads = None,
 ) -> None:
     """Draw what the heads keep of an image after a prompt, next to the map of heads.
 

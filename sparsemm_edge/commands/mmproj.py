@@ -5,6 +5,7 @@ from typing import Annotated
 
 import typer
 
+from sparsemm_edge.commands import options
 from sparsemm_edge.commands.output import print_json
 
 
@@ -14,8 +15,8 @@ def mmproj(
     ],
     out: Annotated[Path, typer.Option(help="File to write.")] = Path("mmproj.gguf"),
     outtype: Annotated[str, typer.Option(help="Type of the matrices: f16 or f32.")] = "f16",
-    force: Annotated[bool, typer.Option("--force", help="Replace the file to write if it exists.")] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="Print the figures as one JSON object.")] = False,
+    force: options.Force = False,
+    as_json: options.AsJson = False,
 ) -> None:
     """Write the image encoder of a LLaVA-1.5 or LLaVA-NeXT checkpoint as mmproj.gguf.
 

@@ -5,31 +5,25 @@ from typing import Annotated
 
 import typer
 
+from sparsemm_edge.commands import options
 from sparsemm_edge.commands.output import print_json, print_table, whole_numbers
 
 
 def profile(
-    model: Annotated[Path, typer.Option("--model", "-m", help="The text model, a GGUF file.")],
-    mmproj: Annotated[Path | None, typer.Option(help="Its image encoder, a GGUF file.")] = None,
-    image: Annotated[
-        list[Path] | None, typer.Option(help="Image that the question is about; may be given several times.")
-    ] = None,
+    model: options.Model,
+    mmproj: options.OptionalMmproj = None,
+    image: options.Images = None,
     prompt: Annotated[str, typer.Option("--prompt", "-p", help="What to ask.")] = "What does the image show?",
     budgets: Annotated[
         str, typer.Option(help="Budgets to evict to, such as 64,256 [default: the file's].", show_default="")
     ] = "",
     n_predict: Annotated[int, typer.Option("--n-predict", "-n", help="Tokens to decode.")] = 32,
-    n_ubatch: Annotated[
-        int | None,
-        typer.Option(help="Prompt tokens computed at a time [default: 512; evicted: the whole prompt]."),
-    ] = None,
-    scores: Annotated[
-        Path | None, typer.Option(help="Head scores to use instead of the file's, a JSON file.")
-    ] = None,
-    window: Annotated[int | None, typer.Option(help="Observation window, instead of the file's.")] = None,
-    threads: Annotated[int | None, typer.Option(help="Threads [default: the physical cores].")] = None,
+    n_ubatch: options.NUbatchCompared = None,
+    scores: options.Scores = None,
+    window: options.Window = None,
+    threads: options.Threads = None,
     out: Annotated[Path, typer.Option(help="Folder of the report.")] = Path("sparsemm-profile"),
-    as_json: Annotated[bool, typer.Option("--json", help="Print the figures as one JSON object.")] = False,
+    as_json: options.AsJson = False,
 ) -> None:
     """Where memory and time go: the full cache, quantised ones and evicted ones, a process each.
 

@@ -6,6 +6,7 @@ from typing import Annotated
 
 import typer
 
+from sparsemm_edge.commands import options
 from sparsemm_edge.commands.output import print_json
 
 
@@ -54,7 +55,7 @@ def score(
     force: Annotated[
         bool, typer.Option("--force", help="Replace the file to write, drop an unfinished run.")
     ] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="Print the figures as one JSON object.")] = False,
+    as_json: options.AsJson = False,
 ) -> None:
     """Score the attention heads of a vision-language model: which of them look at what is being read.
 

@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from sparsemm_edge.commands import options
 from sparsemm_edge.commands.output import print_json, print_table
 
 if TYPE_CHECKING:
@@ -17,14 +18,13 @@ scores = typer.Typer(
 )
 
 ScoresFile = Annotated[Path, typer.Argument(help="Head scores, a JSON file.", show_default=False)]
-AsJson = Annotated[bool, typer.Option("--json", help="Print the figures as one JSON object.")]
 
 
 @scores.command()
 def show(
     file: ScoresFile,
     plot: Annotated[Path | None, typer.Option(help="Draw the scores: layers x heads (PNG).")] = None,
-    as_json: AsJson = False,
+    as_json: options.AsJson = False,
 ) -> None:
     """How concentrated head scores are, and which heads have the highest.
 
@@ -48,7 +48,7 @@ def show(
 
 
 @scores.command()
-def compare(file: ScoresFile, other: ScoresFile, as_json: AsJson = False) -> None:
+def compare(file: ScoresFile, other: ScoresFile, as_json: options.AsJson = False) -> None:
     """How alike two files rank the heads of one model: rank correlation, and the top 5 % they share.
 
     \b
@@ -93,7 +93,7 @@ def knockout(
     ] = None,
     device: Annotated[str | None, typer.Option(help="As for score.")] = None,
     dtype: Annotated[str, typer.Option(help="As for score.")] = "auto",
-    as_json: AsJson = False,
+    as_json: options.AsJson = False,
 ) -> None:
     """Do the top heads matter? Read pages with all heads, without the top ones, without random others.
 
