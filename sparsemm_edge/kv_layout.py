@@ -58,6 +58,7 @@ def evicting_cache(
     n_reply: int,
     n_ctx: int,
     one_ubatch: bool = True,
+    max_tail: int | None = None,
     type_k: str = "f16",
     type_v: str = "f16",
 ) -> KVBytes:
@@ -70,10 +71,12 @@ def evicting_cache(
         n_reply: tokens decoded after it, one at a time.
         n_ctx: places that the context was made for.
         one_ubatch: whether the prompt is computed in one go, so that all layers can share the cache of one.
+        max_tail: most generated positions that a head holds; None: all of them.
         type_k, type_v: cache types.
     """
     n_ctx = _pad(n_ctx, _CELLS_PAD)
-    if int(head_budgets.min()) >= n_prompt:  # nothing to evict: a plain cache that grows
+    # nothing to evict, now or later: a plain cache that grows
+    if max_tail is None and int(head_budgets.min()) >= n_prompt:
         cells = min(n_ctx, _pad(n_prompt + n_reply, _CELLS_PAD))
         allocated = _cells(shape, cells, shape.n_layer, type_k, type_v)
         return KVBytes(allocated, allocated)
@@ -82,14 +85,22 @@ def evicting_cache(
         prompt = _cells(shape, min(n_ctx, _pad(n_prompt, _SHARED_CELLS_PAD)), 1, type_k, type_v)
     else:
         prompt = _cells(shape, min(n_ctx, _pad(n_prompt, _CELLS_PAD)), shape.n_layer, type_k, type_v)
-    room = _N_ROOM
-    while room < n_reply:  # appending token room + 1 finds no room left
-        room += 1 + _N_ROOM
+    # one more than the bound: what a token replaces is there until the next one comes
+    n_tail = n_reply if max_tail is None else min(n_reply, max_tail + 1)
+    first_room = room = _room(0, max_tail)
+    while room < n_tail:  # appending token room + 1 finds no room left
+        room = _room(room + 1, max_tail)
     row = row_bytes(type_k, shape.n_embd_head_k) + row_bytes(type_v, shape.n_embd_head_v)
     kept = np.minimum(head_budgets, n_prompt).astype(np.int64)
     groups = [_groups(layer) for layer in kept]
-    evicted, grown = (_store_rows(groups, n_room) * row for n_room in (_N_ROOM, room))
+    evicted, grown = (_store_rows(groups, n_room) * row for n_room in (first_room, room))
     return KVBytes(grown, max(prompt + evicted, grown))
+
+
+def _room(n_tokens: int, max_tail: int | None) -> int:
+    """Appended tokens that a store has room for when it is made, or grows, to hold n_tokens."""
+    room = n_tokens + _N_ROOM
+    return room if max_tail is None else min(room, max_tail + 1)
 
 
 def _groups(kept: npt.NDArray[np.int64]) -> list[tuple[int, int]]:

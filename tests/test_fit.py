@@ -15,7 +15,7 @@ from PIL import Image
 from sparsemm_edge import cli
 from sparsemm_edge.errors import SparseMMError
 from sparsemm_edge.gguf_header import read_header, weight_bytes
-from sparsemm_edge.kv_layout import evicting_cache, full_cache
+from sparsemm_edge.kv_layout import KVBytes, evicting_cache, full_cache
 from sparsemm_edge.profiling.fit import Wish, fit
 from sparsemm_edge.profiling.shapes import SHAPES, model_of_shape, scores_file
 from sparsemm_edge.runtime import Eviction, Prompt, VisionModel, library
@@ -79,9 +79,52 @@ def test_bytes_of_an_evicting_cache_are_those_that_are_allocated(
     cache_type: str,
 ) -> None:
     model: VisionModel = request.getfixturevalue(model_name)
+    said, allocated = said_and_allocated(model, n_prompt, budget, n_reply, n_ubatch, cache_type)
+
+    assert said == allocated
+
+
+@pytest.mark.parametrize(
+    ("n_prompt", "budget", "n_reply", "max_tail", "n_ubatch", "cache_type"),
+    [
+        (90, 40, 20, 40, None, "f16"),  # within the bound, and less room than without
+        (90, 40, 41, 40, None, "f16"),  # the first position is replaced by the next token, and is still there
+        (90, 40, 200, 40, None, "q8_0"),  # five times the bound
+        (90, 40, 48, 60, None, "f16"),  # exactly the room
+        (90, 40, 200, 60, None, "f16"),  # grows to the bound, and stays there
+        (90, 40, 98, 120, None, "f32"),  # grows twice, the second time to the bound
+        (90, 40, 400, 120, None, "f16"),
+        (300, 64, 100, 40, 128, "f16"),  # the layers cannot share
+        (100, 128, 150, 40, None, "f16"),  # nothing to evict but of the answer
+    ],
+)
+def test_bytes_of_an_answer_beyond_the_bound_are_those_that_are_allocated(
+    small: VisionModel,
+    n_prompt: int,
+    budget: int,
+    n_reply: int,
+    max_tail: int,
+    n_ubatch: int | None,
+    cache_type: str,
+) -> None:
+    said, allocated = said_and_allocated(small, n_prompt, budget, n_reply, n_ubatch, cache_type, max_tail)
+
+    assert said == allocated
+
+
+def said_and_allocated(
+    model: VisionModel,
+    n_prompt: int,
+    budget: int,
+    n_reply: int,
+    n_ubatch: int | None,
+    cache_type: str,
+    max_tail: int | None = None,
+) -> tuple[KVBytes, KVBytes]:
+    """What a prompt and a reply take, as computed, and as llama_memory_heads_stats tells it."""
     n_ctx = n_prompt + n_reply
     with scores_file(model.shape, None, None) as (scores, _):
-        wanted = Eviction(budget=budget, scores=scores)
+        wanted = Eviction(budget=budget, scores=scores, max_tail=max_tail)
         table = plan(wanted, None, model.shape, n_prompt, model.path)
         assert table is not None
         with model.start(
@@ -97,7 +140,6 @@ def test_bytes_of_an_evicting_cache_are_those_that_are_allocated(
             for _ in range(n_reply):
                 session.decode(300)
             allocated = session.kv_stats()
-
     said = evicting_cache(
         model.shape,
         table.head_budgets,
@@ -105,11 +147,11 @@ def test_bytes_of_an_evicting_cache_are_those_that_are_allocated(
         n_reply=n_reply,
         n_ctx=n_ctx,
         one_ubatch=n_ubatch is None,
+        max_tail=max_tail,
         type_k=cache_type,
         type_v=cache_type,
     )
-
-    assert (said.now, said.peak) == (allocated.bytes_now, allocated.bytes_peak)
+    return said, KVBytes(allocated.bytes_now, allocated.bytes_peak)
 
 
 @pytest.mark.parametrize("cache_type", ["f16", "q8_0", "q4_0"])
@@ -132,11 +174,15 @@ def test_bytes_of_a_full_cache_are_those_that_llama_cpp_logs(small: VisionModel,
     assert said == said_by_session
 
 
-@pytest.mark.parametrize("evicts", [False, True])
-def test_compute_bytes_are_those_of_a_real_context(small: VisionModel, evicts: bool) -> None:
+@pytest.mark.parametrize(
+    "wanted",
+    [Eviction(enabled=False), Eviction(budget=64), Eviction(budget=64, max_tail=40)],
+    ids=["full", "evicted", "bounded"],
+)
+def test_compute_bytes_are_those_of_a_real_context(small: VisionModel, wanted: Eviction) -> None:
     n_prompt, n_ctx = 400, 500
     with scores_file(small.shape, None, None) as (scores, _):
-        wanted = Eviction(enabled=evicts, budget=64, scores=scores)
+        wanted = replace(wanted, scores=scores)
         table = plan(wanted, None, small.shape, n_prompt, small.path)
         library.logged_buffers()
         with small.start(random_tokens(n_prompt), n_predict=100, n_ctx=n_ctx, eviction=wanted):
@@ -144,14 +190,7 @@ def test_compute_bytes_are_those_of_a_real_context(small: VisionModel, evicts: b
     real = sum(b.n_bytes for b in library.logged_buffers() if b.content in ("compute", "output"))
 
     with Estimate(read_header(small.path), None) as estimate:
-        options = {}
-        if table is not None:
-            options = {
-                "head_budgets": table.head_budgets,
-                "window": table.window,
-                "pool_kernel": table.pool_kernel,
-            }
-        said = estimate.compute_bytes(n_ctx=n_ctx, n_ubatch=n_prompt, **options)
+        said = estimate.compute_bytes(n_ctx=n_ctx, n_ubatch=n_prompt, table=table)
 
     assert said == real
     assert said > 2**20
@@ -283,6 +322,18 @@ def test_the_table_names_the_machine_and_the_largest_budget(
     printed = capsys.readouterr().out
     assert "evicted, budget 256" in printed
     assert "every budget fits" in printed
+
+
+def test_a_bounded_tail_bounds_what_fit_says(small: VisionModel) -> None:
+    def evicted(n_predict: int, max_tail: int | None) -> dict[str, Any]:
+        row: dict[str, Any] = fit(
+            Wish(small.path, n_text=200, n_predict=n_predict, budget=64, max_tail=max_tail)
+        )["rows"][-1]
+        return row
+
+    assert evicted(300, 40)["kv"] == evicted(3000, 40)["kv"] < evicted(300, None)["kv"]
+    with pytest.raises(SparseMMError, match=r"must be at least the observation window, 32"):
+        evicted(300, 31)
 
 
 @pytest.fixture(autouse=True)

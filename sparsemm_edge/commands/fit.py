@@ -32,6 +32,7 @@ def fit(
     n_ubatch: options.NUbatchCompared = None,
     scores: options.Scores = None,
     window: options.Window = None,
+    kv_max_tail: options.KvMaxTail = None,
     memory: Annotated[
         str | None, typer.Option(help="Memory to fit into, such as 8G [default: what is available here].")
     ] = None,
@@ -59,6 +60,7 @@ def fit(
         cache_type=cache_type,
         budget=None if budget is None else _at_least_one("--budget", budget),
         window=window,
+        max_tail=kv_max_tail,
         n_ubatch=None if n_ubatch is None else _at_least_one("--n-ubatch", n_ubatch),
         scores=scores,
         memory=None if memory is None else _bytes(memory),

@@ -32,6 +32,7 @@ class Wish:
         cache_type: of K and V where the cache is evicted.
         budget: mean head budget; None: the file's, or the default.
         window: observation window; None: the file's, or the default.
+        max_tail: most generated positions that a head holds where the cache is evicted; None: all of them.
         n_ubatch: prompt tokens computed at a time; None: 512, and the whole prompt where it is evicted.
         scores: head scores file; None: those in the file, or ones like the published.
         memory: bytes to fit into; None: this machine's.
@@ -46,6 +47,7 @@ class Wish:
     cache_type: str = "f16"
     budget: int | None = None
     window: int | None = None
+    max_tail: int | None = None
     n_ubatch: int | None = None
     scores: Path | None = None
     memory: int | None = None
@@ -116,10 +118,9 @@ def fit(wish: Wish) -> dict[str, Any]:
             rows.append(row("full" if kind == "f16" else f"full, {kind}", kv.now, kv.peak, compute))
 
         n_ubatch = min(wish.n_ubatch or n_prompt, n_prompt)
-        one_ubatch = one_batch and n_ubatch >= n_prompt
 
         def evicted(budget: int) -> dict[str, Any]:
-            wanted = Eviction(True, None, budget, wish.window, scores)
+            wanted = Eviction(True, None, budget, wish.window, scores, wish.max_tail)
             found = plan(wanted, metadata, shape, n_prompt, wish.model)
             assert found is not None
             kv = evicting_cache(
@@ -128,7 +129,8 @@ def fit(wish: Wish) -> dict[str, Any]:
                 n_prompt=n_prompt,
                 n_reply=n_reply,
                 n_ctx=n_ctx,
-                one_ubatch=one_ubatch,
+                one_ubatch=one_batch and n_ubatch >= n_prompt,
+                max_tail=wish.max_tail,
                 type_k=wish.cache_type,
                 type_v=wish.cache_type,
             )
@@ -137,9 +139,7 @@ def fit(wish: Wish) -> dict[str, Any]:
                 n_ubatch=n_ubatch,
                 type_k=wish.cache_type,
                 type_v=wish.cache_type,
-                head_budgets=found.head_budgets,
-                window=found.window,
-                pool_kernel=found.pool_kernel,
+                table=found,
             )
             kind = "" if wish.cache_type == "f16" else f", {wish.cache_type}"
             return row(f"evicted, budget {budget}{kind}", kv.now, kv.peak, compute, budget)

@@ -6,12 +6,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 
-import numpy as np
-import numpy.typing as npt
 from PIL import Image
 
 from sparsemm_edge.gguf_header import GGUFHeader
 from sparsemm_edge.runtime import library
+from sparsemm_edge.runtime.eviction import HeadBudgetTable
 from sparsemm_edge.runtime.library import llama, mtmd
 from sparsemm_edge.runtime.prompt import ImagePart, image_marker, tokenize_with_images
 from sparsemm_edge.runtime.session import cache_type
@@ -111,9 +110,7 @@ class Estimate:
         type_k: str = "f16",
         type_v: str = "f16",
         flash_attn: bool = True,
-        head_budgets: npt.NDArray[np.uint32] | None = None,
-        window: int = 0,
-        pool_kernel: int = 1,
+        table: HeadBudgetTable | None = None,
     ) -> int:
         """Bytes of compute and output buffers of a context, to 0.01 MiB.
 
@@ -122,14 +119,16 @@ class Estimate:
             n_ubatch: prompt tokens computed at a time.
             type_k, type_v: cache types.
             flash_attn: whether attention is fused.
-            head_budgets, window, pool_kernel: see library.set_head_budgets; None: the full cache.
+            table: what the context evicts by; None: the full cache.
 
         Raises:
             SparseMMError: llama.cpp would not make this context.
         """
-        if head_budgets is not None:
-            library.set_head_budgets(self._model or 0, head_budgets, window, pool_kernel)
-        library.set_head_eviction(self._model or 0, head_budgets is not None)
+        model = self._model or 0
+        if table is not None:
+            library.set_head_budgets(model, table.head_budgets, table.window, table.pool_kernel)
+            library.set_head_tail(model, table.max_tail or 0)
+        library.set_head_eviction(model, table is not None)
         params = llama.llama_context_default_params()
         params.n_ctx = n_ctx
         params.n_batch = params.n_ubatch = n_ubatch
