@@ -1,4 +1,4 @@
-"""Writing files so that a failure leaves nothing half-written behind."""
+"""Reading text files, and writing files so that a failure leaves nothing half-written behind."""
 
 import os
 from collections.abc import Iterator
@@ -6,6 +6,20 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from sparsemm_edge.errors import SparseMMError
+
+
+def read_text(path: Path) -> str:
+    """The content of a text file in UTF-8.
+
+    Raises:
+        SparseMMError: the file cannot be read, or is not text.
+    """
+    try:
+        return path.read_text(encoding="utf-8")
+    except OSError as error:
+        raise SparseMMError(f"cannot read {path}: {error.strerror or error}") from error
+    except ValueError as error:
+        raise SparseMMError(f"{path}: not a text file ({error})") from error
 
 
 @contextmanager

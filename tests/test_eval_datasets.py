@@ -75,6 +75,7 @@ def test_a_folder_with_a_jsonl_of_questions(tmp_path: Path) -> None:
     ("line", "said"),
     [
         ("{", "line 1: not JSON"),
+        pytest.param("[" * 100_000, "line 1: not JSON", id="nested"),
         ("[]", "line 1: image is None, expected a text"),
         ('{"image": "a.png", "question": "", "answers": ["x"], "metric": "anls"}', "question is ''"),
         ('{"image": "a.png", "question": "?", "answers": {}, "metric": "anls"}', "expected a list of texts"),

@@ -1,11 +1,11 @@
-"""Files appear whole or not at all."""
+"""Files appear whole or not at all; text that cannot be read is one line."""
 
 from pathlib import Path
 
 import pytest
 
 from sparsemm_edge import SparseMMError
-from sparsemm_edge.files import atomic_path
+from sparsemm_edge.files import atomic_path, read_text
 
 
 def test_a_finished_file_replaces_the_old_one(tmp_path: Path) -> None:
@@ -35,3 +35,14 @@ def test_a_missing_directory_is_named(tmp_path: Path) -> None:
         atomic_path(tmp_path / "nowhere" / "file"),
     ):
         pass
+
+
+def test_what_is_no_text_file_is_named_in_one_line(tmp_path: Path) -> None:
+    (tmp_path / "file").write_bytes(b"\xff\xfe")
+    for name, said in (
+        ("file", r"/file: not a text file \("),
+        ("nowhere", "^cannot read .*/nowhere: No such file or directory$"),
+        ("", "^cannot read .*: Is a directory$"),
+    ):
+        with pytest.raises(SparseMMError, match=said):
+            read_text(tmp_path / name)

@@ -152,6 +152,7 @@ def test_synthdog_as_parquet_with_the_images_inside(tmp_path: Path) -> None:
     ("content", "reason"),
     [
         ("no json", "not a JSON file"),
+        pytest.param("[" * 100_000, "not a JSON file", id="nested"),
         ({"image": "a.png"}, "expected a list of pages, found dict"),
         ([1], "page 1: expected an object, found int"),
         (

@@ -17,6 +17,7 @@ from PIL import Image
 
 from sparsemm_edge.errors import SparseMMError
 from sparsemm_edge.evaluation.metrics import check_question
+from sparsemm_edge.files import read_text
 
 GRID = "grid"
 """The name that stands for the project's own pages (pages/grid.py) where a data set's path is expected."""
@@ -172,13 +173,13 @@ def _read_jsonl(files: list[Path], images: Path | None) -> Iterator[Question]:
     """Lines of `image` (a path from the file's folder), `question`, `answers`, `metric`; `task` if wanted."""
     path = files[0]
     folder = images or path.parent
-    for number, line in enumerate(_text(path).splitlines(), 1):
+    for number, line in enumerate(read_text(path).splitlines(), 1):
         if not line.strip():
             continue
         where = f"{path}, line {number}"
         try:
             row = json.loads(line)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise SparseMMError(f"{where}: not JSON ({error})") from error
         image, prompt = _string(row, "image", where), _string(row, "question", where)
         answers = _strings(row, "answers", where)
@@ -194,7 +195,7 @@ def _read_jsonl(files: list[Path], images: Path | None) -> Iterator[Question]:
 def _read_json(files: list[Path], images: Path | None) -> Iterator[Question]:
     path = files[0]
     try:
-        content = json.loads(_text(path))
+        content = json.loads(read_text(path))
     except (ValueError, RecursionError) as error:
         raise SparseMMError(f"{path}: not a JSON file ({error})") from error
     rows = content.get("data") if isinstance(content, dict) else content
@@ -398,15 +399,6 @@ _PARQUET_LAYOUTS = (
 def _unknown(row: dict[str, Any], layouts: Sequence[_Layout]) -> str:
     known = sorted({layout.name for layout in layouts})
     return f"a question has the keys {', '.join(row)}: not the layout of {', '.join(known)}"
-
-
-def _text(path: Path) -> str:
-    try:
-        return path.read_text(encoding="utf-8")
-    except OSError as error:
-        raise SparseMMError(f"cannot read {path}: {error.strerror or error}") from error
-    except ValueError as error:
-        raise SparseMMError(f"{path}: not a text file ({error})") from error
 
 
 def _string(row: Any, key: str, where: str) -> str:

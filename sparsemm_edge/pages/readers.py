@@ -18,6 +18,7 @@ from typing import Any
 from PIL import Image
 
 from sparsemm_edge.errors import SparseMMError
+from sparsemm_edge.files import read_text
 from sparsemm_edge.pages import Chunk, Page, documents, grid
 
 FIRST_SCORING_SEED = 10_000
@@ -129,16 +130,13 @@ def _read(path: Path) -> Iterator[Any]:
         for batch in parquet.ParquetFile(path).iter_batches(16):
             yield from batch.to_pylist()
         return
-    try:
-        text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise SparseMMError(f"cannot read {path}: {error}") from error
+    text = read_text(path)
     try:
         if path.suffix == ".jsonl":
             yield from (json.loads(line) for line in text.splitlines() if line.strip())
             return
         content = json.loads(text)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise SparseMMError(f"{path}: not a JSON file ({error})") from error
     if not isinstance(content, list):
         raise SparseMMError(f"{path}: expected a list of pages, found {type(content).__name__}")
