@@ -261,6 +261,25 @@ def test_the_largest_budget_fits_and_the_next_does_not(small: VisionModel) -> No
         assert (row["total"] - row["program"] <= memory - program) == fits
 
 
+def test_batches_are_advised_where_they_take_less_than_the_whole_prompt_at_once(
+    small: VisionModel, tmp_path: Path
+) -> None:
+    def total(found: dict[str, Any]) -> int:  # without the program itself, whose size is another at each call
+        return int(found["rows"][-1]["total"] - found["rows"][-1]["program"])
+
+    whole, batches = (fit(Wish(small.path, n_text=2000, budget=64, n_ubatch=n)) for n in (None, 512))
+    saved = whole["rows"][-1]["total"] - whole["in_batches"]["total"]
+    assert whole["in_batches"]["n_ubatch"] == 512
+    assert saved == total(whole) - total(batches) > 0
+    assert batches["in_batches"] is None  # that is what they are already
+
+    # more layers, more to share
+    deep = model_of_shape("deep", replace(SMALL, n_layer=12), tmp_path)
+    whole, batches = (fit(Wish(deep, n_text=2000, budget=64, n_ubatch=n)) for n in (None, 512))
+    assert whole["in_batches"] is None
+    assert total(whole) < total(batches)
+
+
 def test_no_budget_fits_into_nothing(small: VisionModel) -> None:
     found = fit(Wish(small.path, n_text=200, memory=2**20))
 
@@ -334,6 +353,18 @@ def test_a_bounded_tail_bounds_what_fit_says(small: VisionModel) -> None:
     assert evicted(300, 40)["kv"] == evicted(3000, 40)["kv"] < evicted(300, None)["kv"]
     with pytest.raises(SparseMMError, match=r"must be at least the observation window, 32"):
         evicted(300, 31)
+
+
+def test_the_table_advises_batches(
+    small: VisionModel, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(
+        "sys.argv", ["sparsemm-edge", "fit", str(small.path), "--n-text", "2000", "--budget", "64"]
+    )
+    with pytest.raises(SystemExit):
+        cli.main()
+
+    assert "evicted, budget 64: --n-ubatch 512 would take" in capsys.readouterr().out
 
 
 @pytest.fixture(autouse=True)

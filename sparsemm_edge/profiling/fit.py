@@ -61,6 +61,8 @@ def fit(wish: Wish) -> dict[str, Any]:
         `n_prompt`, `n_ctx`; `rows`: for each setting `name`, `budget`, and in bytes `weights`, `vision`
         (weights and compute buffer of the image encoder), `compute`, `kv` (after the reply), `kv_peak`,
         `program` (this program without a model) and `total` (at the peak), and whether it `fits`;
+        `in_batches`: `n_ubatch` and `total` of the evicted setting with batches of llama.cpp's usual size, if
+        that takes less than the whole prompt at once, else None;
         `largest_budget` that fits, None if none does; `largest_budget_bytes`: its total;
         `scores`: where the head scores come from.
 
@@ -119,7 +121,7 @@ def fit(wish: Wish) -> dict[str, Any]:
 
         n_ubatch = min(wish.n_ubatch or n_prompt, n_prompt)
 
-        def evicted(budget: int) -> dict[str, Any]:
+        def evicted(budget: int, n_ubatch: int = n_ubatch) -> dict[str, Any]:
             wanted = Eviction(True, None, budget, wish.window, scores, wish.max_tail)
             found = plan(wanted, metadata, shape, n_prompt, wish.model)
             assert found is not None
@@ -146,6 +148,11 @@ def fit(wish: Wish) -> dict[str, Any]:
 
         budget = wish.budget or (metadata.budget if metadata is not None else defaults.BUDGET)
         rows.append(evicted(budget))
+        in_batches = None
+        if wish.n_ubatch is None and n_prompt > FULL_N_UBATCH:
+            row_in_batches = evicted(budget, FULL_N_UBATCH)
+            if row_in_batches["total"] < rows[-1]["total"]:
+                in_batches = {"n_ubatch": FULL_N_UBATCH, "total": row_in_batches["total"]}
         least = (wish.window or (metadata.window if metadata is not None else defaults.WINDOW)) + 1
         largest = _largest(evicted, least, n_prompt)
     return {
@@ -156,6 +163,7 @@ def fit(wish: Wish) -> dict[str, Any]:
         "n_prompt": n_prompt,
         "n_ctx": n_ctx,
         "rows": rows,
+        "in_batches": in_batches,
         "largest_budget": None if largest is None else largest["budget"],
         "largest_budget_bytes": None if largest is None else largest["total"],
         "scores": source,
