@@ -13,9 +13,9 @@ from typing import Any
 import numpy as np
 import pytest
 
+from conftest import CommandLine
 from models import NAMES, sample_image, test_model
 from oracle import compare_kept
-from sparsemm_edge import cli
 from sparsemm_edge.budgets import head_budgets
 from sparsemm_edge.errors import SparseMMError
 from sparsemm_edge.runtime import Cancelled, Conversation, Eviction, VisionModel, library
@@ -237,17 +237,11 @@ def test_a_new_process_goes_on_as_if_there_had_been_no_break(
 
 
 def test_a_session_that_does_not_fit_is_refused_in_one_line(
-    llava: VisionModel, session_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+    llava: VisionModel, session_file: Path, tmp_path: Path, sparsemm: CommandLine
 ) -> None:
     def refusal(path: object, *options: object, model: object = llava.path) -> str:
         arguments = ("generate", "-m", model, "--load-session", path, "-p", "x", "-n", 2, *options)
-        monkeypatch.setattr(sys, "argv", ["sparsemm-edge", *map(str, arguments)])
-        with pytest.raises(SystemExit) as stopped:
-            cli.main()
-        assert stopped.value.code == 2
-        captured = capsys.readouterr()
-        assert captured.out == "" and captured.err.count("\n") == 1
-        return str(captured.err)
+        return sparsemm(*arguments).refusal
 
     assert "saved with another model, model-f16.gguf" in refusal(
         session_file, model=test_model("llava-gqa").gguf("f16")
@@ -368,10 +362,5 @@ def test_interrupting_an_answer_keeps_the_chat() -> None:
 
 
 @pytest.mark.parametrize("command", ["chat", "generate"])
-def test_help_shows_an_example(
-    command: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.setattr(sys, "argv", ["sparsemm-edge", command, "--help"])
-    with pytest.raises(SystemExit):
-        cli.main()
-    assert f"sparsemm-edge {command} -m" in capsys.readouterr().out
+def test_help_shows_an_example(command: str, sparsemm: CommandLine) -> None:
+    assert f"sparsemm-edge {command} -m" in sparsemm(command, "--help").out

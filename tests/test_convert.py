@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 from gguf import GGMLQuantizationType, GGUFValueType
 
-from sparsemm_edge import SparseMMError, cli
+from conftest import CommandLine
+from sparsemm_edge import SparseMMError
 from sparsemm_edge.budgets import head_budgets
 from sparsemm_edge.convert import convert
 from sparsemm_edge.gguf_header import read_header
@@ -352,37 +353,25 @@ def test_paths_that_cannot_be_read(tmp_path: Path, scores: Path) -> None:
         convert(tmp_path, scores)
 
 
-def run(monkeypatch: pytest.MonkeyPatch, *arguments: object) -> int:
-    """The command line in this process; its exit status."""
-    monkeypatch.setattr(sys, "argv", ["sparsemm-edge", *(str(argument) for argument in arguments)])
-    with pytest.raises(SystemExit) as exit_:
-        cli.main()
-    return int(exit_.value.code or 0)
-
-
-def test_the_command_reports_as_json(
-    model: Path, scores: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_the_command_reports_as_json(model: Path, scores: Path, sparsemm: CommandLine) -> None:
     arguments = ("convert", model, "--scores", scores, "--budget", 64, "--window", 8, "--no-water-fill")
-    assert run(monkeypatch, *arguments, "--policy", "pyramid", "--floor-ratio", 0.25, "--json") == 0
-    output = capsys.readouterr()
-    report = json.loads(output.out)
+    done = sparsemm(*arguments, "--policy", "pyramid", "--floor-ratio", 0.25, "--json")
+    report = done.report
     assert report["path"] == str(model.with_name("tiny.sparsemm.gguf"))
     wanted = {"policy": "pyramid", "budget": 64, "window": 8, "floor_ratio": 0.25, "water_fill_length": 0}
     assert report["sparsemm"] | wanted == report["sparsemm"]
     assert report["sparsemm"]["head_budgets"]["mean"] == 64
-    assert "Writing: 100%" in output.err  # the progress bar stays out of the JSON
+    assert "Writing: 100%" in done.err  # the progress bar stays out of the JSON
 
 
 def test_a_mistake_is_one_line_on_stderr_and_status_2(
-    model: Path, scores: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    model: Path, scores: Path, sparsemm: CommandLine
 ) -> None:
-    assert run(monkeypatch, "convert", model, "--scores", scores, "--budget", 20) == 2
-    output = capsys.readouterr()
-    assert output.err == "error: the budget (20) must be larger than the window (32) it includes\n"
-    assert output.out == ""
-    assert run(monkeypatch, "convert", model) == 2
-    assert "--scores" in capsys.readouterr().err
+    done = sparsemm("convert", model, "--scores", scores, "--budget", 20)
+    assert done.refusal == "error: the budget (20) must be larger than the window (32) it includes"
+    assert done.err == done.refusal + "\n"
+    usage = sparsemm("convert", model)
+    assert usage.status == 2 and "--scores" in usage.err
 
 
 def test_converting_and_inspecting_load_no_model_library() -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -10,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from sparsemm_edge import cli
+from conftest import CommandLine
 from sparsemm_edge.demo import DemoModel, marked
 from sparsemm_edge.evaluation.metrics import character_accuracy
 from sparsemm_edge.pages.grid import (
@@ -148,11 +147,8 @@ def test_ink_is_where_the_glyphs_are() -> None:
 # --- the command --------------------------------------------------------------------------------------
 
 
-def test_the_demo_reads_a_page_with_every_cache(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
-) -> None:
-    assert _run(monkeypatch, "--seed", "5", "--budgets", "96", "--out", tmp_path, "--json") == 0
-    report = json.loads(capfd.readouterr().out)
+def test_the_demo_reads_a_page_with_every_cache(tmp_path: Path, sparsemm: CommandLine) -> None:
+    report = sparsemm("demo", "--seed", 5, "--budgets", 96, "--out", tmp_path, "--json").report
     page = grid_page(5)
     assert report["seed"] == 5
     reading, look_up = report["questions"]
@@ -174,13 +170,11 @@ def test_the_demo_reads_a_page_with_every_cache(
         assert (tmp_path / name).read_bytes().startswith(b"\x89PNG")
 
 
-def test_the_demo_shows_answers_side_by_side(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
-) -> None:
+def test_the_demo_shows_answers_side_by_side(tmp_path: Path, sparsemm: CommandLine) -> None:
     image = tmp_path / "mine.png"
     grid_page(6).image.resize((400, 300)).save(image)
-    assert _run(monkeypatch, "--image", image, "--budgets", "64", "--out", tmp_path / "out") == 0
-    out = capfd.readouterr().out
+    status, out, _ = sparsemm("demo", "--image", image, "--budgets", 64, "--out", tmp_path / "out")
+    assert status == 0
     assert "full cache" in out and "64 a head" in out and "64, evenly" in out and "MiB" in out
     assert "on the page" not in out, "nobody knows what the user's picture says"
 
@@ -195,17 +189,9 @@ def test_the_demo_shows_answers_side_by_side(
     ],
 )
 def test_the_demo_refuses_what_it_cannot_use(
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capfd: pytest.CaptureFixture[str],
-    arguments: list[str],
-    said: str,
+    tmp_path: Path, sparsemm: CommandLine, arguments: list[str], said: str
 ) -> None:
-    assert _run(monkeypatch, *arguments, "--out", tmp_path) == 2
-    out, err = capfd.readouterr()
-    assert out == ""
-    assert err.startswith("error: ") and len(err.splitlines()) == 1
-    assert said in err
+    assert said in sparsemm("demo", *arguments, "--out", tmp_path).refusal
 
 
 def test_differing_characters_are_marked() -> None:
@@ -216,12 +202,3 @@ def test_differing_characters_are_marked() -> None:
         "·",
     ]
     assert not marked("same", "same").spans
-
-
-def _run(monkeypatch: pytest.MonkeyPatch, *arguments: object) -> int:
-    monkeypatch.setattr(sys, "argv", ["sparsemm-edge", "demo", *(str(each) for each in arguments)])
-    try:
-        cli.main()
-    except SystemExit as exit_:
-        return int(exit_.code or 0)
-    return 0

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,7 +12,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from sparsemm_edge import cli
+from conftest import CommandLine
 from sparsemm_edge.convert import convert
 from sparsemm_edge.errors import SparseMMError
 from sparsemm_edge.evaluation.datasets import DataSet, Question
@@ -254,21 +253,8 @@ def test_several_processes_find_what_one_does(models: Callable[[str], Any], tmp_
 # --- the commands
 
 
-def run_cli(monkeypatch: pytest.MonkeyPatch, *arguments: object) -> int:
-    monkeypatch.setattr(sys, "argv", ["sparsemm-edge", *(str(argument) for argument in arguments)])
-    try:
-        cli.main()
-    except SystemExit as exit_:
-        return int(exit_.code or 0)
-    return 0
-
-
 def test_eval_writes_a_table_a_plot_and_json(
-    models: Callable[[str], Any],
-    scores: Path,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capfd: pytest.CaptureFixture[str],
+    models: Callable[[str], Any], scores: Path, tmp_path: Path, sparsemm: CommandLine
 ) -> None:
     llava, out = models("llava"), tmp_path / "out"
     for i in range(2):
@@ -280,8 +266,8 @@ def test_eval_writes_a_table_a_plot_and_json(
     model = convert(llava.gguf(), scores, tmp_path / "c.gguf", budget=48, window=8).path
     files = ("-m", model, "--mmproj", llava.mmproj(), "--threads", 1, "--out", out, "-n", 4)
     options = ("--data", tmp_path / "q.jsonl", "--retention", "20,50", "--window", 8, "--random-seeds", 2)
-    assert run_cli(monkeypatch, "eval", *files, *options, "--water-fill", "both") == 0
-    printed = capfd.readouterr().out
+    status, printed, _ = sparsemm("eval", *files, *options, "--water-fill", "both")
+    assert status == 0
     assert "1 of 3 questions failed" in printed and "none.png: no such file" in printed
     assert sorted(path.name for path in out.iterdir()) == ["eval.json", "eval.png", "results.jsonl"]
     report = json.loads((out / "eval.json").read_text())
@@ -291,24 +277,19 @@ def test_eval_writes_a_table_a_plot_and_json(
     kept = {row["label"]: row["kept_share"] for row in report["rows"] if row["setting"]["retention"] == 50}
     assert kept["sparsemm"] == pytest.approx(kept["uniform"]) == pytest.approx(0.5, abs=0.01)
     assert kept["sparsemm, no water-filling"] < kept["sparsemm"]
-    assert run_cli(monkeypatch, "eval", *files, *options, "--resume", "--json") == 0
-    again = json.loads(capfd.readouterr().out)
+    again = sparsemm("eval", *files, *options, "--resume", "--json").report
     assert len(again["rows"]) == len(report["rows"]) - 2  # without --water-fill both
 
 
 def test_eval_judges_fidelity_without_answers(
-    models: Callable[[str], Any],
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capfd: pytest.CaptureFixture[str],
+    models: Callable[[str], Any], tmp_path: Path, sparsemm: CommandLine
 ) -> None:
     llava = models("llava")
     (tmp_path / "images").mkdir()
     picture(models, 1).save(tmp_path / "images" / "a.png")
     files = ("-m", llava.gguf(), "--mmproj", llava.mmproj(), "--threads", 1, "--out", tmp_path / "out")
     asked = ("--fidelity-only", tmp_path / "images", "-n", 8, "--policies", "uniform", "--window", 8)
-    assert run_cli(monkeypatch, "eval", *files, *asked, "--budgets", "20,2000", "--json") == 0
-    rows = json.loads(capfd.readouterr().out)["rows"]
+    rows = sparsemm("eval", *files, *asked, "--budgets", "20,2000", "--json").report["rows"]
     assert [row["score"] for row in rows] == [None] * 3
     full, tight, roomy = rows
     assert full["kl"]["mean"] == 0 and roomy["kl"]["mean"] < tight["kl"]["mean"]
@@ -339,44 +320,33 @@ def test_eval_judges_fidelity_without_answers(
     ],
 )
 def test_bad_wishes_are_one_clear_line(
-    arguments: list[Any],
-    said: str,
-    models: Callable[[str], Any],
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capfd: pytest.CaptureFixture[str],
+    arguments: list[Any], said: str, models: Callable[[str], Any], tmp_path: Path, sparsemm: CommandLine
 ) -> None:
     llava = models("llava")
     files = ("-m", llava.gguf(), "--mmproj", llava.mmproj(), "--out", tmp_path / "out")
-    assert run_cli(monkeypatch, "eval", *files, *arguments) == 2
-    out, err = capfd.readouterr()
-    assert out == ""
-    last = err.strip().splitlines()[-1]
+    done = sparsemm("eval", *files, *arguments)
+    assert (done.status, done.out) == (2, "")
+    last = done.err.splitlines()[-1]  # there may be a bar above it
     assert last.startswith("error: ") and said in last
 
 
 def test_kept_draws_what_one_prompt_keeps(
-    models: Callable[[str], Any],
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capfd: pytest.CaptureFixture[str],
+    models: Callable[[str], Any], tmp_path: Path, sparsemm: CommandLine
 ) -> None:
     llava = models("llava")
     picture(models, 1).save(tmp_path / "a.png")
     asked = ("-m", llava.gguf(), "--mmproj", llava.mmproj(), "--image", tmp_path / "a.png", "-p", PROMPT)
     wanted = ("--policy", "uniform", "--budget", 24, "--window", 8, "--threads", 1)
     out = tmp_path / "kept.png"
-    assert run_cli(monkeypatch, "kept", *asked, *wanted, "--out", out, "--view", "layer") == 0
+    assert sparsemm("kept", *asked, *wanted, "--out", out, "--view", "layer").status == 0
     with Image.open(out) as drawn:
         assert drawn.format == "PNG"
     out.unlink()
-    capfd.readouterr()
     for more, said in (
         (("--out", tmp_path / "kept.jpg", *wanted), "must end in .png"),
         (("--out", out, *wanted, "--view", "most"), "unknown view 'most'"),
         (("--out", out), "nothing is evicted"),
         (("--out", out, *wanted, "--budget", 5000), "nothing is evicted"),
     ):
-        assert run_cli(monkeypatch, "kept", *asked, *more) == 2
-        assert said in capfd.readouterr().err
+        assert said in sparsemm("kept", *asked, *more).refusal
     assert not out.exists()

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,7 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from sparsemm_edge import cli
+from conftest import CommandLine
 from sparsemm_edge.convert import convert
 from sparsemm_edge.errors import SparseMMError
 from sparsemm_edge.gguf_metadata import read_model_shape
@@ -366,22 +364,10 @@ def test_without_the_patch_the_build_command_is_named(llava: Any, monkeypatch: p
 # --- the command
 
 
-def run_cli(monkeypatch: pytest.MonkeyPatch, *arguments: object) -> int:
-    monkeypatch.setattr(sys, "argv", ["sparsemm-edge", *(str(argument) for argument in arguments)])
-    try:
-        cli.main()
-    except SystemExit as exit_:
-        return int(exit_.code or 0)
-    return 0
-
-
-def test_json_is_one_object_of_the_documented_keys(
-    llava: Any, page: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
-) -> None:
+def test_json_is_one_object_of_the_documented_keys(llava: Any, page: Path, sparsemm: CommandLine) -> None:
     files = ("-m", llava.gguf(), "--mmproj", llava.mmproj(), "--image", page, "--image", page)
-    assert run_cli(monkeypatch, "generate", *files, "-p", QUESTION, "-n", 4, "--json") == 0
-    out, err = capfd.readouterr()
-    figures = json.loads(out)
+    done = sparsemm("generate", *files, "-p", QUESTION, "-n", 4, "--json")
+    figures = done.report
     assert list(figures) == ["text", "tokens", "n_prompt", "n_generated", "kv", "timings", "rss_peak_bytes"]
     assert list(figures["kv"]) == [
         "n_positions",
@@ -394,16 +380,15 @@ def test_json_is_one_object_of_the_documented_keys(
     assert list(figures["timings"]) == ["load_ms", "image_ms", "prompt_ms", "decode_ms_per_token"]
     assert len(figures["tokens"]) == figures["n_generated"] <= 4
     assert figures["rss_peak_bytes"] > 2**20
-    assert err == ""
+    assert done.err == ""
 
 
-def test_llama_cpp_is_silent_unless_asked(
-    llava: Any, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
-) -> None:
-    assert run_cli(monkeypatch, "generate", "-m", llava.gguf(), "-p", "x", "-n", 2) == 0
-    assert len(capfd.readouterr().err.splitlines()) == 1  # the line of figures
-    assert run_cli(monkeypatch, "generate", "-m", llava.gguf(), "-p", "x", "-n", 2, "--verbose") == 0
-    assert len(capfd.readouterr().err.splitlines()) > 20
+def test_llama_cpp_is_silent_unless_asked(llava: Any, sparsemm: CommandLine) -> None:
+    arguments = ("generate", "-m", llava.gguf(), "-p", "x", "-n", 2)
+    silent, verbose = sparsemm(*arguments), sparsemm(*arguments, "--verbose")
+    assert (silent.status, verbose.status) == (0, 0)
+    assert len(silent.err.splitlines()) == 1  # the line of figures
+    assert len(verbose.err.splitlines()) > 20
 
 
 @pytest.mark.parametrize(
@@ -443,8 +428,7 @@ def test_bad_input_is_one_clear_line(
     models: Callable[[str], Any],
     page: Path,
     tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capfd: pytest.CaptureFixture[str],
+    sparsemm: CommandLine,
 ) -> None:
     (tmp_path / "cut.gguf").write_bytes(llava.gguf().read_bytes()[:-5000])
     files = {
@@ -457,8 +441,4 @@ def test_bad_input_is_one_clear_line(
     }
     given = [files.get(argument, argument) for argument in arguments]
     model = [] if "-m" in arguments else ["-m", llava.gguf()]
-    assert run_cli(monkeypatch, "generate", *model, *given, "-p", "x") == 2
-    out, err = capfd.readouterr()
-    assert out == ""
-    assert err.startswith("error: ") and len(err.splitlines()) == 1
-    assert said in err
+    assert said in sparsemm("generate", *model, *given, "-p", "x").refusal

@@ -18,8 +18,8 @@ from gguf import GGUFValueType as Kind
 from PIL import Image
 
 from builds import ROOT, environment, stock
+from conftest import CommandLine
 from models import test_model
-from test_generate import run_cli
 
 sys.path.insert(0, str(ROOT / "scripts"))
 
@@ -164,23 +164,14 @@ def folder(path: Path) -> Path:
         pytest.param(folder, id="folder"),
     ],
 )
-def test_a_file_that_is_no_picture_is_one_line(
-    make: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_file_that_is_no_picture_is_one_line(make: Any, tmp_path: Path, sparsemm: CommandLine) -> None:
     files = test_model("llava")
     arguments = ["generate", "-m", files.gguf(), "--mmproj", files.mmproj(), "-n", 1, "-p", "x"]
     image = make(tmp_path / "page.png")
-    capsys.readouterr()
-    assert run_cli(monkeypatch, *arguments, "--image", image) == 2
-    out, err = capsys.readouterr()
-    assert out == ""
-    (line,) = err.splitlines()
-    assert str(image) in line and "Traceback" not in line
+    assert str(image) in sparsemm(*arguments, "--image", image).refusal
 
 
-def test_a_picture_of_one_pixel_is_a_picture(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_picture_of_one_pixel_is_a_picture(tmp_path: Path, sparsemm: CommandLine) -> None:
     files = test_model("llava")
     arguments = ["generate", "-m", files.gguf(), "--mmproj", files.mmproj(), "-n", 4, "-p", "x"]
-    assert run_cli(monkeypatch, *arguments, "--image", png(tmp_path / "page.png", 1, 1)) == 0
+    assert sparsemm(*arguments, "--image", png(tmp_path / "page.png", 1, 1)).status == 0

@@ -1,7 +1,6 @@
 """`inspect`: says what a file holds, that it holds nothing, or what is wrong with what it holds."""
 
 import json
-import sys
 from pathlib import Path
 
 import gguf
@@ -10,7 +9,8 @@ import pytest
 from gguf import GGUFValueType
 from PIL import Image
 
-from sparsemm_edge import SparseMMError, cli
+from conftest import CommandLine
+from sparsemm_edge import SparseMMError
 from sparsemm_edge.convert import convert
 from sparsemm_edge.gguf_metadata import SparseMMMetadata, read_metadata
 from sparsemm_edge.plot import save_head_map
@@ -29,25 +29,8 @@ def converted(tmp_path: Path) -> Path:
     return convert(model, scores, budget=64, window=8, n_prompt=100).path
 
 
-def inspect(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], *arguments: object
-) -> tuple[int, str, str]:
-    """Exit status, stdout and stderr of `sparsemm-edge inspect`."""
-    monkeypatch.setattr(sys, "argv", ["sparsemm-edge", "inspect", *(str(each) for each in arguments)])
-    monkeypatch.setenv("COLUMNS", "200")
-    capsys.readouterr()
-    with pytest.raises(SystemExit) as exit_:
-        cli.main()
-    output = capsys.readouterr()
-    return int(exit_.value.code or 0), output.out, output.err
-
-
-def test_the_figures_are_those_of_the_table(
-    converted: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    status, out, _ = inspect(monkeypatch, capsys, converted, "--json")
-    assert status == 0
-    report = json.loads(out)
+def test_the_figures_are_those_of_the_table(converted: Path, sparsemm: CommandLine) -> None:
+    report = sparsemm("inspect", converted, "--json").report
     metadata = read_metadata(converted)
     assert metadata is not None
     table = metadata.head_budgets
@@ -67,7 +50,7 @@ def test_the_figures_are_those_of_the_table(
 
 
 def test_a_table_that_was_not_water_filled_is_shown_with_what_it_wastes(
-    converted: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    converted: Path, sparsemm: CommandLine
 ) -> None:
     plain = converted.with_name("plain.gguf")
     scores = converted.with_name("tiny.head-scores.json")
@@ -76,16 +59,14 @@ def test_a_table_that_was_not_water_filled_is_shown_with_what_it_wastes(
     assert metadata is not None
     kept = int(np.minimum(metadata.head_budgets, 640).sum())
     assert kept < 4 * 600
-    report = json.loads(inspect(monkeypatch, capsys, plain, "--json")[1])
+    report = sparsemm("inspect", plain, "--json").report
     assert report["kv_bytes"]["as stored"]["640"] == report["kv_bytes"]["sparsemm"]["640"] == kept * 32
     assert report["kv_bytes"]["uniform"]["640"] == 4 * 600 * 32
 
 
-def test_a_person_sees_shape_policy_table_and_savings(
-    converted: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    status, out, _ = inspect(monkeypatch, capsys, converted)
-    assert status == 0
+def test_a_person_sees_shape_policy_table_and_savings(converted: Path, sparsemm: CommandLine) -> None:
+    done = sparsemm("inspect", converted)
+    assert done.status == 0
     for piece in (
         "Tiny (llama), 2 layers, 4 query heads, 2 KV heads",
         "64 positions per KV head",
@@ -96,31 +77,25 @@ def test_a_person_sees_shape_policy_table_and_savings(
         "2944 positions",
         "pyramid",
     ):
-        assert piece in out
+        assert piece in done.out
 
 
-def test_a_file_without_metadata_is_said_to_hold_none(
-    converted: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_file_without_metadata_is_said_to_hold_none(converted: Path, sparsemm: CommandLine) -> None:
     model = converted.with_name("tiny.gguf")
     encoder = write_model(converted.with_name("mmproj.gguf"), arch="clip", tensors={})
     for path in (model, encoder):
-        status, out, err = inspect(monkeypatch, capsys, path)
-        assert (status, err) == (0, "")
-        assert out.startswith(f"{path} holds no sparsemm metadata")
-        status, out, _ = inspect(monkeypatch, capsys, path, "--json")
-        assert (status, json.loads(out)["sparsemm"]) == (0, None)
-    status, out, err = inspect(monkeypatch, capsys, model, "--plot", converted.with_name("map.png"))
-    assert (status, out) == (2, "")
-    assert err == f"error: {model} holds no sparsemm metadata, so there is no head map to draw\n"
+        done = sparsemm("inspect", path)
+        assert (done.status, done.err) == (0, "")
+        assert done.out.startswith(f"{path} holds no sparsemm metadata")
+        assert sparsemm("inspect", path, "--json").report["sparsemm"] is None
+    refusal = sparsemm("inspect", model, "--plot", converted.with_name("map.png")).refusal
+    assert refusal == f"error: {model} holds no sparsemm metadata, so there is no head map to draw"
 
 
-def test_inspect_draws_the_head_map(
-    converted: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_inspect_draws_the_head_map(converted: Path, sparsemm: CommandLine) -> None:
     picture = converted.with_name("map.png")
-    status, out, _ = inspect(monkeypatch, capsys, converted, "--plot", picture)
-    assert (status, f"wrote {picture}" in out) == (0, True)
+    done = sparsemm("inspect", converted, "--plot", picture)
+    assert (done.status, f"wrote {picture}" in done.out) == (0, True)
     with Image.open(picture) as image:
         assert image.format == "PNG"
 

@@ -5,8 +5,6 @@ from __future__ import annotations
 import json
 import shutil
 import socket
-import subprocess
-import sys
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
@@ -16,10 +14,9 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from typer.testing import CliRunner
 
+from conftest import CommandLine
 from sparsemm_edge import SparseMMError
-from sparsemm_edge.cli import app
 from sparsemm_edge.convert import convert
 from sparsemm_edge.gguf_header import read_header
 from sparsemm_edge.gguf_metadata import sparsemm_metadata
@@ -327,45 +324,35 @@ def test_reading_accuracy_is_one_minus_the_character_error_rate() -> None:
 # --- the command line ---------------------------------------------------------------------------------
 
 
-def cli(*arguments: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-m", "sparsemm_edge.cli", *arguments], capture_output=True, text=True, check=False
-    )
-
-
-def test_score_on_the_command_line(tmp_path: Path) -> None:
+def test_score_on_the_command_line(tmp_path: Path, sparsemm: CommandLine) -> None:
     out = tmp_path / "s.json"
-    options = ["--data", letters(), "--pages", "5", "--max-new-tokens", "24", "--device", "cpu"]
-    done = cli("score", checkpoint(), "--out", str(out), *options, "--json")
-    assert done.returncode == 0, done.stderr
-    report = json.loads(done.stdout)
-    assert report["path"] == str(out)
-    assert report["n_pages"] == 5
-    assert "warning: only" in done.stderr
+    options = ("--data", letters(), "--pages", 5, "--max-new-tokens", 24, "--device", "cpu")
+    done = sparsemm("score", checkpoint(), "--out", out, *options, "--json")
+    assert done.report["path"] == str(out)
+    assert done.report["n_pages"] == 5
+    assert "warning: only" in done.err
     assert out.read_bytes() == expected()
 
-    failed = cli("score", str(tmp_path / "none"), "--out", str(tmp_path / "t.json"))
-    assert (failed.returncode, failed.stdout) == (2, "")
-    assert [line for line in failed.stderr.splitlines() if line.startswith("error: there is no folder")]
+    failed = sparsemm("score", tmp_path / "none", "--out", tmp_path / "t.json")
+    assert (failed.status, failed.out) == (2, "")
+    assert failed.err.splitlines()[-1].startswith("error: there is no folder")  # below the bar
 
 
-def test_scores_show_compare_and_their_json(tmp_path: Path) -> None:
+def test_scores_show_compare_and_their_json(tmp_path: Path, sparsemm: CommandLine) -> None:
     file = tmp_path / "s.json"
     file.write_bytes(expected())
-    runner = CliRunner()
-    shown = runner.invoke(app, ["scores", "show", str(file), "--plot", str(tmp_path / "map.png")])
-    assert shown.exit_code == 0
-    assert "tiny, 3 layers x 4 heads, 2 KV heads" in shown.stdout
+    shown = sparsemm("scores", "show", file, "--plot", tmp_path / "map.png")
+    assert shown.status == 0
+    assert "tiny, 3 layers x 4 heads, 2 KV heads" in shown.out
     assert Image.open(tmp_path / "map.png").size[0] > 200
-    report = json.loads(runner.invoke(app, ["scores", "show", str(file), "--json"]).stdout)
+    report = sparsemm("scores", "show", file, "--json").report
     table = np.array(json.loads(expected())["scores"])
     assert report["held_by_top"]["0.2"] == pytest.approx(np.sort(table.ravel())[-2:].sum() / table.sum())
     best = report["top_heads"][0]
     assert table[best["layer"], best["head"]] == table.max()
 
-    same = json.loads(runner.invoke(app, ["scores", "compare", str(file), str(file), "--json"]).stdout)
+    same = sparsemm("scores", "compare", file, file, "--json").report
     assert same["spearman"] == pytest.approx(1)
     assert set(same["top_overlap"].values()) == {1}
     published = Path(__file__).parents[1] / "scores" / "llava-v1.6-vicuna-7b.head-scores.json"
-    differ = runner.invoke(app, ["scores", "compare", str(file), str(published)])
-    assert isinstance(differ.exception, SparseMMError)
+    assert "the scores do not fit the model" in sparsemm("scores", "compare", file, published).refusal
