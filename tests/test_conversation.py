@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -249,7 +250,9 @@ def test_a_session_that_does_not_fit_is_refused_in_one_line(
     assert "saved with cache types f16/f16, not q8_0/f16" in refusal(session_file, "--cache-type-k", "q8_0")
     assert "other head budgets" in refusal(session_file, *OPTIONS, "--budget", 32)
     assert "other head budgets" in refusal(session_file, "--no-evict")
-    assert "other head budgets" in refusal(session_file, *OPTIONS, "--kv-max-tail", 64)
+    without = "saved without --kv-max-tail, and cannot go on otherwise: leave the options of eviction out"
+    assert without in refusal(session_file, *OPTIONS, "--kv-max-tail", 64)
+    assert without in refusal(session_file, "--kv-max-tail", 64)  # of a model that was never converted
     assert "nowhere.session" in refusal(tmp_path / "nowhere.session")
     assert "not a saved conversation" in refusal(llava.path)
 
@@ -265,6 +268,22 @@ def test_a_session_that_does_not_fit_is_refused_in_one_line(
             json.dumps({**header, key: value}).encode() + content[content.index(b"\n") :]
         )
         assert "version 2" in (line := refusal(tmp_path / "odd.session")) or "damaged" in line
+
+
+def test_a_bounded_answer_stays_bounded_when_it_is_gone_on_with(
+    llava: VisionModel, tmp_path: Path, sparsemm: CommandLine
+) -> None:
+    """The bound may be given again, the same one; the model was never converted."""
+    path, bounded = tmp_path / "bounded.session", replace(EVICTION, max_tail=9)
+    with Conversation(llava, n_ctx=1024, eviction=bounded, several=False) as conversation:
+        said(conversation, "Tell me of it, please. " * 8)
+        conversation.save(path)
+        expected = said(conversation, QUESTIONS[2])
+    arguments = ("generate", "-m", llava.path, "--load-session", path, "-p", QUESTIONS[2], "-n", 12, "--json")
+    for bound in ((), ("--kv-max-tail", 9), (*OPTIONS, "--kv-max-tail", 9)):
+        assert tuple(sparsemm(*arguments, "--threads", 1, *bound).report["tokens"]) == expected
+    for other in (("--kv-max-tail", 10), OPTIONS):
+        assert "saved with --kv-max-tail 9, and" in sparsemm(*arguments, *other).refusal
 
 
 def test_a_state_is_a_tenth_of_the_full_caches(llava: VisionModel) -> None:

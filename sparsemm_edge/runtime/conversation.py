@@ -3,7 +3,7 @@
 import codecs
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
@@ -12,7 +12,7 @@ from PIL import Image
 
 from sparsemm_edge.errors import SparseMMError
 from sparsemm_edge.runtime import session_file
-from sparsemm_edge.runtime.eviction import Eviction, HeadBudgetTable, same_table
+from sparsemm_edge.runtime.eviction import Eviction, HeadBudgetTable, same_budgets
 from sparsemm_edge.runtime.library import llama
 from sparsemm_edge.runtime.process import rss_peak_bytes
 from sparsemm_edge.runtime.prompt import Prompt
@@ -294,13 +294,17 @@ class Conversation:
                 f"{path}: saved with cache types {was}, not {now}: give --cache-type-k {saved.cache_types[0]}"
                 f" --cache-type-v {saved.cache_types[1]}"
             )
-        if self._eviction == Eviction():
+        wanted = self._eviction
+        if wanted == Eviction():
             return
-        if not same_table(self._model.plan(self._eviction, *saved.planned), saved.table):
-            raise SparseMMError(
-                f"{path}: saved with other head budgets than these options give: leave the options of"
-                " eviction out, the file knows them"
-            )
+        leave_out = "leave the options of eviction out, the file knows them"
+        budgets = replace(wanted, max_tail=None)
+        if budgets != Eviction() and not same_budgets(self._model.plan(budgets, *saved.planned), saved.table):
+            raise SparseMMError(f"{path}: saved with other head budgets than these options give: {leave_out}")
+        max_tail = None if saved.table is None else saved.table.max_tail
+        if wanted.max_tail != max_tail:
+            was = "without --kv-max-tail" if max_tail is None else f"with --kv-max-tail {max_tail}"
+            raise SparseMMError(f"{path}: saved {was}, and cannot go on otherwise: {leave_out}")
 
     def _reply(
         self, session: Session, n_prompt: int, n_predict: int, temperature: float, seed: int

@@ -51,12 +51,12 @@ class HeadBudgetTable:
     max_tail: int | None = None
 
 
-def same_table(a: HeadBudgetTable | None, b: HeadBudgetTable | None) -> bool:
-    """Whether two contexts evict alike."""
+def same_budgets(a: HeadBudgetTable | None, b: HeadBudgetTable | None) -> bool:
+    """Whether two contexts evict prompts alike, whatever their max_tail."""
     if a is None or b is None:
         return a is b
-    rest_of_a, rest_of_b = ((t.window, t.pool_kernel, t.max_tail) for t in (a, b))
-    return rest_of_a == rest_of_b and np.array_equal(a.head_budgets, b.head_budgets)
+    same_votes = (a.window, a.pool_kernel) == (b.window, b.pool_kernel)
+    return same_votes and np.array_equal(a.head_budgets, b.head_budgets)
 
 
 def plan(
