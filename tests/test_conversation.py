@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
+import pty
+import select
 import signal
 import subprocess
 import sys
@@ -378,6 +381,45 @@ def test_interrupting_an_answer_keeps_the_chat() -> None:
     assert "last answer" in out
     generated = int(out.split("last answer")[1].split(" generated")[0].split()[-1])
     assert 1 <= generated < 4000
+
+
+def test_in_a_terminal_chat_asks_for_lines_that_can_be_edited(llava: VisionModel) -> None:
+    with Conversation(llava, n_ctx=512, eviction=EVICTION) as conversation:
+        answer = "".join(conversation.ask("Hello", n_predict=8))
+    files = test_model("llava")
+    arguments = ("-m", files.gguf("f16"), *OPTIONS, "-n", 8, "--n-ctx", 512)
+    ours, theirs = pty.openpty()
+
+    def said_until(end: bytes) -> str:
+        found = b""
+        while not found.endswith(end):
+            assert select.select([ours], [], [], 120)[0], found
+            found += os.read(ours, 4096)
+        return found.decode().replace("\r\n", "\n")
+
+    with subprocess.Popen(
+        [*CLI, "chat", *map(str, arguments)],
+        stdin=theirs,
+        stdout=theirs,
+        stderr=subprocess.PIPE,
+        # no escape sequences, and the keys that readline has by itself
+        env={**os.environ, "TERM": "dumb", "INPUTRC": os.devnull},
+    ) as process:
+        os.close(theirs)
+        try:
+            assert "/help lists the commands" in said_until(b"\n> ")
+            os.write(ours, b"Jello\x01\x04H\n")  # to the line's start, delete a character, another instead
+            assert answer and answer in said_until(b"\n> ")
+            os.write(ours, b"/stats\n")
+            assert "last answer" in said_until(b"\n> ")
+            os.write(ours, b"\x10\n")  # the line before
+            assert "last answer" in said_until(b"\n> ")
+            os.write(ours, b"\x04")  # the end of the input
+            assert process.wait(timeout=60) == 0
+            assert process.stderr and process.stderr.read() == b""
+        finally:
+            process.kill()
+            os.close(ours)
 
 
 @pytest.mark.parametrize("command", ["chat", "generate"])
