@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from sparsemm_edge import cli
+from conftest import CommandLine
 from sparsemm_edge.errors import SparseMMError
 from sparsemm_edge.gguf_header import read_header, weight_bytes
 from sparsemm_edge.kv_layout import KVBytes, evicting_cache, full_cache
@@ -307,38 +307,22 @@ def test_mistakes_are_named_in_one_line(
     small: VisionModel,
     options: list[str],
     message: str,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
+    sparsemm: CommandLine,
 ) -> None:
-    monkeypatch.setattr("sys.argv", ["sparsemm-edge", "fit", str(small.path), *options])
-    with pytest.raises(SystemExit) as exit_:
-        cli.main()
-
-    error = capsys.readouterr().err
-    assert exit_.value.code == 2
-    assert error.startswith("error: ") and message in error and len(error.splitlines()) == 1
+    assert message in sparsemm("fit", small.path, *options).refusal
 
 
-def test_the_command_prints_one_json_object(
-    small: VisionModel, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    command = ["sparsemm-edge", "fit", str(small.path), "--n-text", "100", "--memory", "8G", "--json"]
-    monkeypatch.setattr("sys.argv", command)
-    with pytest.raises(SystemExit) as exit_:
-        cli.main()
+def test_the_command_prints_one_json_object(small: VisionModel, sparsemm: CommandLine) -> None:
+    report = sparsemm("fit", small.path, "--n-text", 100, "--memory", "8G", "--json").report
 
-    assert exit_.value.code == 0
-    assert json.loads(capsys.readouterr().out)["memory"] == 8 * 2**30
+    assert report["memory"] == 8 * 2**30
 
 
 def test_the_table_names_the_machine_and_the_largest_budget(
-    small: VisionModel, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    small: VisionModel, sparsemm: CommandLine
 ) -> None:
-    monkeypatch.setattr("sys.argv", ["sparsemm-edge", "fit", str(small.path), "--n-text", "100"])
-    with pytest.raises(SystemExit):
-        cli.main()
+    printed = sparsemm("fit", small.path, "--n-text", 100).out
 
-    printed = capsys.readouterr().out
     assert "evicted, budget 256" in printed
     assert "every budget fits" in printed
 
@@ -355,16 +339,10 @@ def test_a_bounded_tail_bounds_what_fit_says(small: VisionModel) -> None:
         evicted(300, 31)
 
 
-def test_the_table_advises_batches(
-    small: VisionModel, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.setattr(
-        "sys.argv", ["sparsemm-edge", "fit", str(small.path), "--n-text", "2000", "--budget", "64"]
-    )
-    with pytest.raises(SystemExit):
-        cli.main()
+def test_the_table_advises_batches(small: VisionModel, sparsemm: CommandLine) -> None:
+    printed = sparsemm("fit", small.path, "--n-text", 2000, "--budget", 64).out
 
-    assert "evicted, budget 64: --n-ubatch 512 would take" in capsys.readouterr().out
+    assert "evicted, budget 64: --n-ubatch 512 would take" in printed
 
 
 @pytest.fixture(autouse=True)

@@ -20,7 +20,7 @@ import numpy as np
 import psutil
 import pytest
 
-from sparsemm_edge import cli
+from conftest import CommandLine
 from sparsemm_edge.commands.output import whole_numbers
 from sparsemm_edge.errors import SparseMMError
 from sparsemm_edge.gguf_header import read_header, weight_bytes
@@ -252,17 +252,13 @@ def test_memory_of_another_process_is_seen_from_outside() -> None:
 
 
 def test_bench_prints_one_object_whose_figures_agree(
-    small: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    small: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, sparsemm: CommandLine
 ) -> None:
     monkeypatch.setattr("sparsemm_edge.profiling.machine._BYTES", 2**22)
-    command = ["sparsemm-edge", "bench", "-m", str(small), "--n-prompt", "120,60", "--budgets", "48"]
-    command += ["--rounds", "1", "--threads", "1", "--out", str(tmp_path), "--json"]
-    monkeypatch.setattr("sys.argv", command)
-    with pytest.raises(SystemExit) as exit_:
-        cli.main()
+    lengths = ("--n-prompt", "120,60", "--budgets", 48, "--rounds", 1, "--threads", 1)
 
-    assert exit_.value.code == 0
-    content = json.loads(capsys.readouterr().out)
+    content = sparsemm("bench", "-m", small, *lengths, "--out", tmp_path, "--json").report
+
     assert content["machine"]["memory_bandwidth"] > 0
     assert [(row["n_prompt"], row["budget"]) for row in content["rows"]] == [(120, 48), (60, 48)]
     for row, length in zip(content["rows"], content["lengths"], strict=True):
@@ -415,13 +411,8 @@ def test_bench_names_mistakes_in_one_line(
     message: str,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
+    sparsemm: CommandLine,
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("sys.argv", ["sparsemm-edge", "bench", *options])
-    with pytest.raises(SystemExit) as exit_:
-        cli.main()
 
-    error = capsys.readouterr().err
-    assert exit_.value.code == 2
-    assert error.startswith("error: ") and message in error and len(error.splitlines()) == 1
+    assert message in sparsemm("bench", *options).refusal
