@@ -11,7 +11,10 @@ import numpy.typing as npt
 from sparsemm_edge import defaults
 from sparsemm_edge.errors import SparseMMError
 
-POLICIES = ("sparsemm", "uniform", "pyramid", "random", "full")
+POLICIES = ("sparsemm", "top", "uniform", "pyramid", "random", "full")
+
+BY_SCORE = ("sparsemm", "top")
+"""The policies that need head scores."""
 
 FULL = 2**31 - 1
 """The head budget of policy `full`. llama.cpp counts positions in int32, so no prompt is longer and nothing
@@ -40,6 +43,8 @@ def head_budgets(
     `budget * n_layer * n_head_kv` goes to the heads in proportion to
 
     - `sparsemm`: their score;
+    - `top`: their rank by score, whole prompts to the best heads one after the other. Not in the paper: a
+      head that holds a part of an image can mislead, one that holds next to none abstains (see README);
     - `uniform`: nothing, all alike (SnapKV, arXiv 2404.14469);
     - `pyramid`: a ramp over the layers, the first layer most, the last only the floor (PyramidKV,
       arXiv 2406.02069);
@@ -49,14 +54,14 @@ def head_budgets(
 
     Args:
         policy: one of POLICIES.
-        grouped_scores: [n_layer, n_head_kv], not negative, any scale; only `sparsemm` reads it.
+        grouped_scores: [n_layer, n_head_kv], not negative, any scale; only BY_SCORE read it.
         n_layer, n_head_kv: the model's layers, and KV heads per layer.
         budget: B, the mean of the head budgets, in positions.
         window: w, the observation window, in positions; 1 <= w < B, at most MAX_WINDOW.
         floor_ratio: rho, the share of B - w that every head gets, 0 to 1.
         water_fill: a head cannot keep more positions than the prompt has. True gives what it cannot use to
             the other heads, in proportion to their score, until the budget is spent. False is the paper:
-            the surplus stays unused.
+            the surplus stays unused. `top` is nothing without it.
         n_prompt: the prompt's length in positions that water-filling is for; None sets no limit. A prompt
             of at most B positions is kept whole by a head budget of B each.
         seed: of policy `random`.
@@ -84,6 +89,9 @@ def head_budgets(
     if not 0 <= seed < 2**32:
         raise SparseMMError(f"the seed is {seed}: it must be 0 to {2**32 - 1}")
 
+    if policy == "top" and (not water_fill or n_prompt is None):
+        raise SparseMMError("policy top fills heads up to the length of the prompt: it needs water-filling")
+
     shares = _shares(policy, grouped_scores, shape, seed).ravel()
     limit: float = np.inf
     if water_fill and n_prompt is not None:
@@ -93,7 +101,8 @@ def head_budgets(
 
     base = budget - window
     total = base * shares.size
-    caps = _fill(shares, total=total, floor=int(base * floor_ratio), limit=limit)
+    fill = _fill_best_first if policy == "top" else _fill
+    caps = fill(shares, total=total, floor=int(base * floor_ratio), limit=limit)
     table = _round_to_sum(caps, total) + window
     if table.max() > FULL:
         raise SparseMMError(f"a budget of {budget} gives one head {table.max()} positions, more than {FULL}")
@@ -112,10 +121,10 @@ def _shares(
         return np.broadcast_to(ramp[:, None], shape)
     if policy == "random":
         return np.random.default_rng(seed).random(shape)
-    if policy != "sparsemm":
+    if policy not in BY_SCORE:
         raise SparseMMError(f"unknown policy {policy!r}: expected one of {', '.join(POLICIES)}")
     if grouped_scores is None:
-        raise SparseMMError("policy sparsemm needs head scores")
+        raise SparseMMError(f"policy {policy} needs head scores")
     if grouped_scores.shape != shape:
         raise SparseMMError(
             f"head scores of shape {grouped_scores.shape} for a model of {shape} layers x KV heads"
@@ -144,6 +153,20 @@ def _fill(
             break
         caps[over] = limit
         free &= ~over
+    return caps
+
+
+def _fill_best_first(
+    shares: npt.NDArray[np.float64], *, total: int, floor: int, limit: float
+) -> npt.NDArray[np.float64]:
+    """Caps of `limit` for the heads with the largest shares until `total` is spent, `floor` for the others.
+
+    Needs `floor <= total / n <= limit`; one head may end in between.
+    """
+    room = limit - floor
+    pool = total - floor * shares.size
+    caps = np.empty(shares.size)
+    caps[np.argsort(-shares, kind="stable")] = floor + np.clip(pool - room * np.arange(shares.size), 0, room)
     return caps
 
 

@@ -62,7 +62,7 @@ def kv_bytes(shape: ModelShape, metadata: SparseMMMetadata) -> dict[str, dict[in
                 budget=metadata.budget,
                 window=metadata.window,
                 floor_ratio=metadata.floor_ratio,
-                water_fill=metadata.water_fill_length > 0,
+                water_fill=metadata.water_fill_length > 0 or policy == "top",
                 n_prompt=n_prompt,
                 seed=metadata.seed,
             )

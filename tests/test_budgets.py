@@ -60,7 +60,7 @@ def test_sum_floor_and_limit_hold_for_any_scores() -> None:
         scores *= random.random(scores.shape) > random.random()  # some heads have none
         scores[0, 0] += 1e-9
         for policy in EVICTING:
-            for water_fill in (True, False):
+            for water_fill in (True, False)[: 1 if policy == "top" else 2]:
                 table = head_budgets(
                     policy,
                     scores,
@@ -112,6 +112,23 @@ def test_only_the_ratio_of_scores_matters() -> None:
     np.testing.assert_array_equal(tiny_table("sparsemm", scores), tiny_table("sparsemm", scores * 1e6))
 
 
+def test_top_gives_the_best_heads_the_whole_prompt_and_the_others_the_floor() -> None:
+    # floor 10 and window 10 each, 360 to share out: two heads more reach 200
+    table = tiny_table("top", [[3, 6], [90, 1]], n_prompt=200)
+    assert table.tolist() == [[20, 200], [200, 20]]
+    # a little less than two heads' worth: the second ends in between
+    assert tiny_table("top", [[3, 6], [90, 1]], n_prompt=210).tolist() == [[20, 190], [210, 20]]
+    # only the order of the scores counts, and the first of equals is the better one
+    np.testing.assert_array_equal(table, tiny_table("top", [[2, 8], [9, 0]], n_prompt=200))
+    assert tiny_table("top", [[1, 1], [1, 1]], n_prompt=200).tolist() == [[200, 200], [20, 20]]
+
+
+def test_top_is_refused_where_no_length_says_how_far_a_head_is_filled() -> None:
+    for arguments in ({"water_fill": False, "n_prompt": 200}, {}):
+        with pytest.raises(SparseMMError, match="needs water-filling"):
+            tiny_table("top", [[3, 6], [90, 1]], **arguments)
+
+
 def test_uniform_gives_every_head_the_budget() -> None:
     assert (tiny_table("uniform") == 110).all()
 
@@ -152,7 +169,7 @@ def test_full_is_longer_than_any_prompt_and_fits_32_bits() -> None:
         ({"floor_ratio": float("nan")}, "the floor ratio is nan"),
         ({"n_prompt": 0}, "the prompt length is 0"),
         ({"seed": -1}, "the seed is -1"),
-        ({"policy": "snapkv"}, "unknown policy 'snapkv': expected one of sparsemm, uniform"),
+        ({"policy": "snapkv"}, "unknown policy 'snapkv': expected one of sparsemm, top, uniform"),
         ({"scores": None}, "needs head scores"),
         ({"scores": [[1.0, 2.0, 3.0]]}, r"scores of shape \(1, 3\) for a model of \(2, 2\)"),
         ({"scores": [[1.0, 2.0], [3.0, float("nan")]]}, "must be finite"),

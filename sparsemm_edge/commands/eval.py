@@ -45,8 +45,8 @@ def evaluate(
         str | None, typer.Option(help="Mean head budgets in positions, instead of --retention.")
     ] = None,
     policies: Annotated[
-        str, typer.Option(help="Of sparsemm, uniform, pyramid, random, full.")
-    ] = "sparsemm,uniform,pyramid,random,full",
+        str, typer.Option(help="Of sparsemm, top, uniform, pyramid, random, full.")
+    ] = "sparsemm,top,uniform,pyramid,random,full",
     window: Annotated[
         str, typer.Option(help="Observation windows; at most half of the budget is used.")
     ] = str(defaults.WINDOW),

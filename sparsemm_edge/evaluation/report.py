@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from sparsemm_edge.budgets import BY_SCORE
 from sparsemm_edge.errors import SparseMMError
 from sparsemm_edge.evaluation.datasets import DataSet
 from sparsemm_edge.evaluation.run import Record
@@ -21,8 +22,8 @@ BASELINE = "uniform"
 
 _N_RESAMPLES = 2000
 _TABLE_WIDTH = 180  # where there is no terminal to ask, as in a file
-_COLOURS = {"sparsemm": "C3", "uniform": "C0", "pyramid": "C2", "random": "C7"}
-_OTHER_COLOURS = ("C1", "C4", "C5", "C6", "C8", "C9")  # of further lines of a policy
+_COLOURS = {"sparsemm": "C3", "top": "C1", "uniform": "C0", "pyramid": "C2", "random": "C7"}
+_OTHER_COLOURS = ("C4", "C5", "C6", "C8", "C9")  # of further lines of a policy
 _MARKERS = "osD^vPX*<>hp"
 
 
@@ -395,7 +396,7 @@ def save_plot(report: Report, path: Path, *, title: str) -> None:
                 marker=_MARKERS[number % len(_MARKERS)],
                 markersize=5,
                 capsize=2,
-                linewidth=2.2 if policy == "sparsemm" else 1.4,
+                linewidth=2.2 if policy in BY_SCORE else 1.4,
                 color=_COLOURS[policy]
                 if _is_plain(line[0].setting, rows)
                 else _OTHER_COLOURS[number % len(_OTHER_COLOURS)],

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from sparsemm_edge.budgets import MAX_WINDOW, POLICIES, head_budgets
+from sparsemm_edge.budgets import BY_SCORE, MAX_WINDOW, POLICIES, head_budgets
 from sparsemm_edge.errors import SparseMMError
 from sparsemm_edge.gguf_metadata import ModelShape
 
@@ -61,7 +61,7 @@ class Setting:
         """The head budgets for a prompt: [n_layer, n_head_kv] positions. Not for policy `full`.
 
         Args:
-            scores: [n_layer, n_head_kv] head scores; only `sparsemm` needs them.
+            scores: [n_layer, n_head_kv] head scores; only budgets.BY_SCORE need them.
             shape: the model's.
             n_prompt: the prompt's length in positions.
         """
@@ -92,9 +92,9 @@ def settings_of(
 ) -> list[Setting]:
     """All combinations that differ, the full cache first.
 
-    Floor ratios and water-filling are swept for `sparsemm`; `pyramid` and `random` take the first floor ratio
-    and are water-filled, `uniform` has no use for either. The full f16 cache is always there: it is what
-    fidelity compares with.
+    Floor ratios are swept for `sparsemm` and `top`, water-filling for `sparsemm`; `pyramid` and `random`
+    take the first floor ratio and are water-filled, `uniform` has no use for either. The full f16 cache is
+    always there: it is what fidelity compares with.
 
     Args:
         policies: of budgets.POLICIES.
@@ -128,7 +128,6 @@ def settings_of(
         for policy in policies:
             if policy == "full":
                 continue
-            swept = policy == "sparsemm"
             settings += [
                 Setting(
                     policy,
@@ -140,8 +139,8 @@ def settings_of(
                     cache_type=cache_type,
                 )
                 for window in windows
-                for floor_ratio in (floor_ratios if swept else floor_ratios[:1])
-                for water_fill in (water_fills if swept else (True,))
+                for floor_ratio in (floor_ratios if policy in BY_SCORE else floor_ratios[:1])
+                for water_fill in (water_fills if policy == "sparsemm" else (True,))
                 for seed in (range(n_random) if policy == "random" else (0,))
                 for place in places
             ]
