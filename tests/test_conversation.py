@@ -19,22 +19,20 @@ import pytest
 
 from conftest import CommandLine
 from models import NAMES, sample_image, test_model
-from oracle import compare_kept
 from sparsemm_edge.budgets import head_budgets
 from sparsemm_edge.errors import SparseMMError
-from sparsemm_edge.runtime import Cancelled, Conversation, Eviction, VisionModel, library
+from sparsemm_edge.runtime import Cancelled, Conversation, Eviction, VisionModel
 from sparsemm_edge.runtime.chat_template import render
 from sparsemm_edge.runtime.library import llama
 from sparsemm_edge.runtime.prompt import TextPart
 from sparsemm_edge.runtime.session import Session
 from test_eviction import (
-    POOL_KERNEL,
-    all_kept,
+    answers_alike,
     context,
     decode,
+    evict_by,
     oracle_of,
     random_table,
-    relative_error,
     saved,
 )
 
@@ -69,7 +67,7 @@ def test_three_turns_about_two_images_are_those_of_the_oracle(name: str) -> None
     images = [[sample_image(files.image_size, 1)], [sample_image(files.image_size, 2)], []]
     with VisionModel.load(files.gguf("f16"), files.mmproj("f16"), n_threads=1) as model:
         talk = oracle.conversation(window)
-        session, table, pending = None, None, []
+        session, table = None, None
         for turn, question in enumerate(QUESTIONS):
             text = model.chat_prompt(question, len(images[turn]), first=turn == 0)
             with model.tokenize(text, images[turn], first=turn == 0) as prompt:
@@ -78,26 +76,11 @@ def test_three_turns_about_two_images_are_those_of_the_oracle(name: str) -> None
                 assert np.array_equal(ids, wanted.ids[~wanted.is_image])
                 if session is None:
                     table = random_table(model, 48, window, prompt.n_tokens)
-                    library.set_head_budgets(model.pointer, table, window, POOL_KERNEL)
-                    library.set_head_tail(model.pointer, 0)
-                    library.set_head_eviction(model.pointer, True)
+                    evict_by(model, table, window)
                     session = Session(model, prompt, n_ctx=2048)
                 session.read(prompt)
                 assert session.n_prompt_calls == 1
-            expected = talk.read(wanted, table)
-            kept = all_kept(model, session)
-            agreement = compare_kept(expected, kept)
-            assert agreement.share >= 0.97
-            assert agreement.n_unexplained == 0
-            talk.keep(kept)
-            for _ in range(12):
-                logits = session.logits()
-                assert relative_error(logits[None], talk.logits[None]) < 1e-2
-                pending.append(int(logits.argmax()))
-                lead = talk.logits.max() - talk.logits[pending[-1]]
-                assert lead < 2e-2 * talk.logits.std(), "not the oracle's token, nor as good as tied"
-                session.decode(pending[-1])
-                talk.say(pending[-1])
+            answers_alike(session, talk, talk.read(wanted, table), 12)
         assert session.kv_stats().n_evictions == 3
         session.close()
 
@@ -293,11 +276,9 @@ def test_a_state_is_a_tenth_of_the_full_caches(llava: VisionModel) -> None:
     """2944 positions, as an image takes in LLaVA-NeXT, and a mean budget of 256."""
     n, tokens = 2944, np.random.default_rng(0).integers(10, 290, 2944).tolist()
     table = head_budgets("random", None, n_layer=5, n_head_kv=4, budget=256, window=32, n_prompt=n)
-    library.set_head_budgets(llava.pointer, table, 32, POOL_KERNEL)
-    library.set_head_tail(llava.pointer, 0)
     sizes = []
-    for evicts in (True, False):
-        library.set_head_eviction(llava.pointer, evicts)
+    for budgets in (table, None):
+        evict_by(llava, budgets, 32)
         ctx = context(llava, n_ctx=3072, n_batch=3072, flash_attn_type=1)
         assert ctx
         decode(ctx, tokens, 0)

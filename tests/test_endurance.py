@@ -18,7 +18,7 @@ from models import test_model
 from sparsemm_edge.convert import convert
 from sparsemm_edge.runtime import VisionModel, library
 from sparsemm_edge.runtime.library import llama
-from test_eviction import POOL_KERNEL, context, decode
+from test_eviction import FORTY, context, decode, evict_by
 from test_generate import random_scores
 
 PROMPT = list(range(10, 110))
@@ -27,8 +27,7 @@ PROMPT = list(range(10, 110))
 @pytest.fixture(scope="module")
 def llava() -> Iterator[VisionModel]:
     with VisionModel.load(test_model("llava").gguf("f16"), n_threads=1) as opened:
-        library.set_head_budgets(opened.pointer, np.full((5, 4), 40, np.uint32), 8, POOL_KERNEL)
-        library.set_head_eviction(opened.pointer, True)
+        evict_by(opened, FORTY)
         yield opened
 
 
@@ -268,8 +267,7 @@ def test_fifty_contexts_and_models_opened_and_closed_leave_nothing(llava: Vision
     after = []
     for _ in range(50):
         with VisionModel.load(llava.path, n_threads=1) as model:
-            library.set_head_budgets(model.pointer, np.full((5, 4), 40, np.uint32), 8, POOL_KERNEL)
-            library.set_head_eviction(model.pointer, True)
+            evict_by(model, FORTY)
             ctx = context(model)
             assert ctx
             decode(ctx, PROMPT, 0)

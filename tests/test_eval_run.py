@@ -8,7 +8,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 from PIL import Image
 
@@ -18,9 +17,8 @@ from sparsemm_edge.errors import SparseMMError
 from sparsemm_edge.evaluation.datasets import DataSet, Question
 from sparsemm_edge.evaluation.run import Evaluator, Job, Record, Results, run
 from sparsemm_edge.evaluation.settings import Setting
-from sparsemm_edge.gguf_metadata import read_model_shape
 from sparsemm_edge.runtime import Eviction, VisionModel
-from sparsemm_edge.scores import HeadScores
+from test_generate import random_scores
 
 PROMPT = "What is written here? Answer briefly, in the words of the page itself."
 FULL = Setting("full")
@@ -33,11 +31,7 @@ def setting(policy: str, budget: int, window: int = 8, **changes: Any) -> Settin
 
 @pytest.fixture
 def scores(models: Callable[[str], Any], tmp_path: Path) -> Path:
-    shape = read_model_shape(models("llava").gguf())
-    values = np.random.default_rng(0).gamma(0.3, size=(shape.n_layer, shape.n_head))
-    path = tmp_path / "scores.json"
-    HeadScores("random", values, shape.n_head_kv, {"dataset": "random"}).save(path)
-    return path
+    return random_scores(models("llava").gguf(), tmp_path)
 
 
 def picture(models: Callable[[str], Any], seed: int, name: str = "llava") -> Image.Image:

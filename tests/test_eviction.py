@@ -15,17 +15,19 @@ import psutil
 import pytest
 
 from models import NAMES, sample_image, test_model
-from oracle import Agreement, Oracle, compare_kept, leads
+from oracle import Agreement, Oracle, OracleResult, compare_kept, leads
+from oracle import Conversation as OracleConversation
 from sparsemm_edge.budgets import head_budgets
 from sparsemm_edge.errors import SparseMMError
 from sparsemm_edge.runtime import VisionModel, library
 from sparsemm_edge.runtime.library import llama
 from sparsemm_edge.runtime.prompt import Prompt
-from sparsemm_edge.runtime.session import Session
+from sparsemm_edge.runtime.session import KVStats, Session
 
 TEXT = "The quick brown fox jumps over the lazy dog; 3 apples and 14 pears cost $7.50, no? " * 2
 QUESTION = "What is written here? Answer briefly, in the words of the page itself."
 POOL_KERNEL = 7
+FORTY = np.full((5, 4), 40, np.uint32)  # head budgets of the test model llava: 5 layers x 4 KV heads
 GROWTH_STEP = 64  # rows of room per head, at most: llama-kv-cache-heads.cpp
 
 
@@ -63,10 +65,12 @@ class Answer:
     stats: library.HeadsStats | None
 
 
-def all_kept(model: VisionModel, session: Session) -> list[list[np.ndarray]]:
-    """kept[layer][head]: the positions that each KV head holds."""
-    layers, heads = range(model.shape.n_layer), range(model.shape.n_head_kv)
-    return [[session.kept_positions(il, ih) for ih in heads] for il in layers]
+def evict_by(model: VisionModel, table: np.ndarray | None, window: int = 8, max_tail: int = 0) -> None:
+    """Contexts made from now on evict by this table of head budgets; None: they keep everything."""
+    if table is not None:
+        library.set_head_budgets(model.pointer, table, window, POOL_KERNEL)
+        library.set_head_tail(model.pointer, max_tail)
+    library.set_head_eviction(model.pointer, table is not None)
 
 
 def answer(
@@ -80,14 +84,10 @@ def answer(
     **options: Any,
 ) -> Answer:
     """Read a prompt, evict by a table of head budgets (None: the plain cache), decode greedily."""
-    if table is not None:
-        library.set_head_budgets(model.pointer, table, window, POOL_KERNEL)
-    library.set_head_eviction(model.pointer, table is not None)
+    evict_by(model, table, window)
     with Session(model, prompt, n_ctx=prompt.n_tokens + n_predict, **options) as session:
         session.read_prompt()
-        kept = []
-        if table is not None:
-            kept = all_kept(model, session)
+        kept = [] if table is None else session.kept()
         tokens: list[int] = []
         logits = []
         for i in range(n_predict):
@@ -158,19 +158,36 @@ def test_a_last_call_shorter_than_the_window_votes_with_what_it_has(
     with model.tokenize(text) as prompt:
         tokens = prompt.parts[0].tokens
         table = random_table(model, 40, window, len(tokens))
-        library.set_head_budgets(model.pointer, table, window, POOL_KERNEL)
-        library.set_head_eviction(model.pointer, True)
+        evict_by(model, table, window)
         with Session(model, prompt, n_ctx=len(tokens) + 8) as session:
             session._decode_tokens(tokens[:-n_vote], output=False)
             session._decode_tokens(tokens[-n_vote:], output=True)
-            kept = all_kept(model, session)
-    expected = oracle.run(oracle.prompt(text), table, window, 1, n_vote=n_vote)
-    agreement = compare_kept(expected, kept)
-    assert agreement.share >= 0.97
-    assert agreement.n_unexplained == 0
+            kept = session.kept()
+    keeps_alike(oracle.run(oracle.prompt(text), table, window, 1, n_vote=n_vote), kept)
 
 
 TURNS = ("And what of the 7 red foxes and the 9 lazy dogs?", "Now say it again, in fewer words than before.")
+
+
+def three_turns(
+    model: VisionModel, oracle: Oracle, window: int, n_reply: int, max_tail: int | None = None
+) -> KVStats:
+    """A question about an image and two more of text, each with an answer: as the oracle's, step by step."""
+    text, images = ask(model.path.parent.name, "image")
+    with model.tokenize(text, images) as prompt:
+        table = random_table(model, 48, window, prompt.n_tokens)
+        evict_by(model, table, window, max_tail or 0)
+        talk = oracle.conversation(window, max_tail=max_tail)
+        expected = talk.read(oracle.prompt(text, images), table)
+        with Session(model, prompt, n_ctx=prompt.n_tokens + 512) as session:
+            session.read_prompt()
+            for turn in (*TURNS, ""):
+                answers_alike(session, talk, expected, n_reply)
+                if turn:
+                    ids = oracle.tokenizer.encode(turn, add_special_tokens=False)
+                    session._decode_tokens(np.array(ids, np.int32), output=True)
+                    expected = talk.read_tokens(ids, table)
+            return session.kv_stats()
 
 
 @pytest.mark.parametrize("window", [8, 32])
@@ -178,33 +195,7 @@ def test_a_later_prompt_evicts_again_among_what_a_head_holds(
     model: VisionModel, oracle: Oracle, window: int
 ) -> None:
     """Three turns with 20 generated tokens between them; each turn ends in an eviction."""
-    text, images = ask(model.path.parent.name, "image")
-    with model.tokenize(text, images) as prompt:
-        table = random_table(model, 48, window, prompt.n_tokens)
-        library.set_head_budgets(model.pointer, table, window, POOL_KERNEL)
-        library.set_head_eviction(model.pointer, True)
-        talk = oracle.conversation(window)
-        expected = talk.read(oracle.prompt(text, images), table)
-        with Session(model, prompt, n_ctx=prompt.n_tokens + 512) as session:
-            session.read_prompt()
-            for turn in (*TURNS, ""):
-                kept = all_kept(model, session)
-                agreement = compare_kept(expected, kept)
-                assert agreement.share >= 0.97
-                assert agreement.n_unexplained == 0
-                talk.keep(kept)
-                for _ in range(20):
-                    logits = session.logits()
-                    assert relative_error(logits[None], talk.logits[None]) < 1e-2
-                    token = int(logits.argmax())
-                    session.decode(token)
-                    talk.say(token)
-                if turn:
-                    ids = oracle.tokenizer.encode(turn, add_special_tokens=False)
-                    session._decode_tokens(np.array(ids, np.int32), output=True)
-                    expected = talk.read_tokens(ids, table)
-            stats = library.heads_stats(llama.llama_get_memory(session.context))
-    assert stats is not None and stats.n_evictions == 3
+    assert three_turns(model, oracle, window, n_reply=20).n_evictions == 3
 
 
 @pytest.mark.parametrize(
@@ -224,6 +215,32 @@ def test_every_cache_type_computes_what_the_oracle_computes_from_the_same_positi
     assert relative_error(found.logits, expected.logits) < tolerance
 
 
+def keeps_alike(expected: OracleResult, kept: list[list[np.ndarray]]) -> Agreement:
+    """What differs in a single run must be a near tie at the cut, and rare."""
+    agreement = compare_kept(expected, kept)
+    assert agreement.share >= 0.97
+    assert agreement.n_unexplained == 0
+    return agreement
+
+
+def answers_alike(session: Session, talk: OracleConversation, expected: OracleResult, n: int) -> None:
+    """After a prompt, of which `expected` should be kept: n tokens from there are the oracle's but for ties,
+    and all heads then hold what the oracle's do."""
+    kept = session.kept()
+    keeps_alike(expected, kept)
+    talk.keep(kept)
+    for _ in range(n):
+        logits = session.logits()
+        assert relative_error(logits[None], talk.logits[None]) < 1e-2
+        token = int(logits.argmax())
+        lead = talk.logits.max() - talk.logits[token]
+        assert lead < 2e-2 * talk.logits.std(), "not the oracle's token, nor as good as tied"
+        session.decode(token)
+        talk.say(token)
+    for heads, expected_heads in zip(session.kept(), talk.held, strict=True):
+        assert all(map(np.array_equal, heads, expected_heads))
+
+
 def agree_with_oracle(
     oracle: Oracle,
     found: Answer,
@@ -233,12 +250,10 @@ def agree_with_oracle(
     window: int,
     n_vote: int | None = None,
 ) -> Agreement:
-    """What differs in a single run must be a near tie at the cut, and rare."""
+    """What was kept and said is what the oracle keeps and says."""
     prompt = oracle.prompt(text, images)
-    agreement = compare_kept(oracle.run(prompt, table, window, 1, n_vote=n_vote), found.kept)
-    assert agreement.share >= 0.97
-    assert agreement.n_unexplained == 0
-    # and from the positions that llama.cpp kept, its greedy tokens are the oracle's but for ties
+    agreement = keeps_alike(oracle.run(prompt, table, window, 1, n_vote=n_vote), found.kept)
+    # from the positions that llama.cpp kept, its greedy tokens are the oracle's but for ties
     forced = oracle.run(prompt, table, window, len(found.tokens), kept=found.kept, force=found.tokens)
     assert relative_error(found.logits, forced.logits) < 1e-2
     assert leads(forced, found.tokens).max() < 2e-2
@@ -327,8 +342,7 @@ def test_no_memory_of_the_size_of_the_context_is_touched() -> None:
         with model.tokenize(text, images) as prompt:
             table = random_table(model, 48, 8, prompt.n_tokens)
             before = psutil.Process().memory_info().rss
-            library.set_head_budgets(model.pointer, table, 8, POOL_KERNEL)
-            library.set_head_eviction(model.pointer, True)
+            evict_by(model, table)
             with Session(model, prompt, n_ctx=n_ctx) as session:
                 session.read_prompt()
                 session.decode(5)
@@ -356,8 +370,7 @@ def context(model: VisionModel, **changes: Any) -> int | None:
 def llava() -> Iterator[VisionModel]:
     files = test_model("llava")
     with VisionModel.load(files.gguf("f16"), n_threads=1) as opened:
-        library.set_head_budgets(opened.pointer, np.full((5, 4), 40, np.uint32), 8, POOL_KERNEL)
-        library.set_head_eviction(opened.pointer, True)
+        evict_by(opened, FORTY)
         yield opened
 
 
@@ -376,7 +389,7 @@ def test_what_is_not_supported_is_refused_in_one_line(
     message = str(library.failure("no context"))
     assert line in message
     # the same context without eviction is fine
-    library.set_head_eviction(llava.pointer, False)
+    evict_by(llava, None)
     found = context(llava, **changes, **({"flash_attn_type": 1} if "type_v" in changes else {}))
     assert found
     llama.llama_free(found)
@@ -467,16 +480,21 @@ def test_a_table_that_does_not_fit_is_refused_in_one_line(
         library.set_head_budgets(llava.pointer, table.astype(np.uint32), window, pool_kernel)
 
 
-def decode(ctx: int, tokens: list[int], first: int) -> np.ndarray:
-    """Append tokens at position `first`; the logits after the last one."""
+def append(ctx: int, tokens: list[int], first: int, n_asking: int) -> None:
+    """Append tokens at position `first` in one batch, of which the last `n_asking` ask for logits."""
     batch = llama.llama_batch_init(len(tokens), 0, 1)
     batch.n_tokens = len(tokens)
     for i, token in enumerate(tokens):
         batch.token[i], batch.pos[i], batch.n_seq_id[i] = token, first + i, 1
-        batch.seq_id[i][0], batch.logits[i] = 0, i == len(tokens) - 1
+        batch.seq_id[i][0], batch.logits[i] = 0, i >= len(tokens) - n_asking
     status = llama.llama_decode(ctx, batch)
     llama.llama_batch_free(batch)
     assert status == 0
+
+
+def decode(ctx: int, tokens: list[int], first: int) -> np.ndarray:
+    """Append tokens at position `first`; the logits after the last one."""
+    append(ctx, tokens, first, n_asking=1)
     return np.ctypeslib.as_array(llama.llama_get_logits_ith(ctx, -1), (300,)).copy()
 
 
@@ -617,9 +635,9 @@ def test_a_state_of_other_budgets_types_or_caches_is_refused(llava: VisionModel)
     state = saved(ctx, True)
 
     others = [context(llava, type_k=8, type_v=8)]
-    library.set_head_budgets(llava.pointer, np.full((5, 4), 41, np.uint32), 8, POOL_KERNEL)
+    evict_by(llava, FORTY + 1)
     others.append(context(llava))
-    library.set_head_eviction(llava.pointer, False)
+    evict_by(llava, None)
     others.append(context(llava, flash_attn_type=1))
     for other in others:
         assert other
@@ -627,8 +645,7 @@ def test_a_state_of_other_budgets_types_or_caches_is_refused(llava: VisionModel)
         llama.llama_free(other)
 
     # cut short or damaged: refused, and the context reads the next prompt
-    library.set_head_budgets(llava.pointer, np.full((5, 4), 40, np.uint32), 8, POOL_KERNEL)
-    library.set_head_eviction(llava.pointer, True)
+    evict_by(llava, FORTY)
     expected = decode(ctx, [7], 100)
     for broken in (state[: len(state) // 2], state[:700], state[:690] + b"\xff" * 200 + state[890:]):
         other = context(llava)
@@ -649,13 +666,7 @@ def test_single_tokens_and_several_outputs_never_evict(llava: VisionModel) -> No
     memory = llama.llama_get_memory(ctx)
     for i in range(60):
         decode(ctx, [10 + i], i)
-    batch = llama.llama_batch_init(30, 0, 1)
-    batch.n_tokens = 30
-    for i in range(30):
-        batch.token[i], batch.pos[i], batch.n_seq_id[i] = 10 + i, 60 + i, 1
-        batch.seq_id[i][0], batch.logits[i] = 0, 1
-    assert llama.llama_decode(ctx, batch) == 0
-    llama.llama_batch_free(batch)
+    append(ctx, list(range(10, 40)), 60, n_asking=30)
     stats = library.heads_stats(memory)
     assert stats is not None and (stats.n_evictions, stats.n_kept) == (0, 90 * 20)
     decode(ctx, [30, 31], 90)  # the prompt ends

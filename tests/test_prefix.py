@@ -8,10 +8,11 @@ from typing import Any
 import numpy as np
 import pytest
 
-from sparsemm_edge.budgets import FULL, head_budgets
+from sparsemm_edge.budgets import FULL
 from sparsemm_edge.runtime import VisionModel
 from sparsemm_edge.runtime.eviction import HeadBudgetTable
 from sparsemm_edge.runtime.prompt import ImagePart
+from test_eviction import POOL_KERNEL, random_table
 
 QUESTION = "What is written here? Answer briefly, in the words of the page itself."
 N_REST = 40  # tokens that are read after the prefix
@@ -38,24 +39,11 @@ def test_from_a_prefix_heads_keep_and_say_what_they_do_from_the_whole_prompt(
             "n_outputs": 16,
         }
         everything = np.full((shape.n_layer, shape.n_head_kv), FULL, dtype=np.uint32)
-        with model.start_with(prompt, HeadBudgetTable(everything, 1, 7), **options) as session:
+        with model.start_with(prompt, HeadBudgetTable(everything, 1, POOL_KERNEL), **options) as session:
             assert session.takes_prefix
             prefix = session.read_prefix(n - N_REST)
         for budget, window, seed in ((12, 5, 0), (40, 16, 1), (n // 2, N_REST, 2)):
-            table = HeadBudgetTable(
-                head_budgets(
-                    "random",
-                    None,
-                    n_layer=shape.n_layer,
-                    n_head_kv=shape.n_head_kv,
-                    budget=budget,
-                    window=window,
-                    n_prompt=n,
-                    seed=seed,
-                ),
-                window,
-                7,
-            )
+            table = HeadBudgetTable(random_table(model, budget, window, n, seed), window, POOL_KERNEL)
             with model.start_with(prompt, table, **options) as session:
                 session.read_prompt()
                 whole, logits = session.kept(), [session.logits()]

@@ -9,24 +9,21 @@ import numpy as np
 import pytest
 
 from models import NAMES, test_model
-from oracle import compare_kept
 from sparsemm_edge.errors import SparseMMError
 from sparsemm_edge.runtime import Eviction, VisionModel, library
 from sparsemm_edge.runtime.eviction import plan
 from sparsemm_edge.runtime.library import llama
-from sparsemm_edge.runtime.session import Session
 from test_eviction import (
-    POOL_KERNEL,
-    TURNS,
-    all_kept,
-    ask,
+    FORTY,
+    aborted,
+    append,
     context,
     decode,
+    evict_by,
     oracle_of,
-    random_table,
-    relative_error,
     restored,
     saved,
+    three_turns,
 )
 
 TAIL = 12
@@ -37,9 +34,7 @@ PROMPT = list(range(10, 110))
 def llava() -> Iterator[VisionModel]:
     """40 of the prompt's positions a head, at most TAIL generated ones."""
     with VisionModel.load(test_model("llava").gguf("f16"), n_threads=1) as opened:
-        library.set_head_budgets(opened.pointer, np.full((5, 4), 40, np.uint32), 8, POOL_KERNEL)
-        library.set_head_tail(opened.pointer, TAIL)
-        library.set_head_eviction(opened.pointer, True)
+        evict_by(opened, FORTY, max_tail=TAIL)
         yield opened
 
 
@@ -61,42 +56,10 @@ def after_a_long_answer(model: VisionModel, n: int = 3 * TAIL + 5) -> int:
 def test_the_oldest_generated_positions_go_first_in_every_turn(name: str) -> None:
     """Three turns whose answers are longer than the bound: the oracle drops the same positions, and says the
     same from what is left."""
-    files, oracle, window = test_model(name), oracle_of(name), 8
-    text, images = ask(name, "image")
-    with (
-        VisionModel.load(files.gguf("f16"), files.mmproj("f16"), n_threads=1) as model,
-        model.tokenize(text, images) as prompt,
-    ):
-        table = random_table(model, 48, window, prompt.n_tokens)
-        library.set_head_budgets(model.pointer, table, window, POOL_KERNEL)
-        library.set_head_tail(model.pointer, TAIL)
-        library.set_head_eviction(model.pointer, True)
-        talk = oracle.conversation(window, max_tail=TAIL)
-        expected = talk.read(oracle.prompt(text, images), table)
-        with Session(model, prompt, n_ctx=prompt.n_tokens + 512) as session:
-            session.read_prompt()
-            for turn in (*TURNS, ""):
-                kept = all_kept(model, session)
-                agreement = compare_kept(expected, kept)
-                assert agreement.share >= 0.97
-                assert agreement.n_unexplained == 0
-                talk.keep(kept)
-                for _ in range(2 * TAIL):
-                    logits = session.logits()
-                    assert relative_error(logits[None], talk.logits[None]) < 1e-2
-                    token = int(logits.argmax())
-                    session.decode(token)
-                    talk.say(token)
-                held = all_kept(model, session)
-                assert all(
-                    np.array_equal(found, wanted)
-                    for of_layer in zip(held, talk.held, strict=True)
-                    for found, wanted in zip(*of_layer, strict=True)
-                )
-                if turn:
-                    ids = oracle.tokenizer.encode(turn, add_special_tokens=False)
-                    session._decode_tokens(np.array(ids, np.int32), output=True)
-                    expected = talk.read_tokens(ids, table)
+    files = test_model(name)
+    with VisionModel.load(files.gguf("f16"), files.mmproj("f16"), n_threads=1) as model:
+        stats = three_turns(model, oracle_of(name), window=8, n_reply=2 * TAIL, max_tail=TAIL)
+    assert stats.positions_kept_mean == 48 + TAIL
 
 
 def test_memory_stops_growing_at_the_bound(llava: VisionModel) -> None:
@@ -132,13 +95,7 @@ def test_a_prompt_in_pieces_is_never_dropped_as_if_it_were_an_answer(llava: Visi
     ctx = after_a_long_answer(llava)
     n = 100 + 3 * TAIL + 5
     held = positions(ctx)
-    batch = llama.llama_batch_init(50, 0, 1)
-    batch.n_tokens = 50
-    for i in range(50):
-        batch.token[i], batch.pos[i], batch.n_seq_id[i] = 30 + i, n + i, 1
-        batch.seq_id[i][0], batch.logits[i] = 0, 0
-    assert llama.llama_decode(ctx, batch) == 0
-    llama.llama_batch_free(batch)
+    append(ctx, list(range(30, 80)), n, n_asking=0)
     assert positions(ctx) == [*held, *range(n, n + 50)]
     decode(ctx, [7], n + 50)  # asks: the first of an answer
     assert positions(ctx) == [*held[:-TAIL], *held[-TAIL + 1 :], *range(n, n + 51)]
@@ -179,8 +136,6 @@ def test_before_anything_was_lost_all_of_an_answer_can_be_taken_back(llava: Visi
 
 
 def test_an_aborted_token_leaves_the_tail_as_it_was(llava: VisionModel) -> None:
-    from test_eviction import aborted
-
     ctx, again = after_a_long_answer(llava), after_a_long_answer(llava)
     first = 100 + 3 * TAIL + 5
     assert aborted(ctx, [50], first, 3)
@@ -214,13 +169,7 @@ def test_several_tokens_at_once_are_dropped_for_one_by_one(llava: VisionModel) -
     """A batch with several outputs, as a speculative check makes it."""
     ctx, again = after_a_long_answer(llava), after_a_long_answer(llava)
     first = 100 + 3 * TAIL + 5
-    batch = llama.llama_batch_init(5, 0, 1)
-    batch.n_tokens = 5
-    for i in range(5):
-        batch.token[i], batch.pos[i], batch.n_seq_id[i] = 60 + i, first + i, 1
-        batch.seq_id[i][0], batch.logits[i] = 0, 1
-    assert llama.llama_decode(ctx, batch) == 0
-    llama.llama_batch_free(batch)
+    append(ctx, list(range(60, 65)), first, n_asking=5)
     for i in range(5):
         logits = decode(again, [60 + i], first + i)
         found = np.ctypeslib.as_array(llama.llama_get_logits_ith(ctx, i), (300,))
