@@ -136,6 +136,20 @@ def test_heads_keep_what_the_oracle_keeps_and_answer_alike(
     assert sum(a.n_same for a in agreements) >= 0.99 * sum(a.n_kept for a in agreements)
 
 
+def test_a_prompt_whose_ffn_is_computed_in_parts_is_evicted_as_the_oracle_does(
+    model: VisionModel, oracle: Oracle
+) -> None:
+    """Batches of more than 512 rows are halved for the FFN, twice here; an odd number, so not into equals."""
+    text = oracle.chat(TEXT * 16)
+    with model.tokenize(text) as prompt:
+        text += " no" * (1 - prompt.n_tokens % 2)
+    with model.tokenize(text) as prompt:
+        assert prompt.n_tokens > 1024 and prompt.n_tokens % 2
+        table = random_table(model, 96, 8, prompt.n_tokens)
+        found = answer(model, prompt, table)
+    agree_with_oracle(oracle, found, text, [], table, 8)
+
+
 @pytest.mark.parametrize("window", [8, 32])
 @pytest.mark.parametrize("n_ubatch", [None, 64])
 def test_a_prompt_in_several_calls_lets_the_queries_of_the_last_call_vote(

@@ -20,7 +20,7 @@ from sparsemm_edge.profiling.fit import Wish, fit
 from sparsemm_edge.profiling.shapes import SHAPES, model_of_shape, scores_file
 from sparsemm_edge.runtime import Eviction, Prompt, VisionModel, library
 from sparsemm_edge.runtime.estimate import Estimate
-from sparsemm_edge.runtime.eviction import plan
+from sparsemm_edge.runtime.eviction import HeadBudgetTable, plan
 from sparsemm_edge.runtime.prompt import ImagePart, TextPart, image_marker
 
 # few layers, small heads, but as many heads as real models have: that is what groups are made of
@@ -292,6 +292,19 @@ def test_a_prompt_that_does_not_fit_the_context_is_one_clear_line(small: VisionM
         fit(Wish(small.path, n_text=500, n_ctx=300))
     with pytest.raises(SparseMMError, match="give its file with --mmproj"):
         fit(Wish(small.path, image_sizes=((10, 10),)))
+
+
+def test_a_whole_prompt_at_once_never_holds_all_of_its_ffn(tmp_path: Path) -> None:
+    """The FFN's intermediate results would be three times 2048 x 8192 f32; an eighth of them is enough."""
+    wide = replace(SHAPES["llava-1.5-7b"], n_layer=2, n_embd=256, n_head=4, n_head_kv=4, n_ff=8192)
+    budgets = HeadBudgetTable(np.full((2, 4), 256, np.uint32), 32, 7)
+    with Estimate(read_header(model_of_shape("wide", wide, tmp_path)), None) as estimate:
+        full, evicting = (
+            estimate.compute_bytes(n_ctx=2048, n_ubatch=2048, table=table) for table in (None, budgets)
+        )
+    ffn = 3 * 2048 * 8192 * 4
+    assert full > ffn * 2 / 3
+    assert evicting < full - ffn / 2
 
 
 @pytest.mark.parametrize(
