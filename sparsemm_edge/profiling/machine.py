@@ -14,7 +14,7 @@ from sparsemm_edge.profiling.memory import machine_memory
 from sparsemm_edge.runtime.model import usable_cores
 
 _BYTES = 2**27  # a thread, beyond what caches hold
-_TIMES = 5
+_SECONDS = 2  # long enough that a neighbour on the machine does not take all of it
 _INSTRUCTION_SETS = {"avx512f": "AVX-512", "avx2": "AVX2", "avx": "AVX", "sve": "SVE", "asimd": "NEON"}
 
 
@@ -57,11 +57,12 @@ def instruction_set() -> str | None:
 
 
 def memory_bandwidth(n_threads: int) -> float:
-    """Bytes a second that n_threads read from memory together: the best of some passes over large arrays."""
+    """Bytes a second that n_threads read from memory together: the best pass over large arrays of a while."""
     arrays = [np.ones(_BYTES // 4, dtype=np.float32) for _ in range(n_threads)]
     best = 0.0
     with ThreadPoolExecutor(n_threads) as pool:
-        for _ in range(_TIMES):
+        end = time.perf_counter() + _SECONDS
+        while best == 0 or time.perf_counter() < end:
             started = time.perf_counter()
             list(pool.map(np.max, arrays))  # runs without the interpreter's lock
             best = max(best, n_threads * _BYTES / (time.perf_counter() - started))
