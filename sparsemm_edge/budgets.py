@@ -44,7 +44,8 @@ def head_budgets(
 
     - `sparsemm`: their score;
     - `top`: their rank by score, whole prompts to the best heads one after the other. Not in the paper: a
-      head that holds a part of an image can mislead, one that holds next to none abstains (see README);
+      head that holds a part of an image can mislead, one that holds next to none abstains (see README). The
+      floor is half a window at most, for the same reason;
     - `uniform`: nothing, all alike (SnapKV, arXiv 2404.14469);
     - `pyramid`: a ramp over the layers, the first layer most, the last only the floor (PyramidKV,
       arXiv 2406.02069);
@@ -101,8 +102,11 @@ def head_budgets(
 
     base = budget - window
     total = base * shares.size
-    fill = _fill_best_first if policy == "top" else _fill
-    caps = fill(shares, total=total, floor=int(base * floor_ratio), limit=limit)
+    floor = int(base * floor_ratio)
+    if policy == "top":
+        caps = _fill_best_first(shares, total=total, floor=min(floor, window // 2), limit=limit)
+    else:
+        caps = _fill(shares, total=total, floor=floor, limit=limit)
     table = _round_to_sum(caps, total) + window
     if table.max() > FULL:
         raise SparseMMError(f"a budget of {budget} gives one head {table.max()} positions, more than {FULL}")

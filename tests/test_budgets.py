@@ -76,7 +76,8 @@ def test_sum_floor_and_limit_hold_for_any_scores() -> None:
                 case = (seed, policy, water_fill)
                 assert table.shape == (n_layer, n_head_kv) and table.dtype == np.uint32, case
                 assert table.sum() == budget * n_layer * n_head_kv, case
-                assert table.min() >= window + int((budget - window) * floor_ratio), case
+                floor = int((budget - window) * floor_ratio)
+                assert table.min() >= window + (min(floor, window // 2) if policy == "top" else floor), case
                 if water_fill:
                     assert table.max() <= max(n_prompt, budget), case
 
@@ -113,14 +114,16 @@ def test_only_the_ratio_of_scores_matters() -> None:
 
 
 def test_top_gives_the_best_heads_the_whole_prompt_and_the_others_the_floor() -> None:
-    # floor 10 and window 10 each, 360 to share out: two heads more reach 200
-    table = tiny_table("top", [[3, 6], [90, 1]], n_prompt=200)
-    assert table.tolist() == [[20, 200], [200, 20]]
+    # window 10 and floor 5 each (half a window, less than a tenth of 100); 380 to share out, twice 190
+    table = tiny_table("top", [[3, 6], [90, 1]], n_prompt=205)
+    assert table.tolist() == [[15, 205], [205, 15]]
     # a little less than two heads' worth: the second ends in between
-    assert tiny_table("top", [[3, 6], [90, 1]], n_prompt=210).tolist() == [[20, 190], [210, 20]]
+    assert tiny_table("top", [[3, 6], [90, 1]], n_prompt=210).tolist() == [[15, 200], [210, 15]]
+    # a floor below half a window stays
+    assert tiny_table("top", [[3, 6], [90, 1]], n_prompt=208, floor_ratio=0.02).min() == 12
     # only the order of the scores counts, and the first of equals is the better one
-    np.testing.assert_array_equal(table, tiny_table("top", [[2, 8], [9, 0]], n_prompt=200))
-    assert tiny_table("top", [[1, 1], [1, 1]], n_prompt=200).tolist() == [[200, 200], [20, 20]]
+    np.testing.assert_array_equal(table, tiny_table("top", [[2, 8], [9, 0]], n_prompt=205))
+    assert tiny_table("top", [[1, 1], [1, 1]], n_prompt=205).tolist() == [[205, 205], [15, 15]]
 
 
 def test_top_is_refused_where_no_length_says_how_far_a_head_is_filled() -> None:
