@@ -1,6 +1,8 @@
 """The command line: sparsemm-edge COMMAND. The commands are in commands/."""
 
+import signal
 import sys
+from types import FrameType
 from typing import Annotated
 
 import typer
@@ -53,13 +55,23 @@ app.command("eval")(evaluate)
 app.add_typer(scores, name="scores")
 
 
+def _terminate(number: int, frame: FrameType | None) -> None:
+    sys.exit(128 + number)
+
+
 def main() -> None:
-    """Run the command line. A user's mistake becomes one line on stderr and exit status 2."""
+    """Run the command line. A user's mistake becomes one line on stderr and exit status 2.
+
+    SIGTERM ends it as Ctrl-C does, so that no process and no half-written file is left: exit status 143.
+    """
+    before = signal.signal(signal.SIGTERM, _terminate)
     try:
         app()
     except SparseMMError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 if __name__ == "__main__":

@@ -96,8 +96,8 @@ def _show(found: dict[str, Any]) -> None:
     if in_batches is not None:
         print(
             f"{evicted['name']}: --n-ubatch {in_batches['n_ubatch']} would take"
-            f" {mib(evicted['total'] - in_batches['total'])} MiB less at the peak: computing the whole prompt at"
-            " once takes more compute memory here than layers save that share K and V"
+            f" {mib(evicted['total'] - in_batches['total'])} MiB less at the peak: computing the whole"
+            " prompt at once takes more compute memory here than layers save that share K and V"
         )
     if found["largest_budget"] is None:
         print("no budget fits")

@@ -1,12 +1,16 @@
 """The run: every question under every setting, through the runtime, saved as it goes."""
 
 import json
+import os
+import signal
+import threading
 from collections.abc import Iterator, Sequence
-from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
-from concurrent.futures.process import BrokenProcessPool
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field
-from itertools import groupby, islice
-from multiprocessing import get_context
+from itertools import groupby
+from multiprocessing import get_context, parent_process
+from multiprocessing.connection import Connection, wait
+from multiprocessing.context import SpawnProcess
 from pathlib import Path
 from types import TracebackType
 from typing import Any, TextIO
@@ -14,7 +18,7 @@ from typing import Any, TextIO
 import numpy as np
 import numpy.typing as npt
 
-from sparsemm_edge.budgets import FULL
+from sparsemm_edge.budgets import BY_SCORE, FULL
 from sparsemm_edge.errors import SparseMMError
 from sparsemm_edge.evaluation import fidelity, metrics
 from sparsemm_edge.evaluation.datasets import DataSet, Question
@@ -143,7 +147,7 @@ class Evaluator:
         for setting in settings:
             if cache_type(setting.cache_type).name.startswith("Q4") and setting.policy != "full":
                 raise SparseMMError(f"a cache that evicts cannot hold {setting.cache_type}: f16 or q8_0")
-            if setting.policy == "sparsemm" and self._scores is None:
+            if setting.policy in BY_SCORE and self._scores is None:
                 raise SparseMMError(
                     f"{self._job.model} holds no head scores: convert it first (sparsemm-edge convert), or"
                     " give --scores"
@@ -466,37 +470,74 @@ def _answers(job: Job, work: list[_Page], settings: Sequence[Setting], n_jobs: i
         return
     with Evaluator(job) as evaluator:  # so that a mistake is one line, and not a broken pool
         evaluator.check(settings)
-    # spawn: a forked child would share llama.cpp's threads and memory maps
-    with ProcessPoolExecutor(
-        n_jobs, get_context("spawn"), initializer=_start_worker, initargs=(job,)
-    ) as pool:
-        left = iter(work)
-        running: set[Future[list[Record]]] = {pool.submit(_work, page) for page in islice(left, 2 * n_jobs)}
-        while running:
-            done, running = wait(running, return_when=FIRST_COMPLETED)
-            for future in done:
+    yield from _in_processes(job, work, min(n_jobs, len(work)))
+
+
+def _in_processes(job: Job, work: list[_Page], n_jobs: int) -> Iterator[list[Record]]:
+    """A page goes to whichever process is free. However this ends, the processes end with it."""
+    context = get_context("spawn")  # a forked child would share llama.cpp's threads and memory maps
+    processes: dict[Connection, SpawnProcess] = {}
+
+    def send(connection: Connection, page: _Page) -> None:
+        with suppress(ConnectionError):  # that it died is seen where its records are awaited
+            connection.send(page)
+
+    try:
+        for _ in range(n_jobs):
+            ours, theirs = context.Pipe()
+            process = context.Process(target=_work, args=(job, theirs), daemon=True)
+            process.start()
+            processes[ours] = process
+            theirs.close()
+        left, busy = iter(work), list(processes)
+        for connection, page in zip(busy, left, strict=False):
+            send(connection, page)
+        while busy:
+            ready = wait(busy)
+            for connection in [each for each in busy if each in ready]:
                 try:
-                    yield future.result()
-                except BrokenProcessPool as error:
+                    found = connection.recv()
+                except (EOFError, OSError) as error:
+                    process = processes[connection]
+                    process.join()
                     raise SparseMMError(
-                        "a process of the run died, for want of memory, or because a model file was replaced:"
-                        " what is done is saved, --resume goes on, fewer --jobs take less memory"
+                        f"a process of the run died (exit status {process.exitcode}), for want of memory, or"
+                        " because a model file was replaced: what is done is saved, --resume goes on, fewer"
+                        " --jobs take less memory"
                     ) from error
-            running |= {pool.submit(_work, page) for page in islice(left, len(done))}
+                if isinstance(found, SparseMMError):
+                    raise found
+                yield found
+                following = next(left, None)
+                if following is None:
+                    busy.remove(connection)
+                else:
+                    send(connection, following)
+    finally:
+        for process in processes.values():
+            process.kill()
+        for process in processes.values():
+            process.join()
 
 
 def _answer_page(evaluator: Evaluator, page: _Page) -> list[Record]:
     return [record for question, settings in page for record in evaluator.answer(question, settings)]
 
 
-_evaluator: Evaluator | None = None
+def _work(job: Job, connection: Connection) -> None:
+    """A process of the run: a page comes in, its records go out, until it is killed or its parent is gone."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent
+    threading.Thread(target=_exit_with_parent, daemon=True).start()
+    try:
+        with Evaluator(job) as evaluator:
+            while True:
+                connection.send(_answer_page(evaluator, connection.recv()))
+    except SparseMMError as error:
+        connection.send(error)
 
 
-def _start_worker(job: Job) -> None:
-    global _evaluator
-    _evaluator = Evaluator(job)
-
-
-def _work(page: _Page) -> list[Record]:
-    assert _evaluator is not None
-    return _answer_page(_evaluator, page)
+def _exit_with_parent() -> None:
+    parent = parent_process()
+    assert parent is not None
+    parent.join()
+    os._exit(1)
