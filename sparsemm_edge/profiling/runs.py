@@ -49,14 +49,17 @@ class Run:
         """The phases in order: name, and start and end in seconds since the process was started."""
         begun = [event for event in self.events if event["event"] == "phase"]
         ends = [event["t"] for event in begun[1:]] + [self.end] * bool(begun)
+        following = [event["name"] for event in begun[1:]] + [""] * bool(begun)
         phases: list[dict[str, Any]] = []
-        for event, end in zip(begun, ends, strict=True):
+        for event, end, then in zip(begun, ends, following, strict=True):
             name, start = event["name"], event["t"]
             if name == "end":
                 break
+            if name == "prompt" and then == "image" and end - start < 1e-3:
+                continue  # the prompt begins with an image
             if phases and phases[-1]["name"] == name:  # an image after an image
                 phases[-1]["end"] = end - self.start
-            elif end - start > 1e-3 or name == "eviction":
+            else:
                 phases.append({"name": name, "start": start - self.start, "end": end - self.start})
         return phases
 
@@ -113,7 +116,10 @@ def _outcome(code: int, events: list[Event], errors: IO[bytes]) -> tuple[str, st
     if said is not None:
         return _status(said), said
     if code == -signal.SIGKILL:
-        return "killed", "killed by the system, most likely because memory ran out"
+        return "killed", (
+            "killed (SIGKILL), most likely by the system because memory ran out: close other programs, or"
+            " shorten the prompt; sparsemm-edge fit says what a setting takes"
+        )
     errors.seek(0)
     lines = errors.read().decode("utf-8", "replace").strip().splitlines()
     last = f": {lines[-1].strip()}" if lines else ""
