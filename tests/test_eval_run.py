@@ -265,8 +265,8 @@ def test_eval_writes_a_table_a_plot_and_json(
     assert "1 of 3 questions failed" in printed and "none.png: no such file" in printed
     assert sorted(path.name for path in out.iterdir()) == ["eval.json", "eval.png", "results.jsonl"]
     report = json.loads((out / "eval.json").read_text())
-    # full, sparsemm with and without water-filling, uniform, pyramid, random
-    assert len(report["rows"]) == 1 + 2 * 2 + 2 + 2 + 2
+    # full, sparsemm with and without water-filling, top, uniform, pyramid, random
+    assert len(report["rows"]) == 1 + 2 * 2 + 2 + 2 + 2 + 2
     assert len(report["failures"]) == 1
     kept = {row["label"]: row["kept_share"] for row in report["rows"] if row["setting"]["retention"] == 50}
     assert kept["sparsemm"] == pytest.approx(kept["uniform"]) == pytest.approx(0.5, abs=0.01)
