@@ -5,16 +5,17 @@ PYTHON ?= python3
 VENV   := .venv
 PY     := $(VENV)/bin/python
 PIP    := $(PY) -m pip install --quiet --disable-pip-version-check
+DEMO_MODEL := sparsemm_edge/demo_model/.made-from
 
 .PHONY: setup setup-dev demo test lint sanitize clean
 
-setup: $(VENV)/.package $(VENV)/.demo-model
+setup: $(VENV)/.package $(DEMO_MODEL)
 setup-dev: $(VENV)/.dev
 
 demo: setup
 	$(VENV)/bin/sparsemm-edge demo --out build/demo
 
-test: $(VENV)/.tools lint $(VENV)/.demo-model
+test: $(VENV)/.tools lint $(DEMO_MODEL)
 	$(PY) -m pytest
 
 lint: $(VENV)/.dev
@@ -42,7 +43,7 @@ sanitize: $(VENV)/.dev
 		"$$(cd tests && ../$(PY) -c 'from models import test_model; print(test_model("llava").gguf("f16"))')"
 
 clean:
-	rm -rf $(VENV) build dist .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) $(dir $(DEMO_MODEL)) build dist .pytest_cache .mypy_cache .ruff_cache
 
 $(VENV)/.python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' \
@@ -67,7 +68,7 @@ $(VENV)/.package: $(VENV)/.llama pyproject.toml
 	touch $@
 
 # The demo model's GGUF files, from its checkpoint: llama.cpp's converter wants torch, the package does not
-$(VENV)/.demo-model: $(VENV)/.dev scripts/make_demo_gguf.py $(wildcard models/demo/* scores/demo.json)
+$(DEMO_MODEL): $(VENV)/.dev scripts/make_demo_gguf.py $(wildcard models/demo/* scores/demo.json)
 	$(PY) scripts/make_demo_gguf.py
 	touch $@
 
