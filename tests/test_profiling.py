@@ -26,10 +26,10 @@ from sparsemm_edge.gguf_header import read_header, weight_bytes
 from sparsemm_edge.gguf_metadata import model_shape, read_model_shape
 from sparsemm_edge.kv_layout import full_cache
 from sparsemm_edge.profiling import bench, plots, profile, profile_report, shapes
-from sparsemm_edge.profiling.figures import setting_figures
+from sparsemm_edge.profiling.figures import samples, setting_figures
 from sparsemm_edge.profiling.fit import Wish, fit
 from sparsemm_edge.profiling.jobs import Event, Setting, Task, full
-from sparsemm_edge.profiling.memory import MemoryWatch
+from sparsemm_edge.profiling.memory import MemoryTrace, MemoryWatch
 from sparsemm_edge.profiling.progress import Progress
 from sparsemm_edge.profiling.runs import Run, run_setting
 from sparsemm_edge.scores import HeadScores
@@ -237,6 +237,21 @@ def test_memory_of_another_process_is_seen_from_outside() -> None:
     if sys.platform == "linux":
         assert size < (trace.peak("anon") or 0) <= trace.rss_peak
         assert (trace.peak("pss") or 0) > size
+
+
+def test_a_run_that_is_over_before_the_next_sample_still_has_memory() -> None:
+    trace = MemoryTrace(t=[9.98, 10.06], rss=[50, 80], anon=[20, None], rss_peak=80)
+
+    assert samples(trace, 10.0, 0.05) == {"t": [0.0], "rss": [50], "anon": [20]}
+    assert samples(trace, 9.0, 2.0) == {"t": [0.98, 1.06], "rss": [50, 80], "anon": [20, None]}
+
+
+def test_the_peak_of_a_process_is_not_that_of_who_started_it() -> None:
+    ballast = bytearray(os.urandom(2**20) * 300)
+    code = "from sparsemm_edge.runtime.process import rss_peak_bytes as peak; print(peak())"
+    alone = int(subprocess.check_output([sys.executable, "-c", code]))
+
+    assert 2**20 < alone < len(ballast)
 
 
 def test_bench_prints_one_object_whose_figures_agree(

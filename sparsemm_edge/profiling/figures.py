@@ -44,6 +44,8 @@ def setting_figures(setting: Setting, run: Run) -> dict[str, Any]:
         return figures
     text_ms = result["prompt_ms"]
     figures |= {
+        # a short run can end between two samples
+        "rss_peak": max(trace.rss_peak, result["rss_peak_bytes"]),
         "n_prompt": result["n_prompt"],
         "n_predict": len(result["decode_ms"]),
         "load_ms": result["load_ms"],
@@ -90,12 +92,14 @@ def spread(values: Sequence[float]) -> dict[str, float]:
 def samples(trace: MemoryTrace, zero: float, end: float) -> dict[str, list[Any]]:
     """The trace from 0 to `end` as lists of at most _N_SAMPLES entries, each the largest of some samples.
 
-    `t` is in seconds since `zero`, the others in bytes; what the system does not tell is left out.
+    `t` is in seconds since `zero`, the others in bytes; what the system does not tell is left out. The sample
+    before 0 is what there was at 0: between 0 and a near end there may be none.
     """
     begin, stop = np.searchsorted(np.array(trace.t) - zero, (0, end))
+    begin = max(0, begin - 1)
     edges = np.unique(np.linspace(begin, stop, _N_SAMPLES + 1).astype(int))
     spans = [slice(begin, end) for begin, end in pairwise(edges)]
-    kept: dict[str, list[Any]] = {"t": [round(trace.t[span][0] - zero, 3) for span in spans]}
+    kept: dict[str, list[Any]] = {"t": [round(max(0.0, trace.t[span][0] - zero), 3) for span in spans]}
     for name in ("rss", "anon", "file", "pss", "footprint"):
         values = getattr(trace, name)
         if name == "rss" or any(value is not None for value in values):

@@ -26,7 +26,7 @@ class MemoryTrace:
         file: of them, those of mapped files, such as weights; dropped when memory is short. Linux.
         pss: resident bytes, shared pages counted in proportion; sampled less often. Linux.
         footprint: what macOS counts against the process.
-        rss_peak: the largest resident size, exact on Linux, else the largest sample.
+        rss_peak: the largest resident size, on Linux until the last sample, else the largest sample.
     """
 
     t: list[float] = field(default_factory=list)
