@@ -12,9 +12,9 @@ from typing import Any
 import numpy as np
 
 from sparsemm_edge.errors import SparseMMError
-from sparsemm_edge.gguf_header import read_header, weight_bytes
+from sparsemm_edge.gguf_header import GGUFHeader, read_header, weight_bytes
 from sparsemm_edge.gguf_metadata import check_supported, model_shape, sparsemm_metadata
-from sparsemm_edge.kv_layout import full_cache
+from sparsemm_edge.kv_layout import full_cache, row_bytes
 from sparsemm_edge.profiling import machine as this_machine
 from sparsemm_edge.profiling import shapes
 from sparsemm_edge.profiling.figures import spread
@@ -90,6 +90,10 @@ def bench(
             for n_prompt in dict.fromkeys(n_prompts)
         ]
     for length in lengths:
+        length["not_in_breakdown"] = {
+            figures["name"]: _not_in_breakdown(header, figures, length["n_prompt"])
+            for figures in length["settings"]
+        }
         length["limits"] = _limits(length, _weights_read(header.tensors), bandwidth)
     return {
         "machine": this_machine.machine() | {"n_threads": n_threads, "memory_bandwidth": bandwidth},
@@ -197,7 +201,7 @@ def _row(length: dict[str, Any], budget: int) -> dict[str, Any]:
     - rss_peak, rss_peak_full (smaller setting); anon_peak, anon_peak_full: what no file backs
     - memory_difference: anon_peak (or rss_peak) less that of the full setting, memory_setting, that has the
       smaller one; memory_difference_allocated: the same of K and V at their peak and compute buffers, as
-      llama.cpp says, which should explain it
+      llama.cpp says, and of what it does not say (_not_in_breakdown), which should explain it
     """
     settings = {figures["name"]: figures for figures in length["settings"]}
     evicted = next(figures for figures in length["settings"] if figures["budget"] == budget)
@@ -254,17 +258,37 @@ def _row(length: dict[str, Any], budget: int) -> dict[str, Any]:
         "anon_peak_full": least("anon_peak"),
         "memory_setting": small and small["name"],
         "memory_difference": evicted[measured] - small[measured] if compares and small else None,
-        "memory_difference_allocated": _allocated(evicted) - _allocated(small)
+        "memory_difference_allocated": _allocated(evicted, length) - _allocated(small, length)
         if compares and small
         else None,
         "status_full": {name: f["status"] for name, f in settings.items() if f["budget"] is None},
     }
 
 
-def _allocated(figures: dict[str, Any]) -> int:
-    """Bytes of K and V and of compute buffers at the peak, as llama.cpp says."""
+def _allocated(figures: dict[str, Any], length: dict[str, Any]) -> int:
+    """Bytes of K and V and of compute buffers at the peak, as far as they are written."""
     sizes = figures["breakdown"]
-    return int(sizes["kv_peak"] + sizes["compute"] + sizes["output"])
+    said = sizes["kv_peak"] + sizes["compute"] + sizes["output"]
+    return int(said + length["not_in_breakdown"][figures["name"]])
+
+
+def _not_in_breakdown(header: GGUFHeader, figures: dict[str, Any], n_prompt: int) -> int:
+    """Bytes that a prompt of tokens takes besides llama.cpp's breakdown, on the CPU; may be negative.
+
+    The compute buffer has an input for embeddings (f32), which tokens leave unwritten. ggml's CPU backend has
+    a buffer beside it for the largest activation of a product with quantised weights, as q8_0 (ggml-cpu.c,
+    ggml_graph_plan); an evicting context computes the FFN in parts (patches/, build_ffn).
+    """
+    arch = header.value("general.architecture")
+    n_embd, n_ff = (
+        int(np.max(header.value(f"{arch}.{key}_length", 0)))  # a list where layers differ
+        for key in ("embedding", "feed_forward")
+    )
+    n_rows = n_ffn_rows = min(figures["n_ubatch"] or n_prompt, n_prompt)
+    if figures["budget"] is not None:
+        while n_ffn_rows > max(512, -(-n_rows // 8)):
+            n_ffn_rows = -(-n_ffn_rows // 2)
+    return row_bytes("q8_0", max(n_embd * n_rows, n_ff * n_ffn_rows)) - 4 * n_embd * n_rows
 
 
 def _weights_read(tensors: dict[str, Any]) -> int:

@@ -69,7 +69,7 @@ def sentences(content: dict[str, Any]) -> list[str]:
             if row["n_prompt"] == length["n_prompt"] and row["memory_difference"] is not None:
                 said.append(
                     f"{where}, budget {row['budget']}: {_signed(row['memory_difference'])} MiB at the peak"
-                    f" against {row['memory_setting']}; K, V and compute buffers explain"
+                    f" against {row['memory_setting']}; K, V and buffers explain"
                     f" {_signed(row['memory_difference_allocated'])} MiB."
                 )
     return said
