@@ -78,7 +78,7 @@ def memory_bars(settings: Sequence[dict[str, Any]]) -> Figure:
         axes.text(total, index, f" {total:,.0f}", va="center", fontsize=8.5, color=_INK)
     axes.set_xlim(0, max(left) * 1.14)
     axes.invert_yaxis()
-    axes.set_xlabel("MiB resident at the peak")
+    axes.set_xlabel("MiB at the peak, buffers as allocated")
     _plain(axes)
     axes.tick_params(axis="y", length=0, labelcolor=_INK)
     figure.legend(loc="outside upper left", ncols=3, fontsize=8.5, frameon=False, handlelength=1)
