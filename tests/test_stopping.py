@@ -91,3 +91,16 @@ def test_the_processes_of_eval_end_with_it_and_what_is_done_is_saved(
     lines = [json.loads(line) for line in (out / "results.jsonl").read_text().splitlines()]
     assert 1 < len(lines) < 1 + 30 * 3 and all(line["answer"] for line in lines[1:])
     assert how == "SIGKILL" or list(temporary.iterdir()) == []
+
+
+@every_way
+def test_the_processes_of_score_end_with_it(how: str, tmp_path: Path, temporary: Path) -> None:
+    from models import test_model
+
+    scores = tmp_path / "out" / "scores.json"
+    scores.parent.mkdir()
+    arguments = ["score", test_model("llava").hf, "--pages", 500, "--page-size", "168x168", "--jobs", 2]
+
+    assert stop(how, [*arguments, "--out", scores], loaded(2), folder=tmp_path) == (HOW[how], [])
+
+    assert not scores.exists()

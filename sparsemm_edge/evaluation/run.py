@@ -1,16 +1,10 @@
 """The run: every question under every setting, through the runtime, saved as it goes."""
 
 import json
-import os
-import signal
-import threading
 from collections.abc import Iterator, Sequence
-from contextlib import suppress
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from itertools import groupby
-from multiprocessing import get_context, parent_process
-from multiprocessing.connection import Connection, wait
-from multiprocessing.context import SpawnProcess
 from pathlib import Path
 from types import TracebackType
 from typing import Any, TextIO
@@ -29,6 +23,7 @@ from sparsemm_edge.runtime.eviction import HeadBudgetTable
 from sparsemm_edge.runtime.prompt import ImagePart, Prompt
 from sparsemm_edge.runtime.session import Prefix, Session, cache_type
 from sparsemm_edge.scores import HeadScores, group_scores
+from sparsemm_edge.workers import in_processes
 
 _REFERENCE = Setting("full")
 # flash attention on the CPU computes in tiles of 64 rows, and smaller batches take longer
@@ -462,82 +457,20 @@ def _missing(questions: list[Question], settings: Sequence[Setting], results: Re
 def _answers(job: Job, work: list[_Page], settings: Sequence[Setting], n_jobs: int) -> Iterator[list[Record]]:
     if not work:
         return
-    if n_jobs == 1:
-        with Evaluator(job) as evaluator:
-            evaluator.check(settings)
+    with Evaluator(job) as evaluator:  # so that a mistake is one line, and not one of every process
+        evaluator.check(settings)
+        if n_jobs == 1:
             for page in work:
                 yield _answer_page(evaluator, page)
-        return
-    with Evaluator(job) as evaluator:  # so that a mistake is one line, and not a broken pool
-        evaluator.check(settings)
-    yield from _in_processes(job, work, min(n_jobs, len(work)))
+            return
+    yield from in_processes(partial(_answer_pages, job), work, n_jobs)
 
 
-def _in_processes(job: Job, work: list[_Page], n_jobs: int) -> Iterator[list[Record]]:
-    """A page goes to whichever process is free. However this ends, the processes end with it."""
-    context = get_context("spawn")  # a forked child would share llama.cpp's threads and memory maps
-    processes: dict[Connection, SpawnProcess] = {}
-
-    def send(connection: Connection, page: _Page) -> None:
-        with suppress(ConnectionError):  # that it died is seen where its records are awaited
-            connection.send(page)
-
-    try:
-        for _ in range(n_jobs):
-            ours, theirs = context.Pipe()
-            process = context.Process(target=_work, args=(job, theirs), daemon=True)
-            process.start()
-            processes[ours] = process
-            theirs.close()
-        left, busy = iter(work), list(processes)
-        for connection, page in zip(busy, left, strict=False):
-            send(connection, page)
-        while busy:
-            ready = wait(busy)
-            for connection in [each for each in busy if each in ready]:
-                try:
-                    found = connection.recv()
-                except (EOFError, OSError) as error:
-                    process = processes[connection]
-                    process.join()
-                    raise SparseMMError(
-                        f"a process of the run died (exit status {process.exitcode}), for want of memory, or"
-                        " because a model file was replaced: what is done is saved, --resume goes on, fewer"
-                        " --jobs take less memory"
-                    ) from error
-                if isinstance(found, SparseMMError):
-                    raise found
-                yield found
-                following = next(left, None)
-                if following is None:
-                    busy.remove(connection)
-                else:
-                    send(connection, following)
-    finally:
-        for process in processes.values():
-            process.kill()
-        for process in processes.values():
-            process.join()
+def _answer_pages(job: Job, rank: int, pages: Iterator[_Page]) -> Iterator[list[Record]]:
+    with Evaluator(job) as evaluator:
+        for page in pages:
+            yield _answer_page(evaluator, page)
 
 
 def _answer_page(evaluator: Evaluator, page: _Page) -> list[Record]:
     return [record for question, settings in page for record in evaluator.answer(question, settings)]
-
-
-def _work(job: Job, connection: Connection) -> None:
-    """A process of the run: a page comes in, its records go out, until it is killed or its parent is gone."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent
-    threading.Thread(target=_exit_with_parent, daemon=True).start()
-    try:
-        with Evaluator(job) as evaluator:
-            while True:
-                connection.send(_answer_page(evaluator, connection.recv()))
-    except SparseMMError as error:
-        connection.send(error)
-
-
-def _exit_with_parent() -> None:
-    parent = parent_process()
-    assert parent is not None
-    parent.join()
-    os._exit(1)

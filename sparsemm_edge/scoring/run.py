@@ -1,10 +1,9 @@
 """Scoring a model on many pages: in one process or several, with what is done saved as it goes."""
 
+import functools
 import json
 import math
-import multiprocessing
 import os
-import queue
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -21,8 +20,9 @@ from sparsemm_edge.files import atomic_path
 from sparsemm_edge.pages.readers import PageSource, open_pages
 from sparsemm_edge.ranking import convergence
 from sparsemm_edge.scores import HeadScores
-from sparsemm_edge.scoring.models import VisionLanguageModel, load
+from sparsemm_edge.scoring.models import load
 from sparsemm_edge.scoring.target_response import PageScores, score_page
+from sparsemm_edge.workers import in_processes
 
 SAVE_EVERY = 30.0  # seconds between two saves of what is done
 
@@ -131,11 +131,7 @@ def score(
     saved = time.monotonic()
     progress(len(done), pages.n_pages)
     try:
-        for message in _results(job, todo, n_jobs):
-            if isinstance(message, dict):
-                shape = message
-                continue
-            index, result = message
+        for index, shape, result in _results(job, todo, n_jobs):
             done[index] = _to_json(index, pages, result)
             progress(len(done), pages.n_pages)
             if time.monotonic() - saved > SAVE_EVERY:
@@ -154,82 +150,35 @@ def score(
 
 # --- results, page by page ----------------------------------------------------------------------------
 
-Message = dict[str, int] | tuple[int, PageScores]
-"""The model's shape, once a process; then pages."""
+_Result = tuple[int, dict[str, int], PageScores]
+"""A page's index, the model's shape, and what the page says."""
 
 
-def _results(job: Job, todo: list[int], n_jobs: int) -> Iterator[Message]:
+def _results(job: Job, todo: list[int], n_jobs: int) -> Iterator[_Result]:
     if not todo:
         return
     if n_jobs == 1:
         yield from _score_pages(job, iter(todo))
         return
-    yield from _in_processes(job, todo, min(n_jobs, len(todo)))
+    n_jobs = min(n_jobs, len(todo))
+    yield from in_processes(functools.partial(_score_in_process, job, n_jobs), todo, n_jobs)
 
 
-def _score_pages(job: Job, indices: Iterator[int]) -> Iterator[Message]:
-    pages = job.pages()
-    model = load(job.model, device=job.device, dtype=job.dtype)
-    yield _shape(model)
-    for index in indices:
-        yield (
-            index,
-            score_page(model, pages.page(index), job.question or pages.prompt, job.max_new_tokens),
-        )
-
-
-def _shape(model: VisionLanguageModel) -> dict[str, int]:
-    return {"n_layer": model.n_layer, "n_head": model.n_head, "n_head_kv": model.n_head_kv}
-
-
-def _in_processes(job: Job, todo: list[int], n_jobs: int) -> Iterator[Message]:
-    """Pages go to whichever process is free."""
-    context = multiprocessing.get_context("spawn")
-    tasks, results = context.Queue(), context.Queue()
-    for index in todo:
-        tasks.put(index)
-    for _ in range(n_jobs):
-        tasks.put(None)
-    processes = [
-        context.Process(target=_work, args=(job, rank, n_jobs, tasks, results), daemon=True)
-        for rank in range(n_jobs)
-    ]
-    for process in processes:
-        process.start()
-    try:
-        n_left = len(todo)
-        while n_left:
-            try:
-                message = results.get(timeout=1)
-            except queue.Empty:
-                lost = next((p for p in processes if p.exitcode not in (None, 0)), None)
-                if lost is not None:
-                    raise SparseMMError(
-                        f"a scoring process ended with status {lost.exitcode} (out of memory?):"
-                        " take fewer with --jobs, then go on with --resume"
-                    ) from None
-                continue
-            if isinstance(message, str):
-                raise SparseMMError(message)
-            n_left -= isinstance(message, tuple)
-            yield message
-    finally:
-        for process in processes:
-            process.terminate()
-        for process in processes:
-            process.join()
-
-
-def _work(job: Job, rank: int, n_jobs: int, tasks: Any, results: Any) -> None:
-    """A scoring process: pages until there are none, each result or one error message to the parent."""
+def _score_in_process(job: Job, n_jobs: int, rank: int, indices: Iterator[int]) -> Iterator[_Result]:
+    """Pages of one of several processes: on its share of the GPUs, or of the cores."""
     if job.device in (None, "cuda") and torch.cuda.device_count() > 1:
         job = Job(**{**vars(job), "device": f"cuda:{rank % torch.cuda.device_count()}"})
     torch.set_num_threads(max(1, (os.cpu_count() or 1) // n_jobs))
-    try:
-        for message in _score_pages(job, iter(tasks.get, None)):
-            results.put(message)
-    except SparseMMError as error:
-        results.put(str(error))
+    yield from _score_pages(job, indices)
+
+
+def _score_pages(job: Job, indices: Iterator[int]) -> Iterator[_Result]:
+    pages = job.pages()
+    model = load(job.model, device=job.device, dtype=job.dtype)
+    shape = {"n_layer": model.n_layer, "n_head": model.n_head, "n_head_kv": model.n_head_kv}
+    for index in indices:
+        page = pages.page(index)
+        yield index, shape, score_page(model, page, job.question or pages.prompt, job.max_new_tokens)
 
 
 # --- partial results ----------------------------------------------------------------------------------
