@@ -20,6 +20,7 @@ from oracle import Conversation as OracleConversation
 from sparsemm_edge.budgets import head_budgets
 from sparsemm_edge.errors import SparseMMError
 from sparsemm_edge.runtime import VisionModel, library
+from sparsemm_edge.runtime.eviction import HeadBudgetTable
 from sparsemm_edge.runtime.library import llama
 from sparsemm_edge.runtime.prompt import Prompt
 from sparsemm_edge.runtime.session import KVStats, Session
@@ -67,10 +68,8 @@ class Answer:
 
 def evict_by(model: VisionModel, table: np.ndarray | None, window: int = 8, max_tail: int = 0) -> None:
     """Contexts made from now on evict by this table of head budgets; None: they keep everything."""
-    if table is not None:
-        library.set_head_budgets(model.pointer, table, window, POOL_KERNEL)
-        library.set_head_tail(model.pointer, max_tail)
-    library.set_head_eviction(model.pointer, table is not None)
+    wanted = None if table is None else HeadBudgetTable(table, window, POOL_KERNEL, max_tail or None)
+    library.set_head_table(model.pointer, wanted)
 
 
 def answer(

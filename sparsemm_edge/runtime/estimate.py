@@ -124,11 +124,7 @@ class Estimate:
         Raises:
             SparseMMError: llama.cpp would not make this context.
         """
-        model = self._model or 0
-        if table is not None:
-            library.set_head_budgets(model, table.head_budgets, table.window, table.pool_kernel)
-            library.set_head_tail(model, table.max_tail or 0)
-        library.set_head_eviction(model, table is not None)
+        library.set_head_table(self._model or 0, table)
         params = llama.llama_context_default_params()
         params.n_ctx = n_ctx
         params.n_batch = params.n_ubatch = n_ubatch

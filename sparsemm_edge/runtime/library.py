@@ -10,6 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from sparsemm_edge.errors import SparseMMError
+from sparsemm_edge.runtime.eviction import HeadBudgetTable
 
 try:
     import llama_cpp.llama_cpp as llama
@@ -112,6 +113,14 @@ def set_head_tail(model: int, n_tail: int) -> None:
 def set_head_eviction(model: int, enabled: bool) -> None:
     """Switch eviction on or off for the contexts made from now on."""
     llama._lib.llama_model_set_head_eviction(model, enabled)
+
+
+def set_head_table(model: int, table: HeadBudgetTable | None) -> None:
+    """Let the contexts made from now on evict by this table; None: they keep everything."""
+    if table is not None:
+        set_head_budgets(model, table.head_budgets, table.window, table.pool_kernel)
+        set_head_tail(model, table.max_tail or 0)
+    set_head_eviction(model, table is not None)
 
 
 def heads_stats(memory: int) -> HeadsStats | None:

@@ -286,9 +286,7 @@ class VisionModel:
         """A session that evicts by this table, None: keeps the whole cache; options as for Session."""
         if table is not None:
             check_supported(self._header, self.shape)
-            library.set_head_budgets(self.pointer, table.head_budgets, table.window, table.pool_kernel)
-            library.set_head_tail(self.pointer, table.max_tail or 0)
-        library.set_head_eviction(self.pointer, table is not None)
+        library.set_head_table(self.pointer, table)
         return Session(self, prompt, **options)
 
     def ends_turn(self, token: int) -> bool:
