@@ -22,6 +22,7 @@ import tempfile
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
 CHECKPOINT = ROOT / "models" / "demo"
 PACKAGED = ROOT / "sparsemm_edge" / "demo_model"
 SCORES = ROOT / "scores" / "demo.json"
@@ -62,9 +63,10 @@ def make(checkpoint: Path, out: Path) -> None:
 
 def _replace(source: Path, target: Path) -> None:
     """Copy beside the target and rename: a process that has the old file mapped keeps it."""
-    part = target.with_name(f".{target.name}.{os.getpid()}.part")
-    shutil.copyfile(source, part)
-    part.replace(target)
+    from sparsemm_edge.files import atomic_path
+
+    with atomic_path(target) as part:
+        shutil.copyfile(source, part)
 
 
 def _hash(checkpoint: Path) -> str:
@@ -79,7 +81,6 @@ def _hash(checkpoint: Path) -> str:
 
 
 def _convert(checkpoint: Path, out: Path) -> None:
-    sys.path.insert(0, str(ROOT))
     from make_test_models import llama_cpp_source
 
     from sparsemm_edge.mmproj import convert_mmproj

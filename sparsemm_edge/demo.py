@@ -169,11 +169,9 @@ def _draw(seed: int | None) -> tuple[int, Image.Image, list[Question]]:
 
 
 def _open(path: Path) -> Image.Image:
-    try:
-        with Image.open(path) as image:
-            return image.convert("RGB").resize((SIZE, SIZE), Image.Resampling.LANCZOS)
-    except OSError as error:
-        raise SparseMMError(f"cannot read the image {path}: {error.strerror or error}") from error
+    from sparsemm_edge.runtime.prompt import read_image
+
+    return Image.fromarray(read_image(path)).resize((SIZE, SIZE), Image.Resampling.LANCZOS)
 
 
 def _ask(
