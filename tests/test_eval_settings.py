@@ -12,9 +12,9 @@ import pytest
 
 from sparsemm_edge.errors import SparseMMError
 from sparsemm_edge.evaluation.datasets import DataSet, Question
-from sparsemm_edge.evaluation.report import labels, make_report, print_report, save_plot
+from sparsemm_edge.evaluation.report import make_report, print_report, save_plot
 from sparsemm_edge.evaluation.run import Record
-from sparsemm_edge.evaluation.settings import Setting, settings_of
+from sparsemm_edge.evaluation.settings import Setting, labels, settings_of
 from sparsemm_edge.gguf_metadata import ModelShape
 
 SHAPE = ModelShape("llama", "x", n_layer=2, n_head=4, n_head_kv=4, n_embd_head_k=32, n_embd_head_v=32)
