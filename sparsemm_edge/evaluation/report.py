@@ -25,7 +25,7 @@ BASELINE = "uniform"
 """The policy that the others are compared with at equal bytes: what everybody does without head scores."""
 
 _N_RESAMPLES = 2000
-_TABLE_WIDTH = 180  # where there is no terminal to ask, as in a file
+_TABLE_WIDTH = 200  # where there is no terminal to ask, as in a file
 _COLOURS = {
     "sparsemm": "C3",
     "top": "C1",
@@ -349,9 +349,9 @@ def _against(
     n_bytes = _kv_bytes(groups[setting])
     found = {}
     for label, line in lines.items():
-        other = _at_bytes(n_bytes, sorted(line, key=lambda place: place[0]), scores)
-        if other is not None:
-            found[label] = _interval(scores[setting] - other)
+        theirs = _at_bytes(n_bytes, sorted(line, key=lambda place: place[0]), scores)
+        if theirs is not None:
+            found[label] = _interval(scores[setting] - theirs)
     for other in groups:
         if other.policy == "full" and other != Setting("full") and n_bytes <= _kv_bytes(groups[other]):
             found[names[other]] = _interval(scores[setting] - scores[other])
@@ -396,10 +396,10 @@ def print_report(report: Report) -> None:
         console.print(gains)
     if report.rows:
         console.print(
-            "budget, kept: positions of a KV head, mean, and per cent of the sequence; K+V: of these positions"
-            " and per cent of a full f16 cache; - a policy: difference to it at the same bytes, to a full"
-            " cache of another type at no more than its bytes; differs at: median place of the first other"
-            " token; [95 % confidence intervals over pages]",
+            "budget, kept: positions of a KV head, mean, and per cent of the sequence; K+V: of these"
+            " positions and per cent of a full f16 cache; - a policy: difference to it at the same bytes, to"
+            " a full cache of another type at no more than its bytes; differs at: median place of the first"
+            " other token; [95 % confidence intervals over pages]",
             style="dim",
             highlight=False,
         )
