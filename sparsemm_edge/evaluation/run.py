@@ -156,7 +156,8 @@ class _Reading:
         prompt: the first question's.
         embeddings: of the prompt's images.
         n_ctx: room for all of it.
-        full: the full cache's answers, by Asked.name.
+        appended: the tokens of what is asked after it, by Asked.name.
+        full: the full cache's answers, likewise.
         prefix: the prompt but for its last tokens, None if it cannot be cut there.
         prefix_of: cache type, and how many tokens are left out, that `prefix` was read for.
     """
@@ -164,7 +165,8 @@ class _Reading:
     asked: list[Asked]
     prompt: Prompt
     embeddings: list[npt.NDArray[np.float32]]
-    n_ctx: int
+    n_ctx: int = 0
+    appended: dict[str, npt.NDArray[np.int32]] = field(default_factory=dict)
     full: dict[str, _Answer] = field(default_factory=dict)
     prefix: Prefix | None = None
     prefix_of: tuple[str, int] = ("", 0)
@@ -225,8 +227,8 @@ class Evaluator:
             with turn_prompt(
                 self._model, question.prompt, [question.open_image()], self._job.chat_template, first=True
             ) as prompt:
-                embeddings = self._encode(question.page, prompt)
-                reading = _Reading(asked, prompt, embeddings, self._n_ctx(asked, prompt))
+                reading = _Reading(asked, prompt, self._encode(question.page, prompt))
+                reading.n_ctx = self._n_ctx(reading)
                 reference = self._converse(reading, _REFERENCE)
                 records = []
                 # those that share a prefix in a row, so that one at a time takes memory
@@ -255,21 +257,40 @@ class Evaluator:
             self._page = page
         return self._embeddings
 
-    def _n_ctx(self, asked: Sequence[Asked], prompt: Prompt) -> int:
+    def _n_ctx(self, reading: _Reading) -> int:
         """Room for the prompt, the later ones and all answers, within the limit."""
-        limit = self._job.n_ctx or self._model.n_ctx_train
-        if prompt.n_tokens >= limit:
-            raise SparseMMError(f"the prompt takes {prompt.n_tokens} positions, the context has {limit}")
-        n_ctx = prompt.n_tokens + self._job.n_predict
-        for each in asked[1:]:
-            with self._later_prompt(each) as later:
-                # and one that an answer which was cut off leaves for it
-                n_ctx += later.n_tokens + 1 + self._job.n_predict
-        return min(n_ctx, limit)
+        limit, n_prompt = self._job.n_ctx or self._model.n_ctx_train, reading.prompt.n_tokens
+        if n_prompt >= limit:
+            raise SparseMMError(f"the prompt takes {n_prompt} positions, the context has {limit}")
+        # and a token that an answer which was cut off leaves for the next prompt
+        later = [len(self._in_turn(each)) + 1 for each in reading.asked if each.first is not None]
+        return min(n_prompt + sum(later) + self._job.n_predict * (1 + len(later)), limit)
 
-    def _later_prompt(self, asked: Asked, pending: Sequence[int] = ()) -> Prompt:
+    def _appended(self, reading: _Reading, asked: Asked) -> npt.NDArray[np.int32]:
+        """The tokens of a later question, or of one in the place of the first: [n]."""
+        found = reading.appended.get(asked.name)
+        if found is None:
+            found = self._in_place(reading, asked) if asked.instead else self._in_turn(asked)
+            reading.appended[asked.name] = found
+        return found
+
+    def _in_turn(self, asked: Asked) -> npt.NDArray[np.int32]:
+        """What follows an answer, from what ends that."""
         template = self._job.chat_template
-        return turn_prompt(self._model, asked.question.prompt, (), template, first=False, pending=pending)
+        with turn_prompt(self._model, asked.question.prompt, (), template, first=False) as prompt:
+            return _text_tokens(prompt.parts)
+
+    def _in_place(self, reading: _Reading, asked: Asked) -> npt.NDArray[np.int32]:
+        """What follows the image where this question is the first."""
+        template, question = self._job.chat_template, asked.question
+        with turn_prompt(
+            self._model, question.prompt, [question.open_image()], template, first=True
+        ) as prompt:
+            before, after = _at_image(prompt)
+            tokens = _text_tokens(after)
+            if not len(tokens) or not _same_parts(before, _at_image(reading.prompt)[0]):
+                raise SparseMMError("the chat template does not put the whole question after the image")
+            return tokens
 
     def _start(
         self, reading: _Reading, setting: Setting, table: HeadBudgetTable | None, n_ubatch: int | None = None
@@ -296,32 +317,27 @@ class Evaluator:
             table = self._table(reading.prompt.n_tokens, setting)
             prefix = self._prefix(reading, setting)
             n_ubatch = _n_rest(setting) if prefix else None
-        records: list[Record] = []
         with self._start(reading, setting, table, n_ubatch) as session:
             session.read_prompt(prefix)
-            crosses = any(each.instead for each in reading.asked)
-            evicted = session.state() if crosses and table is not None else None
-            tokens: list[int] = []
-            try:
-                for asked in reading.asked:
+            evicted = session.state() if reading.asked[-1].instead and table is not None else None
+            record, tokens = self._answer(session, reading, setting, reading.asked[0])
+            records = [record]
+            why_not = None
+            for asked in reading.asked[1:]:
+                try:
                     if asked.instead:
                         if evicted is not None:
                             session.restore(evicted)
-                        why_not = self._replace_question(session, reading, setting, asked)
-                        if why_not is not None:
-                            records.append(Record(**_identify(asked, setting), skipped=why_not))
-                            continue
-                    elif asked.first is not None:
-                        self._read_later(session, setting, asked, self._pending(tokens), reading.n_ctx)
-                    record, tokens = self._answer(session, reading, setting, asked)
-                    records.append(record)
-            except SparseMMError as error:
-                if not records:  # nor can the first question be answered
-                    raise
-                records += [
-                    Record(**_identify(each, setting), error=str(error))
-                    for each in reading.asked[len(records) :]
-                ]
+                        record = self._ask_in_place(session, reading, setting, asked)
+                    elif why_not is None:
+                        self._read_later(session, reading, setting, asked, tokens)
+                        record, tokens = self._answer(session, reading, setting, asked)
+                    else:
+                        record = Record(**_identify(asked, setting), error=why_not)
+                except SparseMMError as error:
+                    why_not = str(error)
+                    record = Record(**_identify(asked, setting), error=why_not)
+                records.append(record)
         return records
 
     def _table(self, n_prompt: int, setting: Setting) -> HeadBudgetTable:
@@ -332,48 +348,38 @@ class Evaluator:
         )
 
     def _read_later(
-        self, session: Session, setting: Setting, asked: Asked, pending: Sequence[int], n_ctx: int
+        self, session: Session, reading: _Reading, setting: Setting, asked: Asked, tokens: list[int]
     ) -> None:
-        """Append a question of the conversation; `pending`: of the answer before it, not in the cache yet."""
-        with self._later_prompt(asked, pending) as prompt:
-            if session.n_tokens + prompt.n_tokens >= n_ctx:
-                raise SparseMMError(
-                    f"with this question the conversation takes {session.n_tokens + prompt.n_tokens}"
-                    f" positions, the context has {n_ctx}"
-                )
-            if setting.later == "keep" and setting.policy != "full":
-                session.append(_text_tokens(prompt.parts))
-            else:
-                session.read(prompt)
+        """Append a question to the answer before it, `tokens`."""
+        # what ends a turn is in the question's text; what was cut off is not in the cache yet
+        pending = [] if self._model.ends_turn(tokens[-1]) else tokens[-1:]
+        appended = np.concatenate([np.array(pending, np.int32), self._appended(reading, asked)])
+        n_tokens = session.n_tokens + len(appended)
+        if n_tokens >= reading.n_ctx:
+            raise SparseMMError(
+                f"with this question the conversation takes {n_tokens} positions, the context has"
+                f" {reading.n_ctx}"
+            )
+        if setting.later == "keep" and setting.policy != "full":
+            session.append(appended)
+        else:
+            session.read(Prompt([TextPart(appended)]))
 
-    def _replace_question(
-        self, session: Session, reading: _Reading, setting: Setting, asked: Asked
-    ) -> str | None:
-        """Take the first question back and append another in its place, which evicts nothing; or why not.
+    def _ask_in_place(self, session: Session, reading: _Reading, setting: Setting, asked: Asked) -> Record:
+        """Take the first question back and ask another; what was kept of the image for the first one stays.
 
-        What is kept of the image stays as it was chosen for the first question.
+        The cache is as it was when the first question had been read.
         """
-        before, after = _at_image(reading.prompt)
-        with turn_prompt(
-            self._model,
-            asked.question.prompt,
-            [asked.question.open_image()],
-            self._job.chat_template,
-            first=True,
-        ) as other:
-            other_before, other_after = _at_image(other)
-            tokens = _text_tokens(other_after)
-            if not _same_parts(before, other_before) or not len(tokens):
-                raise SparseMMError("the chat template does not put the whole question after the image")
+        _, after = _at_image(reading.prompt)
         n_dropped = sum(part.n_tokens for part in after)
-        if setting.policy != "full" and n_dropped > setting.window_of(reading.prompt.n_tokens):
-            # heads evict what is before the window: this question is not held whole any more
-            return "the question that is taken back is longer than the window"
-        session.truncate(
-            reading.prompt.n_pos - sum(part.n_pos for part in after), reading.prompt.n_tokens - n_dropped
-        )
-        session.append(tokens)
-        return None
+        if session.kv_stats().n_evictions and n_dropped > setting.window_of(reading.prompt.n_tokens):
+            # only the window is held whole by every head
+            why_not = "the question that is taken back is longer than the window"
+            return Record(**_identify(asked, setting), skipped=why_not)
+        n_pos = reading.prompt.n_pos - sum(part.n_pos for part in after)
+        session.truncate(n_pos, reading.prompt.n_tokens - n_dropped)
+        session.append(self._appended(reading, asked))
+        return self._answer(session, reading, setting, asked)[0]
 
     def _prefix(self, reading: _Reading, setting: Setting) -> Prefix | None:
         """The prompt but for its last tokens, read and not evicted; None if it cannot be cut there."""
@@ -442,10 +448,6 @@ class Evaluator:
                 logits.append(found)
             tokens.append(int(found.argmax()))
         return tokens
-
-    def _pending(self, tokens: list[int]) -> list[int]:
-        """What of an answer the next question's prompt begins with: its text holds the end of a turn."""
-        return [] if self._model.ends_turn(tokens[-1]) else tokens[-1:]
 
     def _held(self, reading: _Reading, setting: Setting, session: Session) -> dict[str, Any]:
         """What the cache holds right after a prompt."""
