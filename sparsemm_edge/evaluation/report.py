@@ -435,7 +435,8 @@ def _later_table(report: Report, ways: list[Way]) -> "Table":
 
     rows = {(row.way, row.setting): row for way in ways for row in report.rows_of(way)}
     settings = dict.fromkeys(setting for _, setting in rows)
-    title = f"{ways[0].first_task}, and what is asked after it"
+    what = "score" if report.rows_of(ways[0])[0].score else "tokens as with the full cache"
+    title = f"{ways[0].first_task}, and what is asked after it: {what}, %"
     table = Table(title=title, title_justify="left")
     table.add_column("policy")
     table.add_column("budget", justify="right", no_wrap=True)
