@@ -257,11 +257,12 @@ def test_lines_are_compared_where_all_but_their_budgets_is_alike() -> None:
     others = {
         "window": replace(OURS, window=16),
         "cache_type": replace(OURS, cache_type="q8_0"),
-        "later": replace(OURS, later="keep"),
+        "later and vote": replace(OURS, later="keep", vote="snapkv"),
         "vote": replace(OURS, vote="snapkv"),
+        "later": replace(OURS, later="keep"),
     }
     rows = report_of({OURS: ([1.0, 1.0], 15.0), **{each: ([0.0, 1.0], 15.0) for each in others.values()}})
-    assert list(rows[OURS].against) == [rows[others["vote"]].label]
+    assert list(rows[OURS].against) == [rows[others[name]].label for name in ("vote", "later")]
 
 
 def test_differences_are_of_the_same_pages() -> None:

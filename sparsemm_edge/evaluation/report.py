@@ -88,9 +88,9 @@ class Row:
         n_seeds: how often each was answered.
         score: 0 to 1; None without accepted answers.
         against_full: score - the full f16 cache's, on the same pages.
-        against: score - those of other labels at the same bytes, with the same window, cache type and rule
-            for later questions, read off between their budgets where there are some on both sides; and
-            those of full caches of other types that take at least these bytes.
+        against: score - those of other labels at the same bytes, see _comparable, read off between their
+            budgets where there are some on both sides; and those of full caches of other types that take at
+            least these bytes.
         budget, window: in positions, means over the prompts; None for the full cache.
         kept, kept_share: positions held when the answer began, mean over KV heads; of the sequence, 0 to 1.
         kv_bytes, kv_share: K and V of these positions; of the whole sequence in a full f16 cache, 0 to 1.
@@ -341,10 +341,9 @@ def _against(
     """Score - that of every other label at the same bytes, see Row.against."""
     if setting.policy == "full":
         return {}
-    like = (setting.window, setting.cache_type, setting.later)
     lines: dict[str, list[tuple[float, Setting]]] = {}
     for other in groups:
-        if names[other] != names[setting] and (other.window, other.cache_type, other.later) == like:
+        if names[other] != names[setting] and _comparable(setting, other):
             lines.setdefault(names[other], []).append((_kv_bytes(groups[other]), other))
     n_bytes = _kv_bytes(groups[setting])
     found = {}
@@ -356,6 +355,14 @@ def _against(
         if other.policy == "full" and other != Setting("full") and n_bytes <= _kv_bytes(groups[other]):
             found[names[other]] = _interval(scores[setting] - scores[other])
     return found
+
+
+def _comparable(setting: Setting, other: Setting) -> bool:
+    """Whether the window, cache type and rule for later questions are the same, or only that rule is not."""
+    if (setting.window, setting.cache_type) != (other.window, other.cache_type):
+        return False
+    plain = {"budget": None, "retention": None, "later": ""}
+    return setting.later == other.later or replace(setting, **plain) == replace(other, **plain)
 
 
 def _at_bytes(
