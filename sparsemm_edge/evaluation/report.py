@@ -361,7 +361,7 @@ def _comparable(setting: Setting, other: Setting) -> bool:
     """Whether the window, cache type and rule for later questions are the same, or only that rule is not."""
     if (setting.window, setting.cache_type) != (other.window, other.cache_type):
         return False
-    plain = {"budget": None, "retention": None, "later": ""}
+    plain: dict[str, Any] = {"budget": None, "retention": None, "later": ""}
     return setting.later == other.later or replace(setting, **plain) == replace(other, **plain)
 
 
