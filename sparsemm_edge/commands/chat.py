@@ -54,6 +54,8 @@ def chat(
     policy: options.Policy = None,
     window: options.Window = None,
     scores: options.Scores = None,
+    vote: options.Vote = None,
+    residual: options.Residual = None,
     kv_max_tail: options.KvMaxTail = None,
     evict: options.Evict = True,
     chat_template: options.ChatTemplate = None,
@@ -88,7 +90,7 @@ def chat(
             cache_type_k=cache_type_k,
             cache_type_v=cache_type_v,
             chat_template=template,
-            eviction=Eviction(evict, policy, budget, window, scores, kv_max_tail),
+            eviction=Eviction(evict, policy, budget, window, scores, kv_max_tail, vote, residual),
         ) as conversation,
     ):
         for line in _lines():

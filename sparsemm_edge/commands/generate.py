@@ -31,6 +31,8 @@ def generate(
     policy: options.Policy = None,
     window: options.Window = None,
     scores: options.Scores = None,
+    vote: options.Vote = None,
+    residual: options.Residual = None,
     kv_max_tail: options.KvMaxTail = None,
     evict: options.Evict = True,
     chat_template: options.ChatTemplate = None,
@@ -68,7 +70,7 @@ def generate(
             cache_type_k=cache_type_k,
             cache_type_v=cache_type_v,
             chat_template=template,
-            eviction=Eviction(evict, policy, budget, window, scores, kv_max_tail),
+            eviction=Eviction(evict, policy, budget, window, scores, kv_max_tail, vote, residual),
             save_session=save_session,
             load_session=load_session,
         ):

@@ -22,6 +22,8 @@ def kept(
     policy: options.Policy = None,
     window: options.Window = None,
     scores: options.Scores = None,
+    vote: options.Vote = None,
+    residual: options.Residual = None,
     threads: options.Threads = None,
 ) -> None:
     """Draw what the heads keep of an image after a prompt, next to the map of heads.
@@ -39,7 +41,7 @@ def kept(
 
     check_picture(out, view)
     page = Image.fromarray(read_image(image))
-    eviction = Eviction(policy=policy, budget=budget, window=window, scores=scores)
+    eviction = Eviction(True, policy, budget, window, scores, vote=vote, residual=residual)
     with (
         VisionModel.load(model, mmproj, n_threads=threads) as loaded,
         loaded.tokenize(loaded.chat_prompt(prompt, 1), [page]) as tokenized,

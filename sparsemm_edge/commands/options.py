@@ -24,8 +24,8 @@ ChatTemplate = Annotated[
 # How llama.cpp runs.
 Threads = Annotated[int | None, typer.Option(help="Threads [default: the physical cores].")]
 Verbose = Annotated[bool, typer.Option("--verbose", help="Show llama.cpp's log.")]
-CacheTypeK = Annotated[str, typer.Option(help="Numbers of K: f16, f32, bf16 or q8_0.")]
-CacheTypeV = Annotated[str, typer.Option(help="Numbers of V: f16, f32, bf16 or q8_0.")]
+CacheTypeK = Annotated[str, typer.Option(help="Numbers of K: f16, f32, bf16, q8_0 or q4_0.")]
+CacheTypeV = Annotated[str, typer.Option(help="Numbers of V: f16, f32, bf16, q8_0 or q4_0.")]
 NUbatchCompared = Annotated[
     int | None,
     typer.Option(help="Prompt tokens computed at a time [default: 512; evicted: the whole prompt]."),
@@ -42,6 +42,18 @@ Window = Annotated[
     int | None, typer.Option(help="Last prompt positions, which vote and are kept, instead of the file's.")
 ]
 Scores = Annotated[Path | None, typer.Option(help="Head scores to use instead of the file's, a JSON file.")]
+Vote = Annotated[
+    str | None,
+    typer.Option(help="How a head's positions are ranked: mixkv or snapkv, instead of the file's."),
+]
+Residual = Annotated[
+    bool | None,
+    typer.Option(
+        "--residual/--no-residual",
+        help="One place of a head that evicts stands for all that it lost [default: the file's].",
+        show_default=False,
+    ),
+]
 KvMaxTail = Annotated[
     int | None,
     typer.Option(help="Generated positions a KV head holds at most, the oldest go first [default: all]."),
