@@ -121,9 +121,12 @@ def test_every_setting_answers_as_generate_does(
             stats = model.stats().kv
             n_new = model.stats().n_generated - (model.stats().n_generated == N_PREDICT)
             assert found.kept == pytest.approx(stats.positions_kept_mean - n_new)
+            # a slot takes the place of a position in every head that evicts, which these all do
+            n_places = min(each.budget or found.n_prompt, found.n_prompt)
             assert found.kv_bytes == pytest.approx(
-                stats.bytes_full * found.kept / (found.n_prompt + n_new), rel=1e-9
+                stats.bytes_full * n_places / (found.n_prompt + n_new), rel=1e-9
             )
+            assert found.kept <= n_places and (found.kept == found.n_prompt) == (n_places == found.n_prompt)
 
 
 def test_a_budget_over_the_prompt_agrees_in_everything(models: Callable[[str], Any]) -> None:
@@ -150,7 +153,7 @@ def conversation(page: str, image: Any) -> Question:
 @pytest.mark.parametrize("name", ["llava", "qwen2vl"])
 def test_later_questions_are_answered_as_chat_answers_them(name: str, models: Callable[[str], Any]) -> None:
     page = picture(models, 3, name)
-    settings = [FULL, setting("uniform", 24), setting("uniform", 48, cache_type="q8_0")]
+    settings = [FULL, setting("uniform", 24), setting("uniform", 48, cache_type="q4_0", vote="snapkv")]
     job = replace(job_of(models, name=name), n_turns=3)
     with Evaluator(job) as evaluator:
         records = evaluator.answer(conversation("p", page), settings)
@@ -160,9 +163,9 @@ def test_later_questions_are_answered_as_chat_answers_them(name: str, models: Ca
     assert len({record.answer for record in records}) > 4  # they do differ
     with VisionModel.load(job.model, job.mmproj, n_threads=1) as model:
         for each in settings:
-            wanted = Eviction(policy=each.policy, budget=each.budget, window=each.window or None)
-            if each.policy == "full":
-                wanted = Eviction(enabled=False)
+            wanted = Eviction(enabled=False)
+            if each.policy != "full":
+                wanted = Eviction(True, each.policy, each.budget, each.window_of(0), vote=each.vote)
             types = {"cache_type_k": each.cache_type, "cache_type_v": each.cache_type}
             with Conversation(model, n_ctx=1024, eviction=wanted, **types) as chat:
                 for place, found in enumerate(by_key[each.key], 1):
@@ -178,8 +181,8 @@ def test_a_later_question_evicts_again_or_nothing(models: Callable[[str], Any]) 
     found = {(record.setting, record.place): record for record in records}
     first, second = (found[keep.key, place] for place in (1, 2))
     assert replace(first, setting=again.key) == found[again.key, 1]
-    assert (first.kept, found[again.key, 2].kept) == (24, 24)
-    assert second.kept == 24 + second.n_prompt - first.n_prompt > 24
+    assert (first.kept, found[again.key, 2].kept) == (23, 23)  # and a slot for what was lost
+    assert second.kept == 23 + second.n_prompt - first.n_prompt > 24
 
 
 @pytest.mark.parametrize("name", ["llava", "qwen2vl"])
@@ -193,7 +196,7 @@ def test_a_question_in_the_place_of_another_is_as_if_it_had_been_the_first(
             record.setting: record
             for record in evaluator.answer(question("p", page, LATER[0]), [FULL, roomy])
         }
-        short = replace(question("p", page, "What?"), later=(question("p", page, LATER[0]),))
+        short = replace(question("p", page, "Is it?"), later=(question("p", page, LATER[0]),))
         records = evaluator.answer(short, [FULL, roomy, tight])
     found = {record.setting: record for record in records if record.instead}
     for each in (FULL, roomy):
@@ -202,6 +205,22 @@ def test_a_question_in_the_place_of_another_is_as_if_it_had_been_the_first(
     assert found[roomy.key].kl < 1e-3
     # the question that is to be taken back was evicted in part
     assert "longer than the window" in (found[tight.key].skipped or "")
+
+
+def test_what_was_kept_for_a_question_is_what_another_in_its_place_finds(
+    models: Callable[[str], Any],
+) -> None:
+    asked = replace(
+        question("p", picture(models, 3), "What?"), later=(question("p", picture(models, 3), LATER[0]),)
+    )
+    tight = setting("uniform", 80, 20)
+    with Evaluator(replace(job_of(models), cross=True)) as evaluator:
+        first, other = evaluator.answer(asked, [tight])
+    assert (other.error, other.skipped) == (None, None)
+    assert first.kept == 79
+    # nothing is evicted for the other one
+    assert other.kept - first.kept == other.n_prompt - first.n_prompt
+    assert other.answer != first.answer
 
 
 def test_what_is_asked_of_a_question_has_names_of_its_own(models: Callable[[str], Any]) -> None:
@@ -385,7 +404,7 @@ def test_eval_writes_a_table_a_plot_and_json(
     # full in three types, sparsemm with and without water-filling, six more
     assert len(report["rows"]) == 3 + 2 * 2 + 6 * 2
     assert len(report["failures"]) == 1
-    kept = {row["label"]: row["kept_share"] for row in report["rows"] if row["setting"]["retention"] == 50}
+    kept = {row["label"]: row["kv_share"] for row in report["rows"] if row["setting"]["retention"] == 50}
     assert kept["sparsemm"] == pytest.approx(kept["uniform"]) == pytest.approx(0.5, abs=0.01)
     assert kept["sparsemm, no water-filling"] < kept["sparsemm"]
     again = sparsemm("eval", *files, *options, "--resume", "--json").report

@@ -119,9 +119,9 @@ def test_settings_that_cannot_be_are_refused(wrong: dict[str, Any], said: str) -
         settings_of(**({"policies": ["uniform"], "retentions": [5.0], **OPTIONS} | wrong))
 
 
-def test_a_retention_is_a_share_of_the_prompt_and_the_window_at_most_half_of_it() -> None:
+def test_a_retention_is_a_share_of_the_prompt_and_the_window_at_most_a_quarter_of_it() -> None:
     setting = Setting("uniform", retention=5.0, window=32)
-    assert (setting.budget_of(585), setting.window_of(585)) == (29, 14)
+    assert (setting.budget_of(585), setting.window_of(585)) == (29, 7)
     assert (setting.budget_of(2944), setting.window_of(2944)) == (147, 32)
     assert (setting.budget_of(3), setting.window_of(3)) == (2, 1)
     assert Setting("uniform", budget=64, window=8).window_of(585) == 8

@@ -68,7 +68,7 @@ def evaluate(
         typer.Option(help="Ask a second question also in the place of the first, which was evicted for."),
     ] = True,
     window: Annotated[
-        str, typer.Option(help="Observation windows; at most half of the budget is used.")
+        str, typer.Option(help="Observation windows; at most a quarter of the budget is used.")
     ] = str(defaults.WINDOW),
     floor_ratio: Annotated[
         str, typer.Option(help="Shares of the budget that every head gets; the first is for all policies.")

@@ -93,7 +93,8 @@ class Row:
             least these bytes.
         budget, window: in positions, means over the prompts; None for the full cache.
         kept, kept_share: positions held when the answer began, mean over KV heads; of the sequence, 0 to 1.
-        kv_bytes, kv_share: K and V of these positions; of the whole sequence in a full f16 cache, 0 to 1.
+        kv_bytes, kv_share: K and V of these positions and of residual slots; of the whole sequence in a full
+            f16 cache, 0 to 1.
         kv_allocated: allocated for K and V then, room for the answers and padding included.
         agreement: share of the tokens that equal the full cache's, 0 to 1.
         identical: share of the answers that equal the full cache's.
@@ -404,9 +405,9 @@ def print_report(report: Report) -> None:
     if report.rows:
         console.print(
             "budget, kept: positions of a KV head, mean, and per cent of the sequence; K+V: of these"
-            " positions and per cent of a full f16 cache; - a policy: difference to it at the same bytes, to"
-            " a full cache of another type at no more than its bytes; differs at: median place of the first"
-            " other token; [95 % confidence intervals over pages]",
+            " and of residual slots, and per cent of a full f16 cache; - a policy: difference to it at the"
+            " same bytes, to a full cache of another type at no more than its bytes; differs at: median"
+            " place of the first other token; [95 % confidence intervals over pages]",
             style="dim",
             highlight=False,
         )

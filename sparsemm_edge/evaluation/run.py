@@ -109,7 +109,7 @@ class Record:
         n_prompt: positions of the sequence when its answer began.
         budget, window: as shared out for the first prompt, in positions; None for the full cache.
         kept: positions held then, mean over KV heads.
-        kv_bytes: K and V of these positions.
+        kv_bytes: K and V of these positions, and of the slots that stand for those that were lost.
         kv_full_bytes: K and V of the whole sequence in a full f16 cache.
         kv_allocated: allocated for K and V, room for the answers included.
         agreement, first_divergence, kl: see fidelity.Fidelity; of a later question against the full cache's
@@ -345,6 +345,8 @@ class Evaluator:
             setting.table(self._scores, self._model.shape, n_prompt),
             setting.window_of(n_prompt),
             POOL_KERNEL,
+            vote=setting.vote,
+            residual=setting.residual,
         )
 
     def _read_later(
@@ -371,13 +373,10 @@ class Evaluator:
         The cache is as it was when the first question had been read.
         """
         _, after = _at_image(reading.prompt)
-        n_dropped = sum(part.n_tokens for part in after)
-        if session.kv_stats().n_evictions and n_dropped > setting.window_of(reading.prompt.n_tokens):
-            # only the window is held whole by every head
+        n_pos = reading.prompt.n_pos - sum(part.n_pos for part in after)
+        if not session.truncate(n_pos, reading.prompt.n_tokens - sum(part.n_tokens for part in after)):
             why_not = "the question that is taken back is longer than the window"
             return Record(**_identify(asked, setting), skipped=why_not)
-        n_pos = reading.prompt.n_pos - sum(part.n_pos for part in after)
-        session.truncate(n_pos, reading.prompt.n_tokens - n_dropped)
         session.append(self._appended(reading, asked))
         return self._answer(session, reading, setting, asked)[0]
 
@@ -453,12 +452,13 @@ class Evaluator:
         """What the cache holds right after a prompt."""
         stats, shape, n_first = session.kv_stats(), self._model.shape, reading.prompt.n_tokens
         evicts = setting.policy != "full"
+        n_places = stats.positions_kept_mean + session.n_residual() / (shape.n_layer * shape.n_head_kv)
         return {
             "n_prompt": session.n_tokens,
             "budget": setting.budget_of(n_first) if evicts else None,
             "window": setting.window_of(n_first) if evicts else None,
             "kept": stats.positions_kept_mean,
-            "kv_bytes": stats.bytes_full * stats.positions_kept_mean / session.n_tokens,
+            "kv_bytes": stats.bytes_full * n_places / session.n_tokens,
             "kv_full_bytes": shape.kv_bytes(session.n_tokens * shape.n_layer * shape.n_head_kv),
             "kv_allocated": stats.bytes_now,
         }

@@ -7,11 +7,10 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from sparsemm_edge.budgets import BY_SCORE, MAX_WINDOW, POLICIES, head_budgets
+from sparsemm_edge import defaults
+from sparsemm_edge.budgets import BY_SCORE, MAX_WINDOW, POLICIES, VOTES, head_budgets, window_for
 from sparsemm_edge.errors import SparseMMError
 from sparsemm_edge.gguf_metadata import ModelShape
-
-VOTES = ("mixkv", "snapkv")
 
 LATER = ("again", "keep")
 """What a later question may evict: anything once more (`again`), or nothing (`keep`)."""
@@ -37,8 +36,8 @@ class Setting:
         water_fill: whether what a head cannot use goes to the others.
         seed: of policy `random`.
         cache_type: the number type of K and V.
-        vote: what ranks the positions that a head may keep, one of VOTES.
-        residual: whether a head's last place stands for all that it lost.
+        vote: how the positions of a head are ranked, one of budgets.VOTES.
+        residual: whether one place of a head that evicts stands for all that it lost.
         later: what later questions of a conversation evict, one of LATER.
     """
 
@@ -50,8 +49,8 @@ class Setting:
     water_fill: bool = True
     seed: int = 0
     cache_type: str = "f16"
-    vote: str = "mixkv"
-    residual: bool = True
+    vote: str = defaults.VOTE
+    residual: bool = defaults.RESIDUAL
     later: str = "again"
 
     @property
@@ -67,11 +66,8 @@ class Setting:
         return max(2, round(self.retention / 100 * n_prompt))
 
     def window_of(self, n_prompt: int) -> int:
-        """The window for a prompt of this length: at most half of the budget.
-
-        A window must be smaller than the budget that it is a part of; what is left is chosen by attention.
-        """
-        return max(1, min(self.window, self.budget_of(n_prompt) // 2))
+        """The window for a prompt of this length, see budgets.window_for."""
+        return window_for(self.budget_of(n_prompt), self.window)
 
     def table(
         self, scores: npt.NDArray[np.float64] | None, shape: ModelShape, n_prompt: int
@@ -91,6 +87,7 @@ class Setting:
             budget=self.budget_of(n_prompt),
             window=self.window_of(n_prompt),
             floor_ratio=self.floor_ratio,
+            residual=self.residual,
             water_fill=self.water_fill,
             n_prompt=n_prompt,
             seed=self.seed,
@@ -106,8 +103,8 @@ def settings_of(
     floor_ratios: Sequence[float],
     water_fills: Sequence[bool],
     cache_types: Sequence[str] = ("f16",),
-    votes: Sequence[str] = ("mixkv",),
-    residuals: Sequence[bool] = (True,),
+    votes: Sequence[str] = (defaults.VOTE,),
+    residuals: Sequence[bool] = (defaults.RESIDUAL,),
     laters: Sequence[str] = ("again",),
     n_random: int = 3,
 ) -> list[Setting]:
@@ -199,7 +196,7 @@ def labels(settings: Sequence[Setting]) -> dict[Setting, str]:
         if len({each.window for each in like}) > 1:
             parts.append(f"window {setting.window}")
         if setting.policy != "full" and method_of(setting) not in METHODS:
-            parts += [] if setting.vote == "mixkv" else [setting.vote]
+            parts += [] if setting.vote == defaults.VOTE else [setting.vote]
             parts += [] if setting.residual else ["no residual"]
         if len({each.later for each in like}) > 1:
             parts.append(f"later {setting.later}")

@@ -252,18 +252,27 @@ class Session:
     def forget_reply(self, n_keep: int = 0) -> None:
         """Drop what was decoded since the last prompt, but for the first n_keep tokens of it."""
         n_past, n_tokens = self._after_prompt
-        self.truncate(n_past + n_keep, n_tokens + n_keep)
+        if not self.truncate(n_past + n_keep, n_tokens + n_keep):
+            raise library.failure("llama.cpp cannot drop the reply")
 
-    def truncate(self, n_past: int, n_tokens: int) -> None:
-        """Drop the end of the sequence, down to n_tokens places; n_past is the next position then.
+    def truncate(self, n_past: int, n_tokens: int) -> bool:
+        """Drop the end of the sequence, up to the observation window of its last prompt.
 
-        Raises:
-            SparseMMError: some head has evicted a part of that end.
+        Args:
+            n_past: the next position then.
+            n_tokens: places in the KV cache that the sequence would take then.
+
+        Returns:
+            Whether every head held all of that end; if not, nothing was dropped.
         """
-        library.forget_errors()
-        if not llama.llama_memory_seq_rm(self._memory(), 0, n_past, -1):
-            raise library.failure("llama.cpp cannot drop the end of the sequence")
-        self._n_past, self.n_tokens = n_past, n_tokens
+        memory = self._memory()
+        if library.heads_stats(memory) is not None:
+            done = library.heads_truncate(memory, n_tokens)
+        else:
+            done = bool(llama.llama_memory_seq_rm(memory, 0, n_past, -1))
+        if done:
+            self._n_past, self.n_tokens = n_past, n_tokens
+        return done
 
     def decode(self, token: int) -> None:
         """Append one token; afterwards logits() are those of the token after it."""
@@ -297,6 +306,17 @@ class Session:
             [self.kept_positions(layer, head) for head in range(shape.n_head_kv)]
             for layer in range(shape.n_layer)
         ]
+
+    def n_residual(self) -> int:
+        """How many KV heads have a slot that stands for what they lost, of all layers."""
+        shape, memory = self._model.shape, self._memory()
+        if library.heads_stats(memory) is None:
+            return 0
+        return sum(
+            library.heads_n_lost(memory, layer, head) > 0
+            for layer in range(shape.n_layer)
+            for head in range(shape.n_head_kv)
+        )
 
     def kv_stats(self) -> KVStats:
         """What the KV cache takes now and took at most."""
