@@ -14,6 +14,7 @@ from PIL import Image
 
 from conftest import CommandLine
 from sparsemm_edge.convert import convert
+from sparsemm_edge.demo import DemoModel
 from sparsemm_edge.errors import SparseMMError
 from sparsemm_edge.evaluation.datasets import DataSet, Question
 from sparsemm_edge.evaluation.run import Evaluator, Job, Record, Results, run
@@ -409,6 +410,30 @@ def test_eval_writes_a_table_a_plot_and_json(
     assert kept["sparsemm, no water-filling"] < kept["sparsemm"]
     again = sparsemm("eval", *files, *options, "--resume", "--json").report
     assert len(again["rows"]) == len(report["rows"]) - 2  # without --water-fill both
+
+
+def test_the_demo_model_is_asked_in_turn_and_in_the_place_of_another(
+    tmp_path: Path, sparsemm: CommandLine
+) -> None:
+    demo = DemoModel()
+    files = ("-m", demo.model, "--mmproj", demo.mmproj, "--threads", 1, "--out", tmp_path / "out")
+    asked = ("--data", "grid", "--pages", 1, "--policies", "uniform", "--retention", 50, "--window", 16)
+    report = sparsemm("eval", *files, *asked, "--json").report
+    assert report["failures"] == report["skipped"] == []
+
+    def way(row: dict[str, Any]) -> tuple[str, str, int, bool]:
+        return row["first_task"], row["task"], row["place"], row["instead"]
+
+    full = {way(row): row["score"]["mean"] for row in report["rows"] if row["label"] == "full"}
+    first = [("lookup", "lookup", 1, False), ("reading", "reading", 1, False)]
+    later = [("lookup", "lookup", place, False) for place in (2, 3, 4)] + [("reading", "lookup", 2, False)]
+    instead = [("lookup", "lookup", 1, True), ("reading", "lookup", 1, True)]
+    assert set(full) == {*first, *later, *instead}
+    assert len(report["rows"]) == 2 * len(full)
+    # the same look-up, first and in the place of reading
+    assert full[instead[1]] == full[first[0]]
+    alone = sparsemm("eval", *files, *asked, "--resume", "--turns", 1, "--no-cross", "--json").report
+    assert alone["rows"] == [row for row in report["rows"] if way(row) in first]
 
 
 def test_eval_judges_fidelity_without_answers(
