@@ -20,7 +20,6 @@ from sparsemm_edge.evaluation.datasets import DataSet, Question
 from sparsemm_edge.evaluation.settings import Setting
 from sparsemm_edge.gguf_metadata import POOL_KERNEL
 from sparsemm_edge.runtime import VisionModel
-from sparsemm_edge.runtime.conversation import turn_prompt
 from sparsemm_edge.runtime.eviction import HeadBudgetTable
 from sparsemm_edge.runtime.prompt import ImagePart, Prompt, TextPart
 from sparsemm_edge.runtime.session import Prefix, Session, cache_type
@@ -224,9 +223,7 @@ class Evaluator:
         """
         asked = self._job.asked(question)
         try:
-            with turn_prompt(
-                self._model, question.prompt, [question.open_image()], self._job.chat_template, first=True
-            ) as prompt:
+            with self._first_prompt(question) as prompt:
                 reading = _Reading(asked, prompt, self._encode(question.page, prompt))
                 reading.n_ctx = self._n_ctx(reading)
                 reference = self._converse(reading, _REFERENCE)
@@ -276,21 +273,22 @@ class Evaluator:
 
     def _in_turn(self, asked: Asked) -> npt.NDArray[np.int32]:
         """What follows an answer, from what ends that."""
-        template = self._job.chat_template
-        with turn_prompt(self._model, asked.question.prompt, (), template, first=False) as prompt:
+        text = self._model.chat_prompt(asked.question.prompt, 0, self._job.chat_template, first=False)
+        with self._model.tokenize(text, first=False) as prompt:
             return _text_tokens(prompt.parts)
 
     def _in_place(self, reading: _Reading, asked: Asked) -> npt.NDArray[np.int32]:
         """What follows the image where this question is the first."""
-        template, question = self._job.chat_template, asked.question
-        with turn_prompt(
-            self._model, question.prompt, [question.open_image()], template, first=True
-        ) as prompt:
+        with self._first_prompt(asked.question) as prompt:
             before, after = _at_image(prompt)
             tokens = _text_tokens(after)
             if not len(tokens) or not _same_parts(before, _at_image(reading.prompt)[0]):
                 raise SparseMMError("the chat template does not put the whole question after the image")
             return tokens
+
+    def _first_prompt(self, question: Question) -> Prompt:
+        text = self._model.chat_prompt(question.prompt, 1, self._job.chat_template)
+        return self._model.tokenize(text, [question.open_image()])
 
     def _start(
         self, reading: _Reading, setting: Setting, table: HeadBudgetTable | None, n_ubatch: int | None = None

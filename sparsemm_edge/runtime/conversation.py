@@ -204,9 +204,9 @@ class Conversation:
         if not 0 <= seed < 2**32:
             raise SparseMMError(f"the seed is {seed}: it must be 0 to {2**32 - 1}")
         model, first = self._model, self._session is None and self._resumed is None
-        with turn_prompt(
-            model, question, images, self._template, first=first, pending=self._pending
-        ) as prompt:
+        text = model.chat_prompt(question, len(images), self._template, first=first)
+        with model.tokenize(text, images, first=first) as prompt:
+            prompt.prepend(self._pending)
             session = self._session_for(prompt, n_predict)
             try:
                 session.read(prompt, cancelled)
@@ -339,31 +339,6 @@ class Conversation:
             self.last_stats = GenerationStats(
                 tuple(tokens), n_prompt, session.kv_stats(), timings, rss_peak_bytes()
             )
-
-
-def turn_prompt(
-    model: "VisionModel",
-    question: str,
-    images: Sequence[str | Path | Image.Image] = (),
-    template: str | None = None,
-    *,
-    first: bool,
-    pending: Sequence[int] = (),
-) -> Prompt:
-    """What a question appends to the cache, to be closed.
-
-    Args:
-        model: the model.
-        question: what the user asks.
-        images: files or pictures that the message shows before the text.
-        template: jinja text to use instead of the model's own template.
-        first: whether it begins the conversation.
-        pending: tokens of the answer before it that are not in the cache yet.
-    """
-    text = model.chat_prompt(question, len(images), template, first=first)
-    prompt = model.tokenize(text, images, first=first)
-    prompt.prepend(pending)
-    return prompt
 
 
 def _sampler(temperature: float, seed: int) -> Any:
