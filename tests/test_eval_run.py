@@ -249,14 +249,13 @@ def test_a_conversation_is_gone_on_with_as_a_whole(
 
 
 def test_a_conversation_that_does_not_fit_fails_where_it_is_full(models: Callable[[str], Any]) -> None:
-    with Evaluator(replace(job_of(models), n_turns=3, n_ctx=180)) as evaluator:
-        asked = replace(
-            question("p", picture(models, 1)),
-            later=(question("p", None, "word " * 60), question("p", None, "More?")),
-        )
-        records = evaluator.answer(asked, [FULL])
-    assert [bool(record.error) for record in records] == [False, True, True]
-    assert "the context has 180" in (records[1].error or "")
+    page = picture(models, 1)
+    later = tuple(question("p", page, prompt) for prompt in ("More?", "word " * 60, "And?"))
+    with Evaluator(replace(job_of(models), n_turns=4, n_ctx=260, cross=True)) as evaluator:
+        records = evaluator.answer(replace(question("p", page), later=later), [FULL])
+    # not where the second one is asked in the place of the first
+    assert [bool(record.error) for record in records] == [False, False, True, True, False]
+    assert "the context has 260" in (records[2].error or "")
 
 
 def test_an_image_is_encoded_once_and_a_prompt_read_twice(
