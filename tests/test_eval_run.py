@@ -187,6 +187,24 @@ def test_a_later_question_evicts_again_or_nothing(models: Callable[[str], Any]) 
 
 
 @pytest.mark.parametrize("name", ["llava", "qwen2vl"])
+def test_an_image_that_is_evicted_before_the_first_question_is_held_as_it_is(
+    name: str, models: Callable[[str], Any]
+) -> None:
+    page = picture(models, 3, name)
+    image = setting("uniform", 24, later="image")
+    with Evaluator(replace(job_of(models, name=name), n_turns=2, cross=True)) as evaluator:
+        records = evaluator.answer(conversation("p", page), [image])
+        (alone,) = evaluator.answer(question("p", page, LATER[0]), [image])[:1]
+    first, second, instead = records
+    n_image = first.n_prompt - (first.kept - 23)
+    assert 0 < n_image < first.n_prompt
+    assert second.kept == 23 + second.n_prompt - n_image
+    # whichever question comes first
+    assert (instead.answer, instead.n_prompt, instead.kept) == (alone.answer, alone.n_prompt, alone.kept)
+    assert instead.kl == pytest.approx(alone.kl, abs=1e-4)
+
+
+@pytest.mark.parametrize("name", ["llava", "qwen2vl"])
 def test_a_question_in_the_place_of_another_is_as_if_it_had_been_the_first(
     name: str, models: Callable[[str], Any]
 ) -> None:

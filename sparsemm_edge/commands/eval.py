@@ -58,7 +58,11 @@ def evaluate(
         str, typer.Option(help="A slot a head that stands for all that it lost: yes, no, or both.")
     ] = "yes",
     later: Annotated[
-        str, typer.Option(help="What later questions evict: again, anything once more; keep, nothing.")
+        str,
+        typer.Option(
+            help="What later questions evict: again, anything once more; keep, nothing; image, nothing, nor"
+            " does the first one: the image is evicted before it."
+        ),
     ] = "again",
     turns: Annotated[
         int, typer.Option(help="Most questions about an image that are asked in turn over one cache.")

@@ -291,11 +291,16 @@ class Evaluator:
         return self._model.tokenize(text, [question.open_image()])
 
     def _start(
-        self, reading: _Reading, setting: Setting, table: HeadBudgetTable | None, n_ubatch: int | None = None
+        self,
+        reading: _Reading,
+        setting: Setting,
+        table: HeadBudgetTable | None,
+        n_ubatch: int | None = None,
+        prompt: Prompt | None = None,
     ) -> Session:
         longest = max((len(answer.tokens) - 1 for answer in reading.full.values()), default=0)
         return self._model.start_with(
-            reading.prompt,
+            prompt or reading.prompt,
             table,
             n_ctx=reading.n_ctx,
             n_ubatch=n_ubatch,
@@ -310,14 +315,21 @@ class Evaluator:
 
         The full f16 cache goes first: its greedy answers are kept in `reading` for the others.
         """
-        table, prefix, n_ubatch = None, None, None
+        table, prefix, n_ubatch, prompt = None, None, None, reading.prompt
+        before, after = _at_image(prompt)
         if setting.policy != "full":
             table = self._table(reading.prompt.n_tokens, setting)
+            if setting.later == "image":
+                prompt = Prompt(before)
             prefix = self._prefix(reading, setting)
+            if prefix is not None and prompt.n_tokens - prefix.n_tokens < setting.window:
+                prefix = None  # a part of the window is in it
             n_ubatch = _n_rest(setting) if prefix else None
-        with self._start(reading, setting, table, n_ubatch) as session:
+        with self._start(reading, setting, table, n_ubatch, prompt) as session:
             session.read_prompt(prefix)
             evicted = session.state() if reading.asked[-1].instead and table is not None else None
+            if prompt is not reading.prompt:
+                session.append(_text_tokens(after))
             record, tokens = self._answer(session, reading, setting, reading.asked[0])
             records = [record]
             why_not = None
@@ -360,7 +372,7 @@ class Evaluator:
                 f"with this question the conversation takes {n_tokens} positions, the context has"
                 f" {reading.n_ctx}"
             )
-        if setting.later == "keep" and setting.policy != "full":
+        if setting.later != "again" and setting.policy != "full":
             session.append(appended)
         else:
             session.read(Prompt([TextPart(appended)]))

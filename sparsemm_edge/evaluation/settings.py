@@ -12,8 +12,9 @@ from sparsemm_edge.budgets import BY_SCORE, MAX_WINDOW, POLICIES, VOTES, head_bu
 from sparsemm_edge.errors import SparseMMError
 from sparsemm_edge.gguf_metadata import ModelShape
 
-LATER = ("again", "keep")
-"""What a later question may evict: anything once more (`again`), or nothing (`keep`)."""
+LATER = ("again", "keep", "image")
+"""What a later question may evict: anything once more (`again`), or nothing (`keep`). Under `image` the first
+one evicts nothing either: the image was evicted before it, by the votes of its own last positions."""
 
 METHODS = {"paper": "sparsemm", "snapkv": "uniform", "pyramidkv": "pyramid"}
 """Methods as they were published, and the policies that they share the budget out by."""
