@@ -11,10 +11,7 @@ import numpy.typing as npt
 from sparsemm_edge import defaults
 from sparsemm_edge.errors import SparseMMError
 
-POLICIES = ("sparsemm", "top", "uniform", "pyramid", "random", "full")
-
-BY_SCORE = ("sparsemm", "top")
-"""The policies that need head scores."""
+POLICIES = ("sparsemm", "uniform", "pyramid", "random", "full")
 
 VOTES = ("mixkv", "snapkv")
 """How the positions of a head are ranked: `snapkv` by the attention that they get from the window's queries
@@ -50,9 +47,6 @@ def head_budgets(
     `budget * n_layer * n_head_kv` goes to the heads in proportion to
 
     - `sparsemm`: their score;
-    - `top`: their rank by score, whole prompts to the best heads one after the other. Not in the paper: a
-      head that holds a part of an image can mislead, one that holds next to none abstains (see README). The
-      floor is half a window at most, for the same reason;
     - `uniform`: nothing, all alike (SnapKV, arXiv 2404.14469);
     - `pyramid`: a ramp over the layers, the first layer most, the last only the floor (PyramidKV,
       arXiv 2406.02069);
@@ -62,7 +56,7 @@ def head_budgets(
 
     Args:
         policy: one of POLICIES.
-        grouped_scores: [n_layer, n_head_kv], not negative, any scale; only BY_SCORE read it.
+        grouped_scores: [n_layer, n_head_kv], not negative, any scale; only `sparsemm` reads it.
         n_layer, n_head_kv: the model's layers, and KV heads per layer.
         budget: B, the mean of the head budgets, in positions.
         window: w, the observation window, in positions; 1 <= w < B, at most MAX_WINDOW.
@@ -70,7 +64,7 @@ def head_budgets(
         residual: whether one place of a head that evicts is the residual slot, which stands for what it lost.
         water_fill: a head cannot keep more positions than the prompt has. True gives what it cannot use to
             the other heads, in proportion to their score, until the budget is spent. False is the paper:
-            the surplus stays unused. `top` is nothing without it.
+            the surplus stays unused.
         n_prompt: the prompt's length in positions that water-filling is for; None sets no limit. A prompt
             of at most B positions is kept whole by a head budget of B each.
         seed: of policy `random`.
@@ -99,9 +93,6 @@ def head_budgets(
     if not 0 <= seed < 2**32:
         raise SparseMMError(f"the seed is {seed}: it must be 0 to {2**32 - 1}")
 
-    if policy == "top" and (not water_fill or n_prompt is None):
-        raise SparseMMError("policy top fills heads up to the length of the prompt: it needs water-filling")
-
     least = window + residual
     shares = _shares(policy, grouped_scores, shape, seed).ravel()
     limit: float = np.inf
@@ -113,10 +104,7 @@ def head_budgets(
     base = budget - least
     total = base * shares.size
     floor = int(base * floor_ratio)
-    if policy == "top":
-        caps = _fill_best_first(shares, total=total, floor=min(floor, window // 2), limit=limit)
-    else:
-        caps = _fill(shares, total=total, floor=floor, limit=limit)
+    caps = _fill(shares, total=total, floor=floor, limit=limit)
     table = _round_to_sum(caps, total) + least
     if table.max() > FULL:
         raise SparseMMError(f"a budget of {budget} gives one head {table.max()} positions, more than {FULL}")
@@ -140,7 +128,7 @@ def _shares(
         return np.broadcast_to(ramp[:, None], shape)
     if policy == "random":
         return np.random.default_rng(seed).random(shape)
-    if policy not in BY_SCORE:
+    if policy != "sparsemm":
         raise SparseMMError(f"unknown policy {policy!r}: expected one of {', '.join(POLICIES)}")
     if grouped_scores is None:
         raise SparseMMError(f"policy {policy} needs head scores")
@@ -172,20 +160,6 @@ def _fill(
             break
         caps[over] = limit
         free &= ~over
-    return caps
-
-
-def _fill_best_first(
-    shares: npt.NDArray[np.float64], *, total: int, floor: int, limit: float
-) -> npt.NDArray[np.float64]:
-    """Caps of `limit` for the heads with the largest shares until `total` is spent, `floor` for the others.
-
-    Needs `floor <= total / n <= limit`; one head may end in between.
-    """
-    room = limit - floor
-    pool = total - floor * shares.size
-    caps = np.empty(shares.size)
-    caps[np.argsort(-shares, kind="stable")] = floor + np.clip(pool - room * np.arange(shares.size), 0, room)
     return caps
 
 

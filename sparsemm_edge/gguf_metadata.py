@@ -95,7 +95,7 @@ class SparseMMMetadata:
     """The `sparsemm.*` keys of a converted GGUF file.
 
     Attributes:
-        policy: the budget policy that made the table (sparsemm, top, uniform, pyramid or random).
+        policy: the budget policy that made the table (sparsemm, uniform, pyramid or random).
         budget: B, the mean head budget in positions, window included.
         window: w, the observation window in positions.
         floor_ratio: rho, the share of B - w that every head gets.

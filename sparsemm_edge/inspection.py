@@ -66,7 +66,7 @@ def kv_bytes(shape: ModelShape, metadata: SparseMMMetadata) -> dict[str, dict[in
                 window=metadata.window,
                 floor_ratio=metadata.floor_ratio,
                 residual=metadata.residual,
-                water_fill=metadata.water_fill_length > 0 or policy == "top",
+                water_fill=metadata.water_fill_length > 0,
                 n_prompt=n_prompt,
                 seed=metadata.seed,
             )

@@ -1,5 +1,6 @@
 """Budget policies: every position of the budget is spent, on the heads that the policy says."""
 
+import itertools
 from pathlib import Path
 
 import numpy as np
@@ -60,7 +61,7 @@ def test_sum_floor_and_limit_hold_for_any_scores() -> None:
         scores *= random.random(scores.shape) > random.random()  # some heads have none
         scores[0, 0] += 1e-9
         for policy in EVICTING:
-            for water_fill in (True, False)[: 1 if policy == "top" else 2]:
+            for water_fill, residual in itertools.product((True, False), repeat=2):
                 table = head_budgets(
                     policy,
                     scores,
@@ -69,15 +70,16 @@ def test_sum_floor_and_limit_hold_for_any_scores() -> None:
                     budget=budget,
                     window=window,
                     floor_ratio=floor_ratio,
+                    residual=residual,
                     water_fill=water_fill,
                     n_prompt=n_prompt,
                     seed=seed,
                 )
-                case = (seed, policy, water_fill)
+                case = (seed, policy, water_fill, residual)
+                least = window + residual
                 assert table.shape == (n_layer, n_head_kv) and table.dtype == np.uint32, case
                 assert table.sum() == budget * n_layer * n_head_kv, case
-                floor = int((budget - window) * floor_ratio)
-                assert table.min() >= window + (min(floor, window // 2) if policy == "top" else floor), case
+                assert table.min() >= least + int((budget - least) * floor_ratio), case
                 if water_fill:
                     assert table.max() <= max(n_prompt, budget), case
 
@@ -111,25 +113,6 @@ def test_a_prompt_one_longer_than_the_budget_still_spends_it_all() -> None:
 def test_only_the_ratio_of_scores_matters() -> None:
     scores = np.random.default_rng(0).random((2, 2))
     np.testing.assert_array_equal(tiny_table("sparsemm", scores), tiny_table("sparsemm", scores * 1e6))
-
-
-def test_top_gives_the_best_heads_the_whole_prompt_and_the_others_the_floor() -> None:
-    # window 10 and floor 5 each (half a window, less than a tenth of 100); 380 to share out, twice 190
-    table = tiny_table("top", [[3, 6], [90, 1]], n_prompt=205)
-    assert table.tolist() == [[15, 205], [205, 15]]
-    # a little less than two heads' worth: the second ends in between
-    assert tiny_table("top", [[3, 6], [90, 1]], n_prompt=210).tolist() == [[15, 200], [210, 15]]
-    # a floor below half a window stays
-    assert tiny_table("top", [[3, 6], [90, 1]], n_prompt=208, floor_ratio=0.02).min() == 12
-    # only the order of the scores counts, and the first of equals is the better one
-    np.testing.assert_array_equal(table, tiny_table("top", [[2, 8], [9, 0]], n_prompt=205))
-    assert tiny_table("top", [[1, 1], [1, 1]], n_prompt=205).tolist() == [[205, 205], [15, 15]]
-
-
-def test_top_is_refused_where_no_length_says_how_far_a_head_is_filled() -> None:
-    for arguments in ({"water_fill": False, "n_prompt": 200}, {}):
-        with pytest.raises(SparseMMError, match="needs water-filling"):
-            tiny_table("top", [[3, 6], [90, 1]], **arguments)
 
 
 def test_uniform_gives_every_head_the_budget() -> None:
@@ -172,7 +155,7 @@ def test_full_is_longer_than_any_prompt_and_fits_32_bits() -> None:
         ({"floor_ratio": float("nan")}, "the floor ratio is nan"),
         ({"n_prompt": 0}, "the prompt length is 0"),
         ({"seed": -1}, "the seed is -1"),
-        ({"policy": "snapkv"}, "unknown policy 'snapkv': expected one of sparsemm, top, uniform"),
+        ({"policy": "snapkv"}, "unknown policy 'snapkv': expected one of sparsemm, uniform"),
         ({"scores": None}, "needs head scores"),
         ({"scores": [[1.0, 2.0, 3.0]]}, r"scores of shape \(1, 3\) for a model of \(2, 2\)"),
         ({"scores": [[1.0, 2.0], [3.0, float("nan")]]}, "must be finite"),

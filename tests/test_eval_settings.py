@@ -26,7 +26,7 @@ OPTIONS: dict[str, Any] = {"windows": [8], "floor_ratios": [0.1], "water_fills":
 
 def test_only_what_goes_by_score_is_swept() -> None:
     settings = settings_of(
-        policies=["sparsemm", "top", "uniform", "pyramid", "random", "full"],
+        policies=["sparsemm", "uniform", "pyramid", "random", "full"],
         retentions=[5, 10],
         windows=[8],
         floor_ratios=[0.1, 0.5],
@@ -34,13 +34,13 @@ def test_only_what_goes_by_score_is_swept() -> None:
         n_random=3,
     )
     count = Counter(each.policy for each in settings)
-    assert (count["sparsemm"], count["top"], count["uniform"]) == (2 * 2 * 2, 2 * 2, 2)
+    assert (count["sparsemm"], count["uniform"]) == (2 * 2 * 2, 2)
     assert sum(each.policy == "random" for each in settings) == 3 * 2
     assert {(each.floor_ratio, each.water_fill) for each in settings if each.policy == "pyramid"} == {
         (0.1, True)
     }
     assert settings[0] == Setting("full")
-    assert len({each.key for each in settings}) == len(settings) == 3 + 8 + 4 + 2 + 2 + 6
+    assert len({each.key for each in settings}) == len(settings) == 3 + 8 + 2 + 2 + 6
 
 
 def test_the_full_f16_cache_is_always_there() -> None:

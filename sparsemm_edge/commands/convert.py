@@ -30,7 +30,7 @@ def convert(
         float, typer.Option(help="Share of the budget that every head gets.")
     ] = defaults.FLOOR_RATIO,
     policy: Annotated[
-        str, typer.Option(help="How heads share: sparsemm, top, uniform, pyramid or random.")
+        str, typer.Option(help="How heads share: sparsemm, uniform, pyramid or random.")
     ] = "sparsemm",
     vote: Annotated[
         str, typer.Option(help="How a head's positions are ranked: mixkv, or snapkv (as in the paper).")

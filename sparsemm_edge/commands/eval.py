@@ -47,10 +47,10 @@ def evaluate(
     policies: Annotated[
         str,
         typer.Option(
-            help="Of sparsemm, top, uniform, pyramid, random; paper, snapkv, pyramidkv: sparsemm, uniform and"
+            help="Of sparsemm, uniform, pyramid, random; paper, snapkv, pyramidkv: sparsemm, uniform and"
             " pyramid as they were published; full: the full cache in f16, q8_0 and q4_0."
         ),
-    ] = "sparsemm,top,uniform,pyramid,random,paper,snapkv,full",
+    ] = "sparsemm,uniform,pyramid,random,paper,snapkv,full",
     votes: Annotated[
         str, typer.Option(help="What ranks positions: mixkv, or snapkv, the window's attention alone.")
     ] = "mixkv",

@@ -36,7 +36,7 @@ Budget = Annotated[
     int | None, typer.Option(help="Positions a KV head keeps on average, instead of the file's budget.")
 ]
 Policy = Annotated[
-    str | None, typer.Option(help="sparsemm, top, uniform, pyramid, random or full, instead of the file's.")
+    str | None, typer.Option(help="sparsemm, uniform, pyramid, random or full, instead of the file's.")
 ]
 Window = Annotated[
     int | None, typer.Option(help="Last prompt positions, which vote and are kept, instead of the file's.")

@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
-from sparsemm_edge.budgets import BY_SCORE
 from sparsemm_edge.errors import SparseMMError
 from sparsemm_edge.evaluation.run import Record
 from sparsemm_edge.evaluation.settings import Setting, labels, method_of
@@ -28,7 +27,6 @@ _N_RESAMPLES = 2000
 _TABLE_WIDTH = 200  # where there is no terminal to ask, as in a file
 _COLOURS = {
     "sparsemm": "C3",
-    "top": "C1",
     "uniform": "C0",
     "pyramid": "C2",
     "random": "C7",
@@ -601,7 +599,7 @@ def _draw(axes: "Axes", rows: list[Row]) -> None:
             marker=_MARKERS[number % len(_MARKERS)],
             markersize=5,
             capsize=2,
-            linewidth=2.2 if method in BY_SCORE else 1.4,
+            linewidth=2.2 if method == "sparsemm" else 1.4,
             color=_COLOURS[method] if plain else _OTHER_COLOURS[number % len(_OTHER_COLOURS)],
         )
     axes.set_xscale("log")

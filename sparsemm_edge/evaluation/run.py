@@ -13,7 +13,7 @@ import numpy as np
 import numpy.typing as npt
 from gguf.constants import GGML_QUANT_SIZES
 
-from sparsemm_edge.budgets import BY_SCORE, FULL
+from sparsemm_edge.budgets import FULL
 from sparsemm_edge.errors import SparseMMError
 from sparsemm_edge.evaluation import fidelity, metrics
 from sparsemm_edge.evaluation.datasets import DataSet, Question
@@ -207,7 +207,7 @@ class Evaluator:
                     f" {self._job.model} have {shape.n_embd_head_k}: leave it out of --cache-types, and full"
                     " out of --policies"
                 )
-            if setting.policy in BY_SCORE and self._scores is None:
+            if setting.policy == "sparsemm" and self._scores is None:
                 raise SparseMMError(
                     f"{self._job.model} holds no head scores: convert it first (sparsemm-edge convert), or"
                     " give --scores"

@@ -8,7 +8,7 @@ import numpy as np
 import numpy.typing as npt
 
 from sparsemm_edge import defaults
-from sparsemm_edge.budgets import BY_SCORE, MAX_WINDOW, POLICIES, VOTES, head_budgets, window_for
+from sparsemm_edge.budgets import MAX_WINDOW, POLICIES, VOTES, head_budgets, window_for
 from sparsemm_edge.errors import SparseMMError
 from sparsemm_edge.gguf_metadata import ModelShape
 
@@ -76,7 +76,7 @@ class Setting:
         """The head budgets for a prompt: [n_layer, n_head_kv] positions. Not for policy `full`.
 
         Args:
-            scores: [n_layer, n_head_kv] head scores; only budgets.BY_SCORE need them.
+            scores: [n_layer, n_head_kv] head scores; only `sparsemm` needs them.
             shape: the model's.
             n_prompt: the prompt's length in positions.
         """
@@ -111,7 +111,7 @@ def settings_of(
 ) -> list[Setting]:
     """All combinations that differ, the full cache first.
 
-    Floor ratios are swept for `sparsemm` and `top`, water-filling for `sparsemm`; `pyramid` and `random`
+    Floor ratios and water-filling are swept for `sparsemm`; `pyramid` and `random`
     take the first floor ratio and are water-filled, `uniform` has no use for either. METHODS have their own
     vote, residual slot and floor ratio. The full f16 cache is always there: it is what fidelity compares
     with. Policy `full` is the full cache in other number types, which people shrink it to.
@@ -156,7 +156,7 @@ def settings_of(
             if policy == "full":
                 continue
             published = word in METHODS
-            floors = floor_ratios if policy in BY_SCORE else floor_ratios[:1]
+            floors = floor_ratios if policy == "sparsemm" else floor_ratios[:1]
             if policy == "uniform":
                 floors = [0.0]
             elif published:

@@ -153,7 +153,7 @@ def fit(wish: Wish) -> dict[str, Any]:
             row_in_batches = evicted(budget, FULL_N_UBATCH)
             if row_in_batches["total"] < rows[-1]["total"]:
                 in_batches = {"n_ubatch": FULL_N_UBATCH, "total": row_in_batches["total"]}
-        least = (wish.window or (metadata.window if metadata is not None else defaults.WINDOW)) + 1
+        least = (wish.window or 1) + 1  # a window that nobody asked for shrinks with the budget
         largest = _largest(evicted, least, n_prompt)
     return {
         "machine": {"memory_bytes": total, "memory_available_bytes": available},

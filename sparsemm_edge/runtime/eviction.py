@@ -7,7 +7,7 @@ import numpy as np
 import numpy.typing as npt
 
 from sparsemm_edge import defaults
-from sparsemm_edge.budgets import BY_SCORE, VOTES, head_budgets, window_for
+from sparsemm_edge.budgets import VOTES, head_budgets, window_for
 from sparsemm_edge.errors import SparseMMError
 from sparsemm_edge.gguf_metadata import POOL_KERNEL, ModelShape, SparseMMMetadata
 from sparsemm_edge.scores import HeadScores, group_scores
@@ -19,7 +19,7 @@ class Eviction:
 
     Attributes:
         enabled: False keeps the whole cache.
-        policy: sparsemm, top, uniform, pyramid, random, or full (which keeps the whole cache too).
+        policy: sparsemm, uniform, pyramid, random, or full (which keeps the whole cache too).
         budget: mean head budget in positions, window included.
         window: observation window in positions.
         scores: a head scores file to use instead of the scores in the model file.
@@ -149,7 +149,7 @@ def _plan(
         scores = given.grouped(shape.n_head_kv)
     elif metadata is not None:
         scores = group_scores(metadata.head_scores.astype(np.float64), shape.n_head_kv)
-    elif policy in BY_SCORE:
+    elif policy == "sparsemm":
         raise SparseMMError(
             f"{model} holds no head scores: convert it first (sparsemm-edge convert), or give --scores"
         )
