@@ -16,7 +16,7 @@ from PIL import Image
 
 from sparsemm_edge.errors import SparseMMError
 from sparsemm_edge.evaluation.metrics import check_question
-from sparsemm_edge.files import read_json, read_json_lines
+from sparsemm_edge.files import read_json, read_json_lines, read_parquet
 
 GRID = "grid"
 """The name that stands for the project's own pages (pages/grid.py) where a data set's path is expected."""
@@ -207,31 +207,20 @@ def _read_json(files: list[Path], images: Path | None) -> Iterator[Question]:
 
 
 def _read_parquet(files: list[Path], images: Path | None) -> Iterator[Question]:
-    try:
-        import pyarrow
-        import pyarrow.parquet
-    except ImportError as error:
-        raise SparseMMError(
-            "parquet files are read with pyarrow: pip install 'sparsemm-edge[eval]'"
-        ) from error
     number = 0
     for path in files:
-        try:
-            for batch in pyarrow.parquet.ParquetFile(path).iter_batches(batch_size=16):
-                for row in batch.to_pylist():
-                    layout = next((layout for layout in _PARQUET_LAYOUTS if layout.fits(row)), None)
-                    if layout is None:
-                        raise SparseMMError(f"{path}: {_unknown(row, _PARQUET_LAYOUTS)}")
-                    where = f"{path}, row {number}"
-                    content = row[layout.image]
-                    image = content.get("bytes") if isinstance(content, dict) else content
-                    if not isinstance(image, bytes):
-                        raise SparseMMError(f"{where}: the image is not in the file, as bytes under image")
-                    page = f"image {hashlib.sha256(image).hexdigest()[:12]}"
-                    yield layout.question(row, number, where, page=page, image=image)
-                    number += 1
-        except (pyarrow.ArrowInvalid, pyarrow.ArrowTypeError, OSError) as error:
-            raise SparseMMError(f"{path}: cannot be read as parquet ({error})") from error
+        for row in read_parquet(path):
+            layout = next((layout for layout in _PARQUET_LAYOUTS if layout.fits(row)), None)
+            if layout is None:
+                raise SparseMMError(f"{path}: {_unknown(row, _PARQUET_LAYOUTS)}")
+            where = f"{path}, row {number}"
+            content = row[layout.image]
+            image = content.get("bytes") if isinstance(content, dict) else content
+            if not isinstance(image, bytes):
+                raise SparseMMError(f"{where}: the image is not in the file, as bytes under image")
+            page = f"image {hashlib.sha256(image).hexdigest()[:12]}"
+            yield layout.question(row, number, where, page=page, image=image)
+            number += 1
 
 
 # --- layouts

@@ -17,7 +17,7 @@ from typing import Any
 from PIL import Image
 
 from sparsemm_edge.errors import SparseMMError
-from sparsemm_edge.files import parse_json, read_json, read_json_lines
+from sparsemm_edge.files import parse_json, read_json, read_json_lines, read_parquet
 from sparsemm_edge.pages import Chunk, Page, documents, grid
 
 FIRST_SCORING_SEED = 10_000
@@ -109,7 +109,9 @@ def _folder(folder: Path, n_pages: int) -> PageSource:
 
 def _records(folder: Path) -> Iterator[tuple[str, dict[str, Any]]]:
     """Every page description in a folder with where it stands, files by name."""
-    files = sorted(path for path in folder.iterdir() if path.suffix in (".json", ".jsonl", ".parquet"))
+    files = sorted(
+        path for path in folder.iterdir() if path.suffix.lower() in (".json", ".jsonl", ".parquet")
+    )
     if not files:
         raise SparseMMError(f"{folder} holds no .json, .jsonl or .parquet file that describes pages")
     for path in files:
@@ -121,15 +123,10 @@ def _records(folder: Path) -> Iterator[tuple[str, dict[str, Any]]]:
 
 
 def _read(path: Path) -> Iterator[Any]:
-    if path.suffix == ".parquet":
-        try:
-            from pyarrow import parquet
-        except ImportError as error:
-            raise SparseMMError(f"reading {path} needs pyarrow: pip install pyarrow") from error
-        for batch in parquet.ParquetFile(path).iter_batches(16):
-            yield from batch.to_pylist()
+    if path.suffix.lower() == ".parquet":
+        yield from read_parquet(path)
         return
-    if path.suffix == ".jsonl":
+    if path.suffix.lower() == ".jsonl":
         yield from (record for _, record in read_json_lines(path))
         return
     content = read_json(path)

@@ -205,10 +205,10 @@ def _read_partial(path: Path, job: Job, n_pages: int) -> tuple[dict[int, dict[st
     if not path.exists():
         raise SparseMMError(f"nothing to resume: there is no {path}")
     content = read_json(path)
-    parts = [content.get(name) if isinstance(content, dict) else None for name in ("key", "shape", "pages")]
-    if not all(isinstance(part, dict) for part in parts):
+    known = isinstance(content, dict)
+    key, shape, pages = (content.get(name) if known else None for name in ("key", "shape", "pages"))
+    if not (isinstance(key, dict) and isinstance(shape, dict) and isinstance(pages, dict)):
         raise SparseMMError(f"{path} is no partial result: start anew with --force")
-    key, shape, pages = parts
     for name, value in job.key().items():
         if key.get(name) != value:
             raise SparseMMError(
