@@ -14,6 +14,7 @@ from sparsemm_edge.errors import SparseMMError
 from sparsemm_edge.evaluation.metrics import edit_distance
 from sparsemm_edge.kept_map import save_kept_map
 from sparsemm_edge.pages.grid import FIRST_TRAINING_SEED, READ_PROMPT, SIZE, grid_page, lookup_prompt
+from sparsemm_edge.pictures import open_picture
 from sparsemm_edge.plot import save_head_map
 
 if TYPE_CHECKING:
@@ -169,9 +170,7 @@ def _draw(seed: int | None) -> tuple[int, Image.Image, list[Question]]:
 
 
 def _open(path: Path) -> Image.Image:
-    from sparsemm_edge.runtime.prompt import read_image
-
-    return Image.fromarray(read_image(path)).resize((SIZE, SIZE), Image.Resampling.LANCZOS)
+    return open_picture(path).resize((SIZE, SIZE), Image.Resampling.LANCZOS)
 
 
 def _ask(

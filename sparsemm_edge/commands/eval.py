@@ -1,5 +1,6 @@
 """`sparsemm-edge eval`."""
 
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, TypeVar
@@ -117,6 +118,8 @@ def evaluate(
     else:
         assert data is not None
         data_set = datasets.load(data, images=images, n_pages=pages, seed=seed)
+    for note in data_set.notes:
+        print(f"note: {note}", file=sys.stderr)
     job = Job(
         model=model,
         mmproj=mmproj,

@@ -117,10 +117,9 @@ def _size(text: str) -> tuple[int, int]:
             raise SparseMMError(
                 f"--image is {text!r}: expected an image file, or a size in pixels such as 672x336"
             )
-        from sparsemm_edge.runtime.prompt import read_image
+        from sparsemm_edge.pictures import open_picture
 
-        height, width, _ = read_image(text).shape
-        return width, height
+        return open_picture(text).size
     width, height = int(found[1]), int(found[2])
     if not (1 <= width <= 2**15 and 1 <= height <= 2**15):
         raise SparseMMError(f"--image is {text!r}: a side must be 1 to {2**15} pixels")

@@ -30,15 +30,13 @@ def kept(
     Example:
       sparsemm-edge kept -m llava.sparsemm.gguf --mmproj mmproj.gguf --image page.png -p "What is the total?"
     """
-    from PIL import Image
-
     from sparsemm_edge.errors import SparseMMError
     from sparsemm_edge.kept_map import check_picture, save_kept_map
+    from sparsemm_edge.pictures import open_picture
     from sparsemm_edge.runtime import Eviction, VisionModel
-    from sparsemm_edge.runtime.prompt import read_image
 
     check_picture(out, view)
-    page = Image.fromarray(read_image(image))
+    page = open_picture(image)
     eviction = Eviction(policy=policy, budget=budget, window=window, scores=scores)
     with (
         VisionModel.load(model, mmproj, n_threads=threads) as loaded,

@@ -5,7 +5,6 @@ the authors' JSON with a folder of images, or as Hugging Face parquet files with
 """
 
 import hashlib
-import io
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,11 +16,12 @@ from PIL import Image
 from sparsemm_edge.errors import SparseMMError
 from sparsemm_edge.evaluation.metrics import check_question
 from sparsemm_edge.files import read_json, read_json_lines, read_parquet
+from sparsemm_edge.pictures import open_picture
 
 GRID = "grid"
 """The name that stands for the project's own pages (pages/grid.py) where a data set's path is expected."""
 
-IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".gif")
+IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".jfif", ".webp", ".avif", ".bmp", ".tif", ".tiff", ".gif")
 
 _SHORT_ANSWER = "\nAnswer the question using a single word or phrase."
 _DESCRIBE = "Describe the image in detail."
@@ -55,22 +55,24 @@ class Question:
         Raises:
             SparseMMError: the bytes are not an image.
         """
-        if not isinstance(self.image, bytes):
-            return self.image
-        try:
-            with Image.open(io.BytesIO(self.image)) as opened:
-                return opened.convert("RGB")
-        except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-            raise SparseMMError(f"{self.page}: not an image that can be read ({error})") from error
+        return open_picture(self.image, self.page) if isinstance(self.image, bytes) else self.image
 
 
 @dataclass(frozen=True)
 class DataSet:
-    """name: where it came from, however much of it is taken; n_predict: tokens that answers need at most."""
+    """What is asked.
+
+    Attributes:
+        name: where it came from, however much of it is taken.
+        questions: in order.
+        n_predict: tokens that answers need at most.
+        notes: what a person should know of what was left out, a line each.
+    """
 
     name: str
     questions: tuple[Question, ...]
     n_predict: int
+    notes: tuple[str, ...] = ()
 
 
 def load(source: str, *, images: Path | None = None, n_pages: int | None = None, seed: int = 0) -> DataSet:
@@ -110,11 +112,14 @@ def images_only(folder: Path, prompt: str = _DESCRIBE, n_pages: int | None = Non
     """All images of a folder with the same prompt and no accepted answers: what fidelity needs."""
     if not folder.is_dir():
         raise SparseMMError(f"{folder} is not a folder of images")
-    files = sorted(file for file in folder.iterdir() if file.suffix.lower() in IMAGE_SUFFIXES)[:n_pages]
+    entries = sorted(each for each in folder.iterdir() if not each.name.startswith("."))
+    files = [each for each in entries if each.suffix.lower() in IMAGE_SUFFIXES and each.is_file()]
     if not files:
         raise SparseMMError(f"{folder} holds no images ({', '.join(IMAGE_SUFFIXES)})")
-    questions = tuple(Question(file.name, file.name, file, prompt, "images") for file in files)
-    return DataSet(str(folder), questions, n_predict=128)
+    questions = tuple(Question(file.name, file.name, file, prompt, "images") for file in files[:n_pages])
+    skipped = [each.name + "/" * each.is_dir() for each in entries if each not in files]
+    notes = (f"{folder}: skipped, as they are no image files: {_listed(skipped)}",) if skipped else ()
+    return DataSet(str(folder), questions, n_predict=128, notes=notes)
 
 
 def grid(n_pages: int, seed: int = 0) -> DataSet:
@@ -373,6 +378,11 @@ _PARQUET_LAYOUTS = (
         extra=_SHORT_ANSWER,
     ),
 )
+
+
+def _listed(names: Sequence[str], most: int = 20) -> str:
+    more = f" and {len(names) - most} more" if len(names) > most else ""
+    return ", ".join(names[:most]) + more
 
 
 def _unknown(row: dict[str, Any], layouts: Sequence[_Layout]) -> str:

@@ -10,15 +10,13 @@ record a page, in one of two forms:
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from io import BytesIO
 from pathlib import Path
 from typing import Any
-
-from PIL import Image
 
 from sparsemm_edge.errors import SparseMMError
 from sparsemm_edge.files import parse_json, read_json, read_json_lines, read_parquet
 from sparsemm_edge.pages import Chunk, Page, documents, grid
+from sparsemm_edge.pictures import open_picture
 
 FIRST_SCORING_SEED = 10_000
 """Grid pages of lower seeds are for evaluation: budgets are not judged on the pages they come from."""
@@ -137,11 +135,10 @@ def _read(path: Path) -> Iterator[Any]:
 
 def _page(folder: Path, where: str, record: dict[str, Any]) -> Page:
     source = _image_of(where, record)
-    try:
-        with Image.open(BytesIO(source) if isinstance(source, bytes) else folder / source) as image:
-            picture = image.convert("RGB")
-    except (OSError, ValueError) as error:
-        raise SparseMMError(f"{where}: cannot read its image: {error}") from error
+    if isinstance(source, bytes):
+        picture = open_picture(source, f"{where}, its image")
+    else:
+        picture = open_picture(folder / source, f"{where}, {folder / source}")
     return Page(where if isinstance(source, bytes) else source, picture, _chunks(where, record))
 
 

@@ -8,9 +8,10 @@ from types import TracebackType
 
 import numpy as np
 import numpy.typing as npt
-from PIL import Image, ImageOps
+from PIL import Image
 
 from sparsemm_edge.errors import SparseMMError
+from sparsemm_edge.pictures import open_picture
 from sparsemm_edge.runtime import library
 from sparsemm_edge.runtime.library import llama, mtmd
 
@@ -142,20 +143,12 @@ def image_marker() -> str:
 
 
 def read_image(image: str | Path | Image.Image) -> npt.NDArray[np.uint8]:
-    """The pixels of an image: [height, width, 3] RGB, turned as its EXIF data says.
+    """The pixels of an image: [height, width, 3] RGB, as pictures.open_picture makes it.
 
     Raises:
         SparseMMError: no such file, or not an image.
     """
-    if isinstance(image, Image.Image):
-        return np.asarray(image.convert("RGB"))
-    try:
-        with Image.open(image) as opened:
-            return np.asarray(ImageOps.exif_transpose(opened).convert("RGB"))
-    except FileNotFoundError as error:
-        raise SparseMMError(f"{image}: no such file") from error
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise SparseMMError(f"{image}: not an image that can be read ({error})") from error
+    return np.asarray(open_picture(image))
 
 
 def _parts(chunks: int) -> list[TextPart | ImagePart]:
