@@ -28,15 +28,16 @@ _HELP = """\
 Ctrl-C        end the answer that is being given"""
 
 
+@options.grouped
 def chat(
     model: options.Model,
+    sampled: options.Sampled,
+    evicted: options.Evicted,
     mmproj: options.OptionalMmproj = None,
     image: Annotated[
         list[Path] | None, typer.Option(help="Image for the first message; may be given several times.")
     ] = None,
     n_predict: Annotated[int, typer.Option("--n-predict", "-n", help="Most tokens of an answer.")] = 512,
-    temp: options.Temperature = 0.0,
-    seed: options.SamplingSeed = 0,
     n_ctx: Annotated[
         int | None,
         typer.Option(
@@ -50,12 +51,6 @@ def chat(
     threads: options.Threads = None,
     cache_type_k: options.CacheTypeK = "f16",
     cache_type_v: options.CacheTypeV = "f16",
-    budget: options.Budget = None,
-    policy: options.Policy = None,
-    window: options.Window = None,
-    scores: options.Scores = None,
-    kv_max_tail: options.KvMaxTail = None,
-    evict: options.Evict = True,
     chat_template: options.ChatTemplate = None,
     verbose: options.Verbose = False,
     as_json: Annotated[
@@ -71,11 +66,12 @@ def chat(
       sparsemm-edge chat -m llava.sparsemm.gguf --mmproj mmproj.gguf --image page.png
       echo "What is written here?" | sparsemm-edge chat -m llava.sparsemm.gguf --mmproj mm.gguf --image a.png
     """
-    from sparsemm_edge.runtime import Cancelled, Conversation, Eviction, VisionModel
+    from sparsemm_edge.runtime import Cancelled, Conversation, VisionModel
     from sparsemm_edge.runtime.chat_template import read_template
     from sparsemm_edge.runtime.prompt import read_image
 
     template = None if chat_template is None else read_template(chat_template)
+    sampling = sampled.sampling()
     images = list(image or [])
     for path in images:
         read_image(path)
@@ -88,7 +84,7 @@ def chat(
             cache_type_k=cache_type_k,
             cache_type_v=cache_type_v,
             chat_template=template,
-            eviction=Eviction(evict, policy, budget, window, scores, kv_max_tail),
+            eviction=evicted.eviction(),
         ) as conversation,
     ):
         for line in _lines():
@@ -116,8 +112,7 @@ def chat(
                             line,
                             images,
                             n_predict=n_predict,
-                            temperature=temp,
-                            seed=seed,
+                            sampling=sampling,
                             cancelled=partial(bool, seen),
                         ):
                             text += piece

@@ -4,6 +4,7 @@ from sparsemm_edge.runtime.conversation import Conversation, GenerationStats, Ti
 from sparsemm_edge.runtime.eviction import Eviction
 from sparsemm_edge.runtime.model import VisionModel
 from sparsemm_edge.runtime.prompt import Prompt, image_marker
+from sparsemm_edge.runtime.sampler import Sampling
 from sparsemm_edge.runtime.session import CACHE_TYPES, Cancelled, KVStats, Session
 
 __all__ = [
@@ -14,6 +15,7 @@ __all__ = [
     "GenerationStats",
     "KVStats",
     "Prompt",
+    "Sampling",
     "Session",
     "Timings",
     "VisionModel",

@@ -30,6 +30,7 @@ from sparsemm_edge.runtime.prompt import (
     tokenize_text,
     tokenize_with_images,
 )
+from sparsemm_edge.runtime.sampler import Sampler, Sampling
 from sparsemm_edge.runtime.session import Session, cache_type
 from sparsemm_edge.runtime.token_embeddings import PLAIN_EMBEDDINGS, TENSOR, TokenEmbeddings
 
@@ -122,8 +123,7 @@ class VisionModel:
         images: Sequence[str | Path | Image.Image] = (),
         *,
         n_predict: int = 256,
-        temperature: float = 0.0,
-        seed: int = 0,
+        sampling: Sampling | None = None,
         n_ctx: int | None = None,
         n_ubatch: int | None = None,
         cache_type_k: str = "f16",
@@ -139,8 +139,7 @@ class VisionModel:
             prompt: what the user asks.
             images: files or pictures that the message shows before the text.
             n_predict: most tokens to generate.
-            temperature: 0 takes the likeliest token; above 0 samples.
-            seed: for sampling.
+            sampling: how tokens are chosen; None: the likeliest ones.
             n_ctx: most positions of prompts and replies together; None: as many as they need.
             n_ubatch: prompt tokens computed at a time; None: all of them, which lets an evicting cache share
                 one layer's memory over all layers while it reads the prompt.
@@ -169,9 +168,7 @@ class VisionModel:
             resume=load_session,
         ) as conversation:
             try:
-                yield from conversation.ask(
-                    prompt, images, n_predict=n_predict, temperature=temperature, seed=seed
-                )
+                yield from conversation.ask(prompt, images, n_predict=n_predict, sampling=sampling)
             finally:
                 self._stats = conversation.last_stats or self._stats
             if save_session is not None:
@@ -288,6 +285,10 @@ class VisionModel:
             check_supported(self._header, self.shape)
         library.set_head_table(self.pointer, table)
         return Session(self, prompt, **options)
+
+    def sampler(self, sampling: Sampling, said: Sequence[int] = ()) -> Sampler:
+        """What chooses an answer's tokens; `said`: the tokens of the text before it."""
+        return Sampler(sampling, self._vocab, said)
 
     def ends_turn(self, token: int) -> bool:
         """Whether a token ends the model's turn."""
