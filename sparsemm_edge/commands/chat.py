@@ -30,10 +30,9 @@ Ctrl-C        end the answer that is being given"""
 
 @options.grouped
 def chat(
-    model: options.Model,
+    loaded: options.Loaded,
     sampled: options.Sampled,
     evicted: options.Evicted,
-    mmproj: options.OptionalMmproj = None,
     image: Annotated[
         list[Path] | None, typer.Option(help="Image for the first message; may be given several times.")
     ] = None,
@@ -41,14 +40,15 @@ def chat(
     n_ctx: Annotated[
         int | None,
         typer.Option(
+            "--n-ctx",
+            "-c",
             help=f"Most positions of the whole chat [default: {defaults.N_CTX}, or what the model was"
-            " trained for if that is less]."
+            " trained for if that is less].",
         ),
     ] = None,
     n_ubatch: Annotated[
         int | None, typer.Option(help="Prompt tokens computed at a time [default: all of the first message].")
     ] = None,
-    threads: options.Threads = None,
     cache_type_k: options.CacheTypeK = "f16",
     cache_type_v: options.CacheTypeV = "f16",
     chat_template: options.ChatTemplate = None,
@@ -66,7 +66,7 @@ def chat(
       sparsemm-edge chat -m llava.sparsemm.gguf --mmproj mmproj.gguf --image page.png
       echo "What is written here?" | sparsemm-edge chat -m llava.sparsemm.gguf --mmproj mm.gguf --image a.png
     """
-    from sparsemm_edge.runtime import Cancelled, Conversation, VisionModel
+    from sparsemm_edge.runtime import Cancelled, Conversation
     from sparsemm_edge.runtime.chat_template import read_template
     from sparsemm_edge.runtime.prompt import read_image
 
@@ -76,10 +76,10 @@ def chat(
     for path in images:
         read_image(path)
     with (
-        VisionModel.load(model, mmproj, n_threads=threads, show_log=verbose) as loaded,
+        loaded.load(show_log=verbose) as model,
         Conversation(
-            loaded,
-            n_ctx=min(loaded.n_ctx_train, defaults.N_CTX) if n_ctx is None else n_ctx,
+            model,
+            n_ctx=min(model.n_ctx_train, defaults.N_CTX) if n_ctx is None else n_ctx,
             n_ubatch=n_ubatch,
             cache_type_k=cache_type_k,
             cache_type_v=cache_type_v,

@@ -3,8 +3,8 @@
 A command takes a group as one parameter; @grouped makes its options the command's own:
 
     @grouped
-    def generate(model: options.LoadedModel, sampled: options.Sampled, n_predict: ... = 256) -> None:
-        with model.load() as loaded: ...
+    def generate(loaded: options.Loaded, sampled: options.Sampled, n_predict: ... = 256) -> None:
+        with loaded.load() as model: ...
 """
 
 import functools
@@ -17,8 +17,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from sparsemm_edge.errors import SparseMMError
+
 if TYPE_CHECKING:
-    from sparsemm_edge.runtime import Eviction, Sampling
+    from sparsemm_edge.runtime import Eviction, Loading, Sampling, VisionModel
 
 _MMPROJ = "Its image encoder, a GGUF file."
 
@@ -33,8 +35,14 @@ ChatTemplate = Annotated[
 ]
 
 # How llama.cpp runs.
-Threads = Annotated[int | None, typer.Option(help="Threads [default: the physical cores].")]
+Threads = Annotated[
+    int | None, typer.Option("--threads", "-t", help="Threads [default: the physical cores].")
+]
 Verbose = Annotated[bool, typer.Option("--verbose", help="Show llama.cpp's log.")]
+NCtx = Annotated[
+    int | None,
+    typer.Option("--n-ctx", "-c", help="Most positions of prompt and reply [default: what they need]."),
+]
 CacheTypeK = Annotated[str, typer.Option(help="Numbers of K: f16, f32, bf16 or q8_0.")]
 CacheTypeV = Annotated[str, typer.Option(help="Numbers of V: f16, f32, bf16 or q8_0.")]
 NUbatchCompared = Annotated[
@@ -62,6 +70,70 @@ Evict = Annotated[bool, typer.Option("--evict/--no-evict", help="Evict, or keep 
 # What is written.
 AsJson = Annotated[bool, typer.Option("--json", help="Print the figures as one JSON object.")]
 Force = Annotated[bool, typer.Option("--force", help="Replace the file to write if it exists.")]
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """The model, and how llama.cpp loads it."""
+
+    model: Model
+    mmproj: OptionalMmproj = None
+    threads: Threads = None
+    threads_batch: Annotated[
+        int | None,
+        typer.Option("--threads-batch", "-tb", help="Threads that read prompts [default: --threads]."),
+    ] = None
+    n_gpu_layers: Annotated[
+        int | None,
+        typer.Option(
+            "--n-gpu-layers",
+            "-ngl",
+            help="Layers on the GPU of a build that has one; -1: all [default: all].",
+        ),
+    ] = None
+    mmproj_offload: Annotated[
+        bool,
+        typer.Option(
+            "--mmproj-offload/--no-mmproj-offload", help="Run the image encoder on the GPU, or not."
+        ),
+    ] = True
+    lora: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="LoRA adapter over the text model, FILE or FILE=SCALE; may be given several times."
+        ),
+    ] = None
+    image_min_tokens: Annotated[
+        int | None, typer.Option(help="Least tokens of an image, where its size decides (Qwen-VL).")
+    ] = None
+    image_max_tokens: Annotated[int | None, typer.Option(help="Most tokens of an image, likewise.")] = None
+    mmap: Annotated[bool, typer.Option("--mmap/--no-mmap", help="Map the model file, or read it.")] = True
+    mlock: Annotated[
+        bool, typer.Option("--mlock", help="Keep the weights in memory, as far as the system lets.")
+    ] = False
+
+    def loading(self) -> "Loading":
+        from sparsemm_edge.runtime.loading import Loading, Lora
+
+        if self.threads_batch is not None and self.threads_batch < 1:
+            raise SparseMMError(f"--threads-batch is {self.threads_batch}: it must be at least 1")
+        return Loading(
+            n_threads_batch=self.threads_batch,
+            n_gpu_layers=self.n_gpu_layers,
+            mmproj_offload=self.mmproj_offload,
+            loras=tuple(map(Lora.parse, self.lora or ())),
+            image_min_tokens=self.image_min_tokens,
+            image_max_tokens=self.image_max_tokens,
+            mmap=self.mmap,
+            mlock=self.mlock,
+        )
+
+    def load(self, *, show_log: bool = False) -> "VisionModel":
+        from sparsemm_edge.runtime import VisionModel
+
+        return VisionModel.load(
+            self.model, self.mmproj, n_threads=self.threads, show_log=show_log, loading=self.loading()
+        )
 
 
 @dataclass(frozen=True)

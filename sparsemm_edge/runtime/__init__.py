@@ -2,6 +2,7 @@
 
 from sparsemm_edge.runtime.conversation import Conversation, GenerationStats, Timings
 from sparsemm_edge.runtime.eviction import Eviction
+from sparsemm_edge.runtime.loading import Loading, Lora
 from sparsemm_edge.runtime.model import VisionModel
 from sparsemm_edge.runtime.prompt import Prompt, image_marker
 from sparsemm_edge.runtime.sampler import Sampling
@@ -14,6 +15,8 @@ __all__ = [
     "Eviction",
     "GenerationStats",
     "KVStats",
+    "Loading",
+    "Lora",
     "Prompt",
     "Sampling",
     "Session",

@@ -281,7 +281,8 @@ class Conversation:
         """Refuse what cannot go on here, before anything is read."""
         if saved.model != self._model.fingerprint:
             raise SparseMMError(
-                f"{path}: saved with another model, {saved.model_name}: give that one, not {self._model.path}"
+                f"{path}: saved with another model, {saved.model_name}, or with other --lora: give that one,"
+                f" not {self._model.path}"
             )
         if saved.cache_types != self._types:
             was, now = ("/".join(types) for types in (saved.cache_types, self._types))
