@@ -10,7 +10,6 @@ different things to different readers, `clip.vision.feature_layer` states which 
 counted from 0 = the input of the first layer.
 """
 
-import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,7 +20,7 @@ import numpy as np
 from gguf.utility import LocalTensor, SafetensorsLocal
 
 from sparsemm_edge.errors import SparseMMError
-from sparsemm_edge.files import atomic_path
+from sparsemm_edge.files import atomic_path, read_json
 
 OUTTYPES = ("f16", "f32")
 
@@ -172,10 +171,7 @@ def _read_json(hf_dir: Path, name: str) -> dict[str, Any]:
     path = hf_dir / name
     if not path.is_file():
         raise SparseMMError(f"{hf_dir} has no {name}; expected the folder of a Hugging Face LLaVA checkpoint")
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise SparseMMError(f"cannot read {path} as JSON: {error}") from error
+    value = read_json(path)
     if not isinstance(value, dict):
         raise SparseMMError(f"{path} holds a JSON {type(value).__name__}, expected an object")
     return value

@@ -15,7 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 from sparsemm_edge.errors import SparseMMError
-from sparsemm_edge.files import atomic_path
+from sparsemm_edge.files import atomic_path, decode_text, parse_json, read_bytes
 
 FORMAT = "sparsemm-edge/head-scores"
 VERSION = 1
@@ -130,14 +130,8 @@ class HeadScores:
         Raises:
             SparseMMError: naming the file and what is wrong with it.
         """
-        try:
-            data = path.read_bytes()
-        except OSError as error:
-            raise SparseMMError(f"cannot read {path}: {error.strerror}") from error
-        try:
-            content = json.loads(data)
-        except (ValueError, RecursionError) as error:  # bad JSON, or bytes that are no text
-            raise SparseMMError(f"{path}: not a JSON file ({error})") from error
+        data = read_bytes(path)
+        content = parse_json(decode_text(data, str(path)), str(path))
         if not isinstance(content, dict):
             raise SparseMMError(f"{path}: expected a JSON object, found {type(content).__name__}")
         sha256 = hashlib.sha256(data).hexdigest()

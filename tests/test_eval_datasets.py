@@ -89,6 +89,17 @@ def test_a_line_that_is_wrong_is_named(line: str, said: str, tmp_path: Path) -> 
         load(str(tmp_path))
 
 
+def test_a_question_may_hold_what_unicode_calls_a_line_end(tmp_path: Path) -> None:
+    put(tmp_path / "a.png", png("red"))
+    question = "One?\u2028Two?\u0085Three?\x0b\x0c"
+    line = {"image": "a.png", "question": question, "answers": ["red"], "metric": "exact_match"}
+    text = "\ufeff\n" + json.dumps(line, ensure_ascii=False).replace("\\u000b", "\x0b").replace("\\f", "\x0c")
+    put(tmp_path / "q.jsonl", text + "\r\n")
+    assert summary(load(str(tmp_path))) == [("2: a.png", question, "exact_match", ("red",))]
+    put(tmp_path / "q.jsonl", text.encode("utf-16"))
+    assert summary(load(str(tmp_path)))[0][1] == question
+
+
 def test_a_folder_of_images_needs_no_questions(tmp_path: Path) -> None:
     for name in ("b.jpg", "a.PNG", "notes.txt"):
         put(tmp_path / name, b"")
@@ -228,7 +239,7 @@ def test_what_is_no_data_set_is_named(tmp_path: Path) -> None:
     for source, said in (
         ("nowhere", "no data set at .*nowhere"),
         (tmp_path / "x.parquet", "keys a: not the layout of ChartQA, DocVQA, OCRBench, TextVQA"),
-        (tmp_path / "broken", "cannot be read as parquet"),
+        (tmp_path / "broken", "cannot be read as Parquet"),
         (tmp_path / "x.json", "keys a: not the layout of"),
         (tmp_path / "text.json", "not a JSON file"),
         (tmp_path / "two", "holds 2 .jsonl files"),

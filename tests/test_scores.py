@@ -114,6 +114,14 @@ def test_a_bad_file_is_one_line_that_names_it(tmp_path: Path, content: object, r
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16", "utf-16-le"])
+def test_scores_may_have_a_byte_order_mark(encoding: str, tmp_path: Path) -> None:
+    plain = write(tmp_path / "scores.json", OWN)
+    marked = tmp_path / "marked.json"
+    marked.write_text(plain.read_text(), encoding=encoding)
+    assert np.array_equal(HeadScores.load(marked).scores, HeadScores.load(plain).scores)
+
+
 def test_a_file_that_is_not_there(tmp_path: Path) -> None:
     with pytest.raises(SparseMMError, match=r"cannot read .*missing\.json: No such file"):
         HeadScores.load(tmp_path / "missing.json")

@@ -6,7 +6,6 @@ the authors' JSON with a folder of images, or as Hugging Face parquet files with
 
 import hashlib
 import io
-import json
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +16,7 @@ from PIL import Image
 
 from sparsemm_edge.errors import SparseMMError
 from sparsemm_edge.evaluation.metrics import check_question
-from sparsemm_edge.files import read_text
+from sparsemm_edge.files import read_json, read_json_lines, read_parquet
 
 GRID = "grid"
 """The name that stands for the project's own pages (pages/grid.py) where a data set's path is expected."""
@@ -173,14 +172,8 @@ def _read_jsonl(files: list[Path], images: Path | None) -> Iterator[Question]:
     """Lines of `image` (a path from the file's folder), `question`, `answers`, `metric`; `task` if wanted."""
     path = files[0]
     folder = images or path.parent
-    for number, line in enumerate(read_text(path).splitlines(), 1):
-        if not line.strip():
-            continue
+    for number, row in read_json_lines(path):
         where = f"{path}, line {number}"
-        try:
-            row = json.loads(line)
-        except (ValueError, RecursionError) as error:
-            raise SparseMMError(f"{where}: not JSON ({error})") from error
         image, prompt = _string(row, "image", where), _string(row, "question", where)
         answers = _strings(row, "answers", where)
         metric = _string(row, "metric", where)
@@ -194,10 +187,7 @@ def _read_jsonl(files: list[Path], images: Path | None) -> Iterator[Question]:
 
 def _read_json(files: list[Path], images: Path | None) -> Iterator[Question]:
     path = files[0]
-    try:
-        content = json.loads(read_text(path))
-    except (ValueError, RecursionError) as error:
-        raise SparseMMError(f"{path}: not a JSON file ({error})") from error
+    content = read_json(path)
     rows = content.get("data") if isinstance(content, dict) else content
     if not isinstance(rows, list) or not rows or not isinstance(rows[0], dict):
         raise SparseMMError(f"{path}: expected a list of questions, or one under the key data")
@@ -217,31 +207,20 @@ def _read_json(files: list[Path], images: Path | None) -> Iterator[Question]:
 
 
 def _read_parquet(files: list[Path], images: Path | None) -> Iterator[Question]:
-    try:
-        import pyarrow
-        import pyarrow.parquet
-    except ImportError as error:
-        raise SparseMMError(
-            "parquet files are read with pyarrow: pip install 'sparsemm-edge[eval]'"
-        ) from error
     number = 0
     for path in files:
-        try:
-            for batch in pyarrow.parquet.ParquetFile(path).iter_batches(batch_size=16):
-                for row in batch.to_pylist():
-                    layout = next((layout for layout in _PARQUET_LAYOUTS if layout.fits(row)), None)
-                    if layout is None:
-                        raise SparseMMError(f"{path}: {_unknown(row, _PARQUET_LAYOUTS)}")
-                    where = f"{path}, row {number}"
-                    content = row[layout.image]
-                    image = content.get("bytes") if isinstance(content, dict) else content
-                    if not isinstance(image, bytes):
-                        raise SparseMMError(f"{where}: the image is not in the file, as bytes under image")
-                    page = f"image {hashlib.sha256(image).hexdigest()[:12]}"
-                    yield layout.question(row, number, where, page=page, image=image)
-                    number += 1
-        except (pyarrow.ArrowInvalid, pyarrow.ArrowTypeError, OSError) as error:
-            raise SparseMMError(f"{path}: cannot be read as parquet ({error})") from error
+        for row in read_parquet(path):
+            layout = next((layout for layout in _PARQUET_LAYOUTS if layout.fits(row)), None)
+            if layout is None:
+                raise SparseMMError(f"{path}: {_unknown(row, _PARQUET_LAYOUTS)}")
+            where = f"{path}, row {number}"
+            content = row[layout.image]
+            image = content.get("bytes") if isinstance(content, dict) else content
+            if not isinstance(image, bytes):
+                raise SparseMMError(f"{where}: the image is not in the file, as bytes under image")
+            page = f"image {hashlib.sha256(image).hexdigest()[:12]}"
+            yield layout.question(row, number, where, page=page, image=image)
+            number += 1
 
 
 # --- layouts

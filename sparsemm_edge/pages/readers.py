@@ -8,7 +8,6 @@ record a page, in one of two forms:
   as bytes, or as a file name in `image` or `image_name` (the form that SparseMM's own script makes of it).
 """
 
-import json
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from io import BytesIO
@@ -18,7 +17,7 @@ from typing import Any
 from PIL import Image
 
 from sparsemm_edge.errors import SparseMMError
-from sparsemm_edge.files import read_text
+from sparsemm_edge.files import parse_json, read_json, read_json_lines, read_parquet
 from sparsemm_edge.pages import Chunk, Page, documents, grid
 
 FIRST_SCORING_SEED = 10_000
@@ -110,7 +109,9 @@ def _folder(folder: Path, n_pages: int) -> PageSource:
 
 def _records(folder: Path) -> Iterator[tuple[str, dict[str, Any]]]:
     """Every page description in a folder with where it stands, files by name."""
-    files = sorted(path for path in folder.iterdir() if path.suffix in (".json", ".jsonl", ".parquet"))
+    files = sorted(
+        path for path in folder.iterdir() if path.suffix.lower() in (".json", ".jsonl", ".parquet")
+    )
     if not files:
         raise SparseMMError(f"{folder} holds no .json, .jsonl or .parquet file that describes pages")
     for path in files:
@@ -122,22 +123,13 @@ def _records(folder: Path) -> Iterator[tuple[str, dict[str, Any]]]:
 
 
 def _read(path: Path) -> Iterator[Any]:
-    if path.suffix == ".parquet":
-        try:
-            from pyarrow import parquet
-        except ImportError as error:
-            raise SparseMMError(f"reading {path} needs pyarrow: pip install pyarrow") from error
-        for batch in parquet.ParquetFile(path).iter_batches(16):
-            yield from batch.to_pylist()
+    if path.suffix.lower() == ".parquet":
+        yield from read_parquet(path)
         return
-    text = read_text(path)
-    try:
-        if path.suffix == ".jsonl":
-            yield from (json.loads(line) for line in text.splitlines() if line.strip())
-            return
-        content = json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise SparseMMError(f"{path}: not a JSON file ({error})") from error
+    if path.suffix.lower() == ".jsonl":
+        yield from (record for _, record in read_json_lines(path))
+        return
+    content = read_json(path)
     if not isinstance(content, list):
         raise SparseMMError(f"{path}: expected a list of pages, found {type(content).__name__}")
     yield from content
@@ -169,10 +161,7 @@ def _chunks(where: str, record: dict[str, Any]) -> tuple[Chunk, ...]:
     if "2_coord" in record:
         coords = record["2_coord"]
         if isinstance(coords, str):  # nested fields are sometimes stored as JSON text
-            try:
-                coords = json.loads(coords)
-            except ValueError as error:
-                raise SparseMMError(f'{where}: "2_coord" is not a list ({error})') from error
+            coords = parse_json(coords, f'{where}: "2_coord"', "a list")
         return tuple(
             chunk for item in _list(where, "2_coord", coords) if (chunk := _synthdog(where, item)) is not None
         )

@@ -5,7 +5,6 @@ transformers builds some whole processors only where torchvision is there for th
 """
 
 import inspect
-import json
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -21,6 +20,7 @@ from transformers.image_processing_utils import select_best_resolution
 from transformers.utils import cached_file, logging
 
 from sparsemm_edge.errors import SparseMMError
+from sparsemm_edge.files import read_json, read_text
 from sparsemm_edge.scoring import geometry
 from sparsemm_edge.scoring.geometry import ImageLayout
 
@@ -410,8 +410,8 @@ def default_device() -> str:
 def _chat_template(name: str, offline: dict[str, Any]) -> str | None:
     """The processor's chat template, if the checkpoint has one beside the tokenizer's."""
     for file, read in (
-        ("chat_template.jinja", str),
-        ("chat_template.json", lambda text: json.loads(text)["chat_template"]),
+        ("chat_template.jinja", read_text),
+        ("chat_template.json", lambda path: read_json(path)["chat_template"]),
     ):
         path = cached_file(
             name,
@@ -423,7 +423,7 @@ def _chat_template(name: str, offline: dict[str, Any]) -> str | None:
         )
         if path is not None:
             with _one_line(name, file):
-                template: str = read(Path(path).read_text(encoding="utf-8"))
+                template: str = read(Path(path))
                 return template
     return None
 

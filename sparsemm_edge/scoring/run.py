@@ -16,7 +16,7 @@ import torch
 
 from sparsemm_edge import __version__
 from sparsemm_edge.errors import SparseMMError
-from sparsemm_edge.files import atomic_path
+from sparsemm_edge.files import atomic_path, read_json
 from sparsemm_edge.pages.readers import PageSource, open_pages
 from sparsemm_edge.ranking import convergence
 from sparsemm_edge.scores import HeadScores
@@ -202,13 +202,13 @@ def _write_partial(path: Path, job: Job, shape: dict[str, int], done: dict[int, 
 
 
 def _read_partial(path: Path, job: Job, n_pages: int) -> tuple[dict[int, dict[str, Any]], dict[str, int]]:
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-        key, shape, pages = content["key"], content["shape"], content["pages"]
-    except FileNotFoundError as error:
-        raise SparseMMError(f"nothing to resume: there is no {path}") from error
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise SparseMMError(f"{path} is no partial result: start anew with --force") from error
+    if not path.exists():
+        raise SparseMMError(f"nothing to resume: there is no {path}")
+    content = read_json(path)
+    known = isinstance(content, dict)
+    key, shape, pages = (content.get(name) if known else None for name in ("key", "shape", "pages"))
+    if not (isinstance(key, dict) and isinstance(shape, dict) and isinstance(pages, dict)):
+        raise SparseMMError(f"{path} is no partial result: start anew with --force")
     for name, value in job.key().items():
         if key.get(name) != value:
             raise SparseMMError(
