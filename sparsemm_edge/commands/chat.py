@@ -28,34 +28,29 @@ _HELP = """\
 Ctrl-C        end the answer that is being given"""
 
 
+@options.grouped
 def chat(
-    model: options.Model,
-    mmproj: options.OptionalMmproj = None,
+    loaded: options.Loaded,
+    sampled: options.Sampled,
+    evicted: options.Evicted,
     image: Annotated[
         list[Path] | None, typer.Option(help="Image for the first message; may be given several times.")
     ] = None,
     n_predict: Annotated[int, typer.Option("--n-predict", "-n", help="Most tokens of an answer.")] = 512,
-    temp: options.Temperature = 0.0,
-    seed: options.SamplingSeed = 0,
     n_ctx: Annotated[
         int | None,
         typer.Option(
+            "--n-ctx",
+            "-c",
             help=f"Most positions of the whole chat [default: {defaults.N_CTX}, or what the model was"
-            " trained for if that is less]."
+            " trained for if that is less].",
         ),
     ] = None,
     n_ubatch: Annotated[
         int | None, typer.Option(help="Prompt tokens computed at a time [default: all of the first message].")
     ] = None,
-    threads: options.Threads = None,
     cache_type_k: options.CacheTypeK = "f16",
     cache_type_v: options.CacheTypeV = "f16",
-    budget: options.Budget = None,
-    policy: options.Policy = None,
-    window: options.Window = None,
-    scores: options.Scores = None,
-    kv_max_tail: options.KvMaxTail = None,
-    evict: options.Evict = True,
     chat_template: options.ChatTemplate = None,
     verbose: options.Verbose = False,
     as_json: Annotated[
@@ -71,24 +66,25 @@ def chat(
       sparsemm-edge chat -m llava.sparsemm.gguf --mmproj mmproj.gguf --image page.png
       echo "What is written here?" | sparsemm-edge chat -m llava.sparsemm.gguf --mmproj mm.gguf --image a.png
     """
-    from sparsemm_edge.runtime import Cancelled, Conversation, Eviction, VisionModel
+    from sparsemm_edge.runtime import Cancelled, Conversation
     from sparsemm_edge.runtime.chat_template import read_template
     from sparsemm_edge.runtime.prompt import read_image
 
     template = None if chat_template is None else read_template(chat_template)
+    sampling = sampled.sampling()
     images = list(image or [])
     for path in images:
         read_image(path)
     with (
-        VisionModel.load(model, mmproj, n_threads=threads, show_log=verbose) as loaded,
+        loaded.load(show_log=verbose) as model,
         Conversation(
-            loaded,
-            n_ctx=min(loaded.n_ctx_train, defaults.N_CTX) if n_ctx is None else n_ctx,
+            model,
+            n_ctx=min(model.n_ctx_train, defaults.N_CTX) if n_ctx is None else n_ctx,
             n_ubatch=n_ubatch,
             cache_type_k=cache_type_k,
             cache_type_v=cache_type_v,
             chat_template=template,
-            eviction=Eviction(evict, policy, budget, window, scores, kv_max_tail),
+            eviction=evicted.eviction(),
         ) as conversation,
     ):
         for line in _lines():
@@ -116,8 +112,7 @@ def chat(
                             line,
                             images,
                             n_predict=n_predict,
-                            temperature=temp,
-                            seed=seed,
+                            sampling=sampling,
                             cancelled=partial(bool, seen),
                         ):
                             text += piece

@@ -10,29 +10,20 @@ from sparsemm_edge.commands import options
 from sparsemm_edge.commands.output import print_json
 
 
+@options.grouped
 def generate(
-    model: options.Model,
+    loaded: options.Loaded,
     prompt: Annotated[str, typer.Option("--prompt", "-p", help="What to ask.")],
-    mmproj: options.OptionalMmproj = None,
+    sampled: options.Sampled,
+    evicted: options.Evicted,
     image: options.Images = None,
     n_predict: Annotated[int, typer.Option("--n-predict", "-n", help="Most tokens to generate.")] = 256,
-    temp: options.Temperature = 0.0,
-    seed: options.SamplingSeed = 0,
-    n_ctx: Annotated[
-        int | None, typer.Option(help="Most positions of prompt and reply [default: what they need].")
-    ] = None,
+    n_ctx: options.NCtx = None,
     n_ubatch: Annotated[
         int | None, typer.Option(help="Prompt tokens computed at a time [default: the whole prompt].")
     ] = None,
-    threads: options.Threads = None,
     cache_type_k: options.CacheTypeK = "f16",
     cache_type_v: options.CacheTypeV = "f16",
-    budget: options.Budget = None,
-    policy: options.Policy = None,
-    window: options.Window = None,
-    scores: options.Scores = None,
-    kv_max_tail: options.KvMaxTail = None,
-    evict: options.Evict = True,
     chat_template: options.ChatTemplate = None,
     save_session: Annotated[
         Path | None, typer.Option(help="Write question and answer to this file, to go on from later.")
@@ -51,31 +42,30 @@ def generate(
       sparsemm-edge generate -m llava.gguf --scores llava.head-scores.json --budget 128 -p "Hello"
       sparsemm-edge generate -m llava.sparsemm.gguf --load-session page.session -p "And what is below it?"
     """
-    from sparsemm_edge.runtime import Eviction, VisionModel
     from sparsemm_edge.runtime.chat_template import read_template
 
     template = None if chat_template is None else read_template(chat_template)
+    sampling = sampled.sampling()
     text = ""
-    with VisionModel.load(model, mmproj, n_threads=threads, show_log=verbose) as loaded:
-        for piece in loaded.generate(
+    with loaded.load(show_log=verbose) as model:
+        for piece in model.generate(
             prompt,
             image or [],
             n_predict=n_predict,
-            temperature=temp,
-            seed=seed,
+            sampling=sampling,
             n_ctx=n_ctx,
             n_ubatch=n_ubatch,
             cache_type_k=cache_type_k,
             cache_type_v=cache_type_v,
             chat_template=template,
-            eviction=Eviction(evict, policy, budget, window, scores, kv_max_tail),
+            eviction=evicted.eviction(),
             save_session=save_session,
             load_session=load_session,
         ):
             text += piece
             if not as_json:
                 print(piece, end="", flush=True)
-        stats = loaded.stats()
+        stats = model.stats()
     if as_json:
         print_json(stats.figures(text))
     else:

@@ -8,9 +8,10 @@ import typer
 from sparsemm_edge.commands import options
 
 
+@options.grouped
 def kept(
-    model: options.Model,
-    mmproj: options.Mmproj,
+    loaded: options.Loaded,
+    evicted: options.Evicted,
     image: Annotated[Path, typer.Option(help="The image.")],
     prompt: Annotated[str, typer.Option("--prompt", "-p", help="What is asked about it.")],
     out: Annotated[Path, typer.Option(help="The picture to write (PNG).")] = Path("kept.png"),
@@ -18,11 +19,12 @@ def kept(
         str,
         typer.Option(help="all: heads that keep a position; layer: the same by layer; head: single heads."),
     ] = "all",
-    budget: options.Budget = None,
-    policy: options.Policy = None,
-    window: options.Window = None,
-    scores: options.Scores = None,
-    threads: options.Threads = None,
+    n_ubatch: Annotated[
+        int | None, typer.Option(help="Prompt tokens computed at a time [default: the whole prompt].")
+    ] = None,
+    cache_type_k: options.CacheTypeK = "f16",
+    cache_type_v: options.CacheTypeV = "f16",
+    verbose: options.Verbose = False,
 ) -> None:
     """Draw what the heads keep of an image after a prompt, next to the map of heads.
 
@@ -33,23 +35,31 @@ def kept(
     from sparsemm_edge.errors import SparseMMError
     from sparsemm_edge.kept_map import check_picture, save_kept_map
     from sparsemm_edge.pictures import open_picture
-    from sparsemm_edge.runtime import Eviction, VisionModel
 
     check_picture(out, view)
     page = open_picture(image)
-    eviction = Eviction(policy=policy, budget=budget, window=window, scores=scores)
+    if loaded.mmproj is None:
+        raise SparseMMError("what is kept of an image is drawn: give the model's image encoder with --mmproj")
     with (
-        VisionModel.load(model, mmproj, n_threads=threads) as loaded,
-        loaded.tokenize(loaded.chat_prompt(prompt, 1), [page]) as tokenized,
+        loaded.load(show_log=verbose) as model,
+        model.tokenize(model.chat_prompt(prompt, 1), [page]) as tokenized,
     ):
-        grid = loaded.image_grid(tokenized)
-        with loaded.start(tokenized, n_predict=1, eviction=eviction) as session:
+        grid = model.image_grid(tokenized)
+        with model.start(
+            tokenized,
+            n_predict=1,
+            n_ubatch=n_ubatch,
+            cache_type_k=cache_type_k,
+            cache_type_v=cache_type_v,
+            eviction=evicted.eviction(),
+        ) as session:
             session.read_prompt()
             stats = session.kv_stats()
             if stats.n_evictions == 0:
                 raise SparseMMError(
                     f"nothing is evicted from this prompt of {tokenized.n_tokens} positions:"
-                    f" {model} holds no head budgets, or the budget is larger (--budget, --policy, --scores)"
+                    f" {loaded.model} holds no head budgets, or the budget is larger"
+                    " (--budget, --policy, --scores)"
                 )
             held = session.kept()
     mean, share = stats.positions_kept_mean, stats.positions_kept_mean / tokenized.n_tokens

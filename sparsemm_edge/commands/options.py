@@ -1,9 +1,26 @@
-"""Options that several commands have, each with one name and one help text."""
+"""Options that several commands have, each with one name and one help text, and the groups that they come in.
 
+A command takes a group as one parameter; @grouped makes its options the command's own:
+
+    @grouped
+    def generate(loaded: options.Loaded, sampled: options.Sampled, n_predict: ... = 256) -> None:
+        with loaded.load() as model: ...
+"""
+
+import functools
+import inspect
+import typing
+from collections.abc import Callable
+from dataclasses import MISSING, dataclass, fields, is_dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+
+from sparsemm_edge.errors import SparseMMError
+
+if TYPE_CHECKING:
+    from sparsemm_edge.runtime import Eviction, Loading, Sampling, VisionModel
 
 _MMPROJ = "Its image encoder, a GGUF file."
 
@@ -13,17 +30,19 @@ OptionalMmproj = Annotated[Path | None, typer.Option(help=_MMPROJ)]
 Images = Annotated[
     list[Path] | None, typer.Option(help="Image that the question is about; may be given several times.")
 ]
-
-# How an answer is sampled.
-Temperature = Annotated[float, typer.Option(help="0: the likeliest token; above: sample.")]
-SamplingSeed = Annotated[int, typer.Option(help="Seed for sampling.")]
 ChatTemplate = Annotated[
     str | None, typer.Option(help="Jinja text or file to use instead of the model's chat template.")
 ]
 
 # How llama.cpp runs.
-Threads = Annotated[int | None, typer.Option(help="Threads [default: the physical cores].")]
+Threads = Annotated[
+    int | None, typer.Option("--threads", "-t", help="Threads [default: the physical cores].")
+]
 Verbose = Annotated[bool, typer.Option("--verbose", help="Show llama.cpp's log.")]
+NCtx = Annotated[
+    int | None,
+    typer.Option("--n-ctx", "-c", help="Most positions of prompt and reply [default: what they need]."),
+]
 CacheTypeK = Annotated[str, typer.Option(help="Numbers of K: f16, f32, bf16 or q8_0.")]
 CacheTypeV = Annotated[str, typer.Option(help="Numbers of V: f16, f32, bf16 or q8_0.")]
 NUbatchCompared = Annotated[
@@ -51,3 +70,162 @@ Evict = Annotated[bool, typer.Option("--evict/--no-evict", help="Evict, or keep 
 # What is written.
 AsJson = Annotated[bool, typer.Option("--json", help="Print the figures as one JSON object.")]
 Force = Annotated[bool, typer.Option("--force", help="Replace the file to write if it exists.")]
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """The model, and how llama.cpp loads it."""
+
+    model: Model
+    mmproj: OptionalMmproj = None
+    threads: Threads = None
+    threads_batch: Annotated[
+        int | None,
+        typer.Option("--threads-batch", "-tb", help="Threads that read prompts [default: --threads]."),
+    ] = None
+    n_gpu_layers: Annotated[
+        int | None,
+        typer.Option(
+            "--n-gpu-layers",
+            "-ngl",
+            help="Layers on the GPU of a build that has one; -1: all [default: all].",
+        ),
+    ] = None
+    mmproj_offload: Annotated[
+        bool,
+        typer.Option(
+            "--mmproj-offload/--no-mmproj-offload", help="Run the image encoder on the GPU, or not."
+        ),
+    ] = True
+    lora: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="LoRA adapter over the text model, FILE or FILE=SCALE; may be given several times."
+        ),
+    ] = None
+    image_min_tokens: Annotated[
+        int | None, typer.Option(help="Least tokens of an image, where its size decides (Qwen-VL).")
+    ] = None
+    image_max_tokens: Annotated[int | None, typer.Option(help="Most tokens of an image, likewise.")] = None
+    mmap: Annotated[bool, typer.Option("--mmap/--no-mmap", help="Map the model file, or read it.")] = True
+    mlock: Annotated[
+        bool, typer.Option("--mlock", help="Keep the weights in memory, as far as the system lets.")
+    ] = False
+
+    def loading(self) -> "Loading":
+        from sparsemm_edge.runtime.loading import Loading, Lora
+
+        if self.threads_batch is not None and self.threads_batch < 1:
+            raise SparseMMError(f"--threads-batch is {self.threads_batch}: it must be at least 1")
+        return Loading(
+            n_threads_batch=self.threads_batch,
+            n_gpu_layers=self.n_gpu_layers,
+            mmproj_offload=self.mmproj_offload,
+            loras=tuple(map(Lora.parse, self.lora or ())),
+            image_min_tokens=self.image_min_tokens,
+            image_max_tokens=self.image_max_tokens,
+            mmap=self.mmap,
+            mlock=self.mlock,
+        )
+
+    def load(self, *, show_log: bool = False) -> "VisionModel":
+        from sparsemm_edge.runtime import VisionModel
+
+        return VisionModel.load(
+            self.model, self.mmproj, n_threads=self.threads, show_log=show_log, loading=self.loading()
+        )
+
+
+@dataclass(frozen=True)
+class Evicted:
+    """How the cache evicts."""
+
+    budget: Budget = None
+    policy: Policy = None
+    window: Window = None
+    scores: Scores = None
+    kv_max_tail: KvMaxTail = None
+    evict: Evict = True
+
+    def eviction(self) -> "Eviction":
+        from sparsemm_edge.runtime import Eviction
+
+        return Eviction(self.evict, self.policy, self.budget, self.window, self.scores, self.kv_max_tail)
+
+
+@dataclass(frozen=True)
+class Sampled:
+    """How an answer is sampled, and what it must look like. The defaults are runtime.Sampling's."""
+
+    temp: Annotated[float, typer.Option(help="0: the likeliest token; above: sample.")] = 0.0
+    seed: Annotated[int, typer.Option(help="Seed for sampling; -1: another one each time.")] = 0
+    top_k: Annotated[int, typer.Option(help="Sample from so many likeliest tokens; 0: all.")] = 40
+    top_p: Annotated[float, typer.Option(help="Sample from the likeliest with this probability.")] = 0.95
+    min_p: Annotated[float, typer.Option(help="Sample from those with this share of the likeliest's.")] = 0.05
+    repeat_penalty: Annotated[
+        float, typer.Option(help="Divides the logits of the last 64 tokens; 1: none.")
+    ] = 1.0
+    presence_penalty: Annotated[
+        float, typer.Option(help="Subtracted from the logits of the last 64 tokens.")
+    ] = 0.0
+    frequency_penalty: Annotated[float, typer.Option(help="The same, as often as a token is there.")] = 0.0
+    stop: Annotated[
+        list[str] | None,
+        typer.Option(help="Text that ends the answer before it; may be given several times."),
+    ] = None
+    json_schema: Annotated[
+        str | None, typer.Option(help="JSON schema of the answer: the text or a file.")
+    ] = None
+    grammar_file: Annotated[Path | None, typer.Option(help="Grammar of the answer, a GBNF file.")] = None
+
+    def sampling(self) -> "Sampling":
+        from sparsemm_edge.files import read_text
+        from sparsemm_edge.runtime import Sampling
+
+        schema = self.json_schema
+        if schema is not None and not schema.lstrip().startswith("{"):
+            schema = read_text(Path(schema))
+        return Sampling(
+            temperature=self.temp,
+            seed=self.seed,
+            top_k=self.top_k,
+            top_p=self.top_p,
+            min_p=self.min_p,
+            repeat_penalty=self.repeat_penalty,
+            presence_penalty=self.presence_penalty,
+            frequency_penalty=self.frequency_penalty,
+            stop=tuple(self.stop or ()),
+            grammar=None if self.grammar_file is None else read_text(self.grammar_file),
+            json_schema=schema,
+        )
+
+
+def grouped(command: Callable[..., None]) -> Callable[..., None]:
+    """Let typer see the options of a command's groups in place of the groups.
+
+    A group is a parameter whose type is a dataclass of options.
+    """
+    hints = typing.get_type_hints(command, include_extras=True)
+    groups: dict[str, Any] = {name: kind for name, kind in hints.items() if is_dataclass(kind)}
+    shown: list[inspect.Parameter] = []
+    for parameter in inspect.signature(command).parameters.values():
+        if parameter.name not in groups:
+            shown.append(parameter.replace(annotation=hints[parameter.name]))
+            continue
+        of_group = typing.get_type_hints(groups[parameter.name], include_extras=True)
+        for field in fields(groups[parameter.name]):
+            default = parameter.empty if field.default is MISSING else field.default
+            kind = of_group[field.name]
+            shown.append(inspect.Parameter(field.name, parameter.kind, default=default, annotation=kind))
+
+    @functools.wraps(command)
+    def run(**given: Any) -> None:
+        for name, kind in groups.items():
+            given[name] = kind(**{field.name: given.pop(field.name) for field in fields(kind)})
+        command(**given)
+
+    # a parameter without a default may follow one with a default here: all are given by name
+    keyword = [parameter.replace(kind=inspect.Parameter.KEYWORD_ONLY) for parameter in shown]
+    run.__signature__ = inspect.Signature(keyword)  # type: ignore[attr-defined]
+    run.__annotations__ = {parameter.name: parameter.annotation for parameter in shown}
+    return run

@@ -9,9 +9,9 @@ from sparsemm_edge.commands import options
 from sparsemm_edge.commands.output import print_json, print_table, whole_numbers
 
 
+@options.grouped
 def profile(
-    model: options.Model,
-    mmproj: options.OptionalMmproj = None,
+    loaded: options.Loaded,
     image: options.Images = None,
     prompt: Annotated[str, typer.Option("--prompt", "-p", help="What to ask.")] = "What does the image show?",
     budgets: Annotated[
@@ -20,8 +20,9 @@ def profile(
     n_predict: Annotated[int, typer.Option("--n-predict", "-n", help="Tokens to decode.")] = 32,
     n_ubatch: options.NUbatchCompared = None,
     scores: options.Scores = None,
+    policy: options.Policy = None,
     window: options.Window = None,
-    threads: options.Threads = None,
+    kv_max_tail: options.KvMaxTail = None,
     out: Annotated[Path, typer.Option(help="Folder of the report.")] = Path("sparsemm-profile"),
     as_json: options.AsJson = False,
 ) -> None:
@@ -42,14 +43,17 @@ def profile(
     wanted = whole_numbers("--budgets", budgets)
     report.make_folder(out)
     task = Task(
-        model=str(model),
-        mmproj=None if mmproj is None else str(mmproj),
+        model=str(loaded.model),
+        mmproj=None if loaded.mmproj is None else str(loaded.mmproj),
         images=tuple(str(path) for path in image or []),
         prompt=prompt,
         n_predict=n_predict,
-        n_threads=threads,
+        n_threads=loaded.threads,
+        loading=loaded.loading(),
         scores=None if scores is None else str(scores),
+        policy=policy,
         window=window,
+        max_tail=kv_max_tail,
     )
     with Progress() as progress:
         content = measure(task, wanted, progress, n_ubatch=n_ubatch)

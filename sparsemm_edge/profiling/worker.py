@@ -82,7 +82,7 @@ def run_by_turns(task: Task, settings: list[Setting], n_rounds: int, emit: Emit)
     tokens.
     """
     n_reply = N_TURNS * N_PER_TURN
-    short = Task(task.model, n_prompt=2)
+    short = Task(task.model, n_prompt=2, loading=task.loading)
     with _load(task) as model, _prompt(model, task) as prompt, _prompt(model, short) as two:
         for round_ in range(n_rounds):
             with ExitStack() as stack:
@@ -146,7 +146,7 @@ _A_TOKEN = 300  # beyond bytes and control tokens in every vocabulary
 
 
 def _load(task: Task) -> VisionModel:
-    return VisionModel.load(task.model, task.mmproj, n_threads=task.n_threads)
+    return VisionModel.load(task.model, task.mmproj, n_threads=task.n_threads, loading=task.loading)
 
 
 def _prompt(model: VisionModel, task: Task) -> Prompt:
@@ -167,7 +167,9 @@ def _start(
     on_phase: Callable[[str], None] | None = None,
 ) -> Session:
     scores = None if task.scores is None else Path(task.scores)
-    eviction = Eviction(setting.evicts, None, setting.budget, task.window, scores)
+    eviction = Eviction(False)
+    if setting.evicts:
+        eviction = Eviction(True, task.policy, setting.budget, task.window, scores, task.max_tail)
     return model.start(
         prompt,
         n_predict=n_reply,
@@ -201,7 +203,7 @@ def main() -> int:
         events.write(json.dumps(event) + "\n")
         events.flush()
 
-    task = Task(**{**job["task"], "images": tuple(job["task"]["images"])})
+    task = Task.from_json(job["task"])
     settings = [Setting(**setting) for setting in job["settings"]]
     try:
         if job["n_rounds"]:

@@ -3,6 +3,7 @@
 import codecs
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from types import TracebackType
@@ -13,16 +14,13 @@ from PIL import Image
 from sparsemm_edge.errors import SparseMMError
 from sparsemm_edge.runtime import session_file
 from sparsemm_edge.runtime.eviction import Eviction, HeadBudgetTable, same_budgets
-from sparsemm_edge.runtime.library import llama
 from sparsemm_edge.runtime.process import rss_peak_bytes
-from sparsemm_edge.runtime.prompt import Prompt
+from sparsemm_edge.runtime.prompt import Prompt, TextPart
+from sparsemm_edge.runtime.sampler import Sampler, Sampling, StopTexts
 from sparsemm_edge.runtime.session import KVStats, Session, cache_type
 
 if TYPE_CHECKING:
     from sparsemm_edge.runtime.model import VisionModel
-
-# llama.cpp's own defaults for sampling with a temperature
-_TOP_K, _TOP_P, _MIN_P = 40, 0.95, 0.05
 
 
 @dataclass(frozen=True)
@@ -172,8 +170,7 @@ class Conversation:
         images: Sequence[str | Path | Image.Image] = (),
         *,
         n_predict: int = 256,
-        temperature: float = 0.0,
-        seed: int = 0,
+        sampling: Sampling | None = None,
         cancelled: Callable[[], bool] | None = None,
     ) -> Iterator[str]:
         """Answer one message, piece by piece; stats() tells afterwards what it took.
@@ -184,8 +181,7 @@ class Conversation:
             question: what the user asks.
             images: files or pictures that the message shows before the text.
             n_predict: most tokens to generate.
-            temperature: 0 takes the likeliest token; above 0 samples.
-            seed: for sampling.
+            sampling: how tokens are chosen; None: the likeliest ones.
             cancelled: asked now and then while the question is read; True gives it up.
 
         Yields:
@@ -199,26 +195,25 @@ class Conversation:
         """
         if n_predict < 1:
             raise SparseMMError(f"n_predict is {n_predict}: it must be at least 1")
-        if temperature < 0:
-            raise SparseMMError(f"the temperature is {temperature}: it must be 0 or above")
-        if not 0 <= seed < 2**32:
-            raise SparseMMError(f"the seed is {seed}: it must be 0 to {2**32 - 1}")
+        sampling = sampling or Sampling()
         model, first = self._model, self._session is None and self._resumed is None
         text = model.chat_prompt(question, len(images), self._template, first=first)
-        with model.tokenize(text, images, first=first) as prompt:
-            prompt.prepend(self._pending)
-            session = self._session_for(prompt, n_predict)
-            try:
-                session.read(prompt, cancelled)
-            except BaseException:
-                if first:
-                    self.close()
-                raise
-            self._pending = ()
-            n_prompt = prompt.n_tokens
-        yield from self._reply(
-            session, n_prompt, min(n_predict, self._room - session.n_tokens), temperature, seed
-        )
+        with ExitStack() as stack:
+            with model.tokenize(text, images, first=first) as prompt:
+                prompt.prepend(self._pending)
+                said = [token for part in prompt.parts if isinstance(part, TextPart) for token in part.tokens]
+                sampler = stack.enter_context(model.sampler(sampling, said))
+                session = self._session_for(prompt, n_predict)
+                try:
+                    session.read(prompt, cancelled)
+                except BaseException:
+                    if first:
+                        self.close()
+                    raise
+                self._pending = ()
+                n_prompt = prompt.n_tokens
+            n_predict = min(n_predict, self._room - session.n_tokens)
+            yield from self._reply(session, n_prompt, n_predict, sampler, sampling.stop)
 
     def save(self, path: Path) -> None:
         """Write the conversation to a file, from which another process can go on.
@@ -286,7 +281,8 @@ class Conversation:
         """Refuse what cannot go on here, before anything is read."""
         if saved.model != self._model.fingerprint:
             raise SparseMMError(
-                f"{path}: saved with another model, {saved.model_name}: give that one, not {self._model.path}"
+                f"{path}: saved with another model, {saved.model_name}, or with other --lora: give that one,"
+                f" not {self._model.path}"
             )
         if saved.cache_types != self._types:
             was, now = ("/".join(types) for types in (saved.cache_types, self._types))
@@ -307,49 +303,35 @@ class Conversation:
             raise SparseMMError(f"{path}: saved {was}, and cannot go on otherwise: {leave_out}")
 
     def _reply(
-        self, session: Session, n_prompt: int, n_predict: int, temperature: float, seed: int
+        self, session: Session, n_prompt: int, n_predict: int, sampler: Sampler, stop: Sequence[str]
     ) -> Iterator[str]:
-        """Sample and decode until the model ends its turn or n_predict tokens are there."""
+        """Sample and decode until the turn ends, a stop text is said, or n_predict tokens are there."""
         model = self._model
         tokens: list[int] = []
         decode_ms: list[float] = []
         text = codecs.getincrementaldecoder("utf-8")(errors="replace")
-        sampler = _sampler(temperature, seed)
+        stops = StopTexts(stop)
         try:
-            while len(tokens) < n_predict:
+            while len(tokens) < n_predict and not stops.found:
                 started = time.perf_counter()
                 if tokens:
                     session.decode(tokens[-1])
                     self._pending = ()
-                token = llama.llama_sampler_sample(sampler, session.context, -1)
+                token = sampler.sample(session.logits())
                 if tokens:
                     decode_ms.append((time.perf_counter() - started) * 1000)
                 if model.ends_turn(token):
                     break
+                sampler.accept(token)
                 tokens.append(token)
                 self._pending = (token,)
-                if piece := text.decode(model.piece(token)):
+                if piece := stops.add(text.decode(model.piece(token))):
                     yield piece
-            if rest := text.decode(b"", final=True):
+            if rest := stops.add(text.decode(b"", final=True)) + stops.rest():
                 yield rest
         finally:
-            llama.llama_sampler_free(sampler)
             per_token = sum(decode_ms) / len(decode_ms) if decode_ms else None
             timings = Timings(model.load_ms, session.image_ms, session.prompt_ms, per_token)
             self.last_stats = GenerationStats(
                 tuple(tokens), n_prompt, session.kv_stats(), timings, rss_peak_bytes()
             )
-
-
-def _sampler(temperature: float, seed: int) -> Any:
-    """llama_sampler pointer, to be freed: greedy at temperature 0."""
-    chain = llama.llama_sampler_chain_init(llama.llama_sampler_chain_default_params())
-    if temperature <= 0:
-        llama.llama_sampler_chain_add(chain, llama.llama_sampler_init_greedy())
-    else:
-        llama.llama_sampler_chain_add(chain, llama.llama_sampler_init_top_k(_TOP_K))
-        llama.llama_sampler_chain_add(chain, llama.llama_sampler_init_top_p(_TOP_P, 1))
-        llama.llama_sampler_chain_add(chain, llama.llama_sampler_init_min_p(_MIN_P, 1))
-        llama.llama_sampler_chain_add(chain, llama.llama_sampler_init_temp(temperature))
-        llama.llama_sampler_chain_add(chain, llama.llama_sampler_init_dist(seed))
-    return chain

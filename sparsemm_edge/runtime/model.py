@@ -21,6 +21,7 @@ from sparsemm_edge.runtime import chat_template, library, session_file
 from sparsemm_edge.runtime.conversation import Conversation, GenerationStats
 from sparsemm_edge.runtime.eviction import Eviction, HeadBudgetTable, plan
 from sparsemm_edge.runtime.library import llama, mtmd
+from sparsemm_edge.runtime.loading import Adapters, Loading
 from sparsemm_edge.runtime.process import rss_peak_bytes as rss_peak_bytes
 from sparsemm_edge.runtime.process import usable_cores
 from sparsemm_edge.runtime.prompt import (
@@ -30,6 +31,7 @@ from sparsemm_edge.runtime.prompt import (
     tokenize_text,
     tokenize_with_images,
 )
+from sparsemm_edge.runtime.sampler import Sampler, Sampling
 from sparsemm_edge.runtime.session import Session, cache_type
 from sparsemm_edge.runtime.token_embeddings import PLAIN_EMBEDDINGS, TENSOR, TokenEmbeddings
 
@@ -49,14 +51,17 @@ class VisionModel:
         shape: layers, heads, head sizes.
         metadata: the file's head budgets, None if it was not converted.
         pointer: llama_model pointer.
-        n_threads: threads for everything.
+        n_threads: threads.
+        loading: how it was loaded.
+        adapters: its LoRA adapters.
     """
 
-    def __init__(self, path: Path, mmproj: Path | None, n_threads: int) -> None:
+    def __init__(self, path: Path, mmproj: Path | None, n_threads: int, loading: Loading) -> None:
         """Use VisionModel.load."""
         started = time.perf_counter()
         self.path = path
         self.n_threads = n_threads
+        self.loading = loading
         self.pointer = 0
         self._vision: int | None = None
         self._n_patches = 0  # a side of the image encoder's picture in patches, 0 if it is not fixed
@@ -81,6 +86,7 @@ class VisionModel:
         *,
         n_threads: int | None = None,
         show_log: bool = False,
+        loading: Loading | None = None,
     ) -> "VisionModel":
         """Load a model.
 
@@ -89,6 +95,7 @@ class VisionModel:
             mmproj: GGUF file of its image encoder; None: text only.
             n_threads: None: the physical cores that this process may use.
             show_log: let llama.cpp log on stderr.
+            loading: onto what and how; None: as llama.cpp does it.
 
         Raises:
             SparseMMError: llama-cpp-python without the patches, or a file that cannot be used.
@@ -98,7 +105,7 @@ class VisionModel:
         library.require_patched()
         library.start(show_log)
         vision = Path(mmproj) if mmproj is not None else None
-        return cls(Path(model), vision, n_threads or usable_cores())
+        return cls(Path(model), vision, n_threads or usable_cores(), loading or Loading())
 
     def close(self) -> None:
         if self._vision:
@@ -122,8 +129,7 @@ class VisionModel:
         images: Sequence[str | Path | Image.Image] = (),
         *,
         n_predict: int = 256,
-        temperature: float = 0.0,
-        seed: int = 0,
+        sampling: Sampling | None = None,
         n_ctx: int | None = None,
         n_ubatch: int | None = None,
         cache_type_k: str = "f16",
@@ -139,8 +145,7 @@ class VisionModel:
             prompt: what the user asks.
             images: files or pictures that the message shows before the text.
             n_predict: most tokens to generate.
-            temperature: 0 takes the likeliest token; above 0 samples.
-            seed: for sampling.
+            sampling: how tokens are chosen; None: the likeliest ones.
             n_ctx: most positions of prompts and replies together; None: as many as they need.
             n_ubatch: prompt tokens computed at a time; None: all of them, which lets an evicting cache share
                 one layer's memory over all layers while it reads the prompt.
@@ -169,9 +174,7 @@ class VisionModel:
             resume=load_session,
         ) as conversation:
             try:
-                yield from conversation.ask(
-                    prompt, images, n_predict=n_predict, temperature=temperature, seed=seed
-                )
+                yield from conversation.ask(prompt, images, n_predict=n_predict, sampling=sampling)
             finally:
                 self._stats = conversation.last_stats or self._stats
             if save_session is not None:
@@ -289,6 +292,10 @@ class VisionModel:
         library.set_head_table(self.pointer, table)
         return Session(self, prompt, **options)
 
+    def sampler(self, sampling: Sampling, said: Sequence[int] = ()) -> Sampler:
+        """What chooses an answer's tokens; `said`: the tokens of the text before it."""
+        return Sampler(sampling, self._vocab, said)
+
     def ends_turn(self, token: int) -> bool:
         """Whether a token ends the model's turn."""
         return bool(llama.llama_vocab_is_eog(self._vocab, token))
@@ -311,8 +318,10 @@ class VisionModel:
 
     @cached_property
     def fingerprint(self) -> str:
-        """Tells this model file from others, see session_file.fingerprint."""
-        return session_file.fingerprint(self.path)
+        """Tells this model file, with its adapters, from others; see session_file.fingerprint."""
+        parts = [session_file.fingerprint(self.path)]
+        parts += [f"{session_file.fingerprint(Path(lora.path))}={lora.scale}" for lora in self.loading.loras]
+        return "+".join(parts)
 
     @cached_property
     def token_embeddings(self) -> TokenEmbeddings:
@@ -328,6 +337,8 @@ class VisionModel:
     def takes_embeddings(self, images: Sequence[ImagePart]) -> bool:
         """Whether text may be given as embeddings together with these images, with the same result."""
         known = self.shape.arch in PLAIN_EMBEDDINGS and TENSOR in self._header.tensors
+        if self.adapters.changes_embeddings:
+            return False
         return known and not any(self.is_non_causal(image) for image in images)
 
     def is_non_causal(self, image: ImagePart) -> bool:
@@ -362,7 +373,7 @@ class VisionModel:
 
     def _load_text_model(self) -> None:
         library.forget_errors()
-        params = llama.llama_model_default_params()
+        params = self.loading.model_params()
         self.pointer = llama.llama_model_load_from_file(os.fsencode(self.path), params) or 0
         if not self.pointer:
             raise library.failure(f"{self.path}: llama.cpp cannot load it")
@@ -370,6 +381,7 @@ class VisionModel:
         self.n_vocab: int = llama.llama_vocab_n_tokens(self._vocab)
         self.n_embd_inp: int = llama.llama_model_n_embd_inp(self.pointer)
         self.n_ctx_train: int = llama.llama_model_n_ctx_train(self.pointer)
+        self.adapters = Adapters(self.pointer, self.path, self.loading.loras)
 
     def _load_vision(self, mmproj: Path) -> None:
         header = read_header(mmproj)
@@ -383,6 +395,7 @@ class VisionModel:
         params.n_threads = self.n_threads
         params.print_timings = False
         params.warmup = False
+        self.loading.set_vision_params(params)
         library.forget_errors()
         self._vision = mtmd.mtmd_init_from_file(os.fsencode(mmproj), self.pointer, params)
         if not self._vision:

@@ -141,7 +141,8 @@ class Session:
         params.n_ubatch = max(min(n_ubatch or prompt.n_tokens, prompt.n_tokens), self._n_uncut())
         params.n_seq_max = 1
         params.n_outputs_max = n_outputs
-        params.n_threads = params.n_threads_batch = model.n_threads
+        params.n_threads = model.n_threads
+        params.n_threads_batch = model.loading.n_threads_batch or model.n_threads
         params.flash_attn_type = (
             llama.LLAMA_FLASH_ATTN_TYPE_ENABLED if flash_attn else llama.LLAMA_FLASH_ATTN_TYPE_DISABLED
         )
@@ -150,6 +151,7 @@ class Session:
         self._context: int | None = llama.llama_init_from_model(model.pointer, params)
         if not self._context:
             raise library.failure("llama.cpp cannot make a context")
+        model.adapters.apply(self._context)
 
     def close(self) -> None:
         if self._context:
