@@ -7,3 +7,7 @@ class SparseMMError(Exception):
     The message is one clear line: what is wrong, where, what was expected, and where it helps what to do.
     The command line prints it as `error: <message>` and exits with status 2, without a traceback.
     """
+
+
+class ContextFullError(SparseMMError):
+    """What was to be read does not fit into what is left of a context."""
