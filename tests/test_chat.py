@@ -84,8 +84,8 @@ def test_chat_answers_each_line_and_reads_no_image_twice(llava: VisionModel, pag
 
 def test_what_chat_cannot_do_is_one_line_and_the_chat_goes_on(pages: list[Path]) -> None:
     typed = (
-        b"/help\n/stats\n/nothing\n/image nowhere.png\n/image ~no-one-at-all/x.png\n/image\n/image data:,x\n/retry\n"
-        b"/save\n/save s.session\n/load nowhere.session\n/system @nowhere.txt\n"
+        b"/help\n/stats\n/nothing\n/image nowhere.png\n/image ~no-one-at-all/x.png\n/image\n"
+        b"/image data:,x\n/retry\n/save\n/save s.session\n/load nowhere.session\n/system @nowhere.txt\n"
     ) + b"caf\xe9\n"
     typed += f"/image {pages[0].parent}\nHello\n{'No, no. ' * 60}\n/stats\n/exit\nnot read\n".encode()
     done = chat(typed, "-n", 8, "--n-ctx", 128)
