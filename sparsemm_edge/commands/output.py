@@ -4,7 +4,8 @@ import json
 from collections.abc import Sequence
 from typing import Any
 
-from sparsemm_edge.errors import SparseMMError
+from sparsemm_edge.defaults import MAX_POSITIONS
+from sparsemm_edge.errors import SparseMMError, check_within
 
 
 def print_json(content: dict[str, Any]) -> None:
@@ -56,9 +57,11 @@ def whole_numbers(option: str, text: str) -> list[int]:
     """
     numbers = []
     for part in text.split(",") if text.strip() else []:
-        if not part.strip().isdecimal() or int(part) < 1:
+        try:
+            numbers.append(int(part))
+        except ValueError as error:
             raise SparseMMError(
-                f"{option} is {text!r}: expected positive whole numbers and commas, such as 64,256"
-            )
-        numbers.append(int(part))
+                f"{option} is {text[:80]!r}: expected positive whole numbers and commas, such as 64,256"
+            ) from error
+        check_within(f"a number of {option}", numbers[-1], 1, MAX_POSITIONS)
     return numbers

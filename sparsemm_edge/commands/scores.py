@@ -76,6 +76,7 @@ def compare(file: ScoresFile, other: ScoresFile, as_json: options.AsJson = False
 
 
 @scores.command()
+@options.checked
 def knockout(
     model: Annotated[
         str, typer.Argument(metavar="HF_MODEL", help="The scored checkpoint.", show_default=False)
