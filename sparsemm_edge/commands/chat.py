@@ -6,7 +6,6 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
-from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Annotated
 
@@ -32,9 +31,11 @@ Ctrl-C        end the answer that is being given"""
 def chat(
     loaded: options.Loaded,
     sampled: options.Sampled,
+    framed: options.Framed,
     evicted: options.Evicted,
     image: Annotated[
-        list[Path] | None, typer.Option(help="Image for the first message; may be given several times.")
+        list[str] | None,
+        typer.Option(help="Image for the first message, a file or a URL; may be given several times."),
     ] = None,
     n_predict: Annotated[int, typer.Option("--n-predict", "-n", help="Most tokens of an answer.")] = 512,
     n_ctx: Annotated[
@@ -51,7 +52,6 @@ def chat(
     ] = None,
     cache_type_k: options.CacheTypeK = "f16",
     cache_type_v: options.CacheTypeV = "f16",
-    chat_template: options.ChatTemplate = None,
     verbose: options.Verbose = False,
     as_json: Annotated[
         bool, typer.Option("--json", help="Print text and figures of each answer as one JSON object a line.")
@@ -66,15 +66,13 @@ def chat(
       sparsemm-edge chat -m llava.sparsemm.gguf --mmproj mmproj.gguf --image page.png
       echo "What is written here?" | sparsemm-edge chat -m llava.sparsemm.gguf --mmproj mm.gguf --image a.png
     """
+    from sparsemm_edge.files import pasted_path
+    from sparsemm_edge.image_urls import is_url, open_image
     from sparsemm_edge.runtime import Cancelled, Conversation
-    from sparsemm_edge.runtime.chat_template import read_template
-    from sparsemm_edge.runtime.prompt import read_image
 
-    template = None if chat_template is None else read_template(chat_template)
+    frame = framed.arguments()
     sampling = sampled.sampling()
-    images = list(image or [])
-    for path in images:
-        read_image(path)
+    images = [open_image(each) for each in image or []]
     with (
         loaded.load(show_log=verbose) as model,
         Conversation(
@@ -83,7 +81,7 @@ def chat(
             n_ubatch=n_ubatch,
             cache_type_k=cache_type_k,
             cache_type_v=cache_type_v,
-            chat_template=template,
+            **frame,
             eviction=evicted.eviction(),
         ) as conversation,
     ):
@@ -100,9 +98,7 @@ def chat(
                 elif command == "/stats":
                     print(_figures(conversation))
                 elif command == "/image":
-                    path = Path(rest.strip()).expanduser()
-                    read_image(path)
-                    images.append(path)
+                    images.append(open_image(rest if is_url(rest) else pasted_path(rest)))
                 elif command.startswith("/"):
                     raise SparseMMError(f"there is no command {command}; /help lists them")
                 elif line:

@@ -13,7 +13,8 @@ from sparsemm_edge.commands.output import print_json
 @options.grouped
 def generate(
     loaded: options.Loaded,
-    prompt: Annotated[str, typer.Option("--prompt", "-p", help="What to ask.")],
+    asked: options.Asked,
+    framed: options.Framed,
     sampled: options.Sampled,
     evicted: options.Evicted,
     image: options.Images = None,
@@ -24,7 +25,6 @@ def generate(
     ] = None,
     cache_type_k: options.CacheTypeK = "f16",
     cache_type_v: options.CacheTypeV = "f16",
-    chat_template: options.ChatTemplate = None,
     save_session: Annotated[
         Path | None, typer.Option(help="Write question and answer to this file, to go on from later.")
     ] = None,
@@ -42,22 +42,23 @@ def generate(
       sparsemm-edge generate -m llava.gguf --scores llava.head-scores.json --budget 128 -p "Hello"
       sparsemm-edge generate -m llava.sparsemm.gguf --load-session page.session -p "And what is below it?"
     """
-    from sparsemm_edge.runtime.chat_template import read_template
+    from sparsemm_edge.image_urls import open_image
 
-    template = None if chat_template is None else read_template(chat_template)
+    question, frame = asked.text(), framed.arguments()
+    images = [open_image(each) for each in image or []]
     sampling = sampled.sampling()
     text = ""
     with loaded.load(show_log=verbose) as model:
         for piece in model.generate(
-            prompt,
-            image or [],
+            question,
+            images,
             n_predict=n_predict,
             sampling=sampling,
             n_ctx=n_ctx,
             n_ubatch=n_ubatch,
             cache_type_k=cache_type_k,
             cache_type_v=cache_type_v,
-            chat_template=template,
+            **frame,
             eviction=evicted.eviction(),
             save_session=save_session,
             load_session=load_session,

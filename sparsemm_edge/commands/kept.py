@@ -12,8 +12,9 @@ from sparsemm_edge.commands import options
 def kept(
     loaded: options.Loaded,
     evicted: options.Evicted,
-    image: Annotated[Path, typer.Option(help="The image.")],
-    prompt: Annotated[str, typer.Option("--prompt", "-p", help="What is asked about it.")],
+    image: Annotated[str, typer.Option(help="The image, a file or a URL.")],
+    asked: options.Asked,
+    framed: options.Framed,
     out: Annotated[Path, typer.Option(help="The picture to write (PNG).")] = Path("kept.png"),
     view: Annotated[
         str,
@@ -33,16 +34,26 @@ def kept(
       sparsemm-edge kept -m llava.sparsemm.gguf --mmproj mmproj.gguf --image page.png -p "What is the total?"
     """
     from sparsemm_edge.errors import SparseMMError
+    from sparsemm_edge.image_urls import open_image
     from sparsemm_edge.kept_map import check_picture, save_kept_map
-    from sparsemm_edge.pictures import open_picture
 
     check_picture(out, view)
-    page = open_picture(image)
+    question, frame = asked.text(), framed.arguments()
+    page = open_image(image)
     if loaded.mmproj is None:
         raise SparseMMError("what is kept of an image is drawn: give the model's image encoder with --mmproj")
     with (
         loaded.load(show_log=verbose) as model,
-        model.tokenize(model.chat_prompt(prompt, 1), [page]) as tokenized,
+        model.tokenize(
+            model.chat_prompt(
+                question,
+                1,
+                frame["chat_template"],
+                system=frame["system"],
+                template_options=frame["template_options"],
+            ),
+            [page],
+        ) as tokenized,
     ):
         grid = model.image_grid(tokenized)
         with model.start(
@@ -63,6 +74,6 @@ def kept(
                 )
             held = session.kept()
     mean, share = stats.positions_kept_mean, stats.positions_kept_mean / tokenized.n_tokens
-    title = f"{prompt}: {mean:.0f} of {tokenized.n_tokens} positions kept ({share:.1%}), mean over heads"
+    title = f"{question}: {mean:.0f} of {tokenized.n_tokens} positions kept ({share:.1%}), mean over heads"
     save_kept_map(page, held, grid, out, view=view, title=title)
     print(f"wrote {out}")

@@ -9,16 +9,18 @@ A command takes a group as one parameter; @grouped makes its options the command
 
 import functools
 import inspect
+import sys
 import typing
 from collections.abc import Callable
 from dataclasses import MISSING, dataclass, fields, is_dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, TypedDict
 
 import typer
 
 from sparsemm_edge.defaults import MAX_POSITIONS, MAX_THREADS
-from sparsemm_edge.errors import check_within
+from sparsemm_edge.errors import SparseMMError, check_within
+from sparsemm_edge.files import check_text, decode_text, read_text
 
 if TYPE_CHECKING:
     from sparsemm_edge.runtime import Eviction, Loading, Sampling, VisionModel
@@ -29,10 +31,12 @@ Model = Annotated[Path, typer.Option("--model", "-m", help="The text model, a GG
 Mmproj = Annotated[Path, typer.Option(help=_MMPROJ)]
 OptionalMmproj = Annotated[Path | None, typer.Option(help=_MMPROJ)]
 Images = Annotated[
-    list[Path] | None, typer.Option(help="Image that the question is about; may be given several times.")
+    list[str] | None,
+    typer.Option(help="Image that the question is about, a file or a URL; may be given several times."),
 ]
 ChatTemplate = Annotated[
-    str | None, typer.Option(help="Jinja text or file to use instead of the model's chat template.")
+    str | None,
+    typer.Option(help="Instead of the model's own: one of llama.cpp's by name, jinja text, or a file of it."),
 ]
 
 # How llama.cpp runs.
@@ -136,6 +140,67 @@ class Loaded:
 
 
 @dataclass(frozen=True)
+class Asked:
+    """What is asked."""
+
+    prompt: Annotated[
+        str | None, typer.Option("--prompt", "-p", help="What to ask; - reads it from stdin.")
+    ] = None
+    file: Annotated[
+        Path | None, typer.Option("--file", "-f", help="What to ask, a text file, instead of --prompt.")
+    ] = None
+
+    def text(self, default: str | None = None) -> str:
+        """The question; without the line end that a file or a pipe ends with."""
+        if self.prompt is not None and self.file is not None:
+            raise SparseMMError("give what to ask with -p or with -f, not both")
+        if self.file is not None:
+            return _without_last_line_end(read_text(self.file))
+        if self.prompt == "-":
+            return _without_last_line_end(decode_text(sys.stdin.buffer.read(), "what to ask, on stdin,"))
+        found = default if self.prompt is None else self.prompt
+        if found is None:
+            raise SparseMMError("what to ask is missing: give -p TEXT, -p - to read stdin, or -f FILE")
+        check_text(found, "what to ask")
+        return found
+
+
+@dataclass(frozen=True)
+class Framed:
+    """What is written around a question."""
+
+    system: Annotated[
+        str | None, typer.Option(help="What the model is told before everything: text, or @FILE.")
+    ] = None
+    chat_template: ChatTemplate = None
+    chat_template_kwargs: Annotated[
+        str | None,
+        typer.Option(help="What else the template is told, such as '{\"enable_thinking\": false}'."),
+    ] = None
+
+    def arguments(self) -> "Frame":
+        """What generate() and others are told of it."""
+        from sparsemm_edge.runtime.chat_template import read_template, read_template_options
+
+        system, template, options = self.system, self.chat_template, self.chat_template_kwargs
+        if system is not None and system.startswith("@"):
+            system = _without_last_line_end(read_text(Path(system[1:])))
+        elif system is not None:
+            check_text(system, "--system")
+        return {
+            "system": system,
+            "chat_template": None if template is None else read_template(template),
+            "template_options": None if options is None else read_template_options(options),
+        }
+
+
+class Frame(TypedDict):
+    system: str | None
+    chat_template: str | None
+    template_options: dict[str, Any] | None
+
+
+@dataclass(frozen=True)
 class Evicted:
     """How the cache evicts."""
 
@@ -178,7 +243,6 @@ class Sampled:
     grammar_file: Annotated[Path | None, typer.Option(help="Grammar of the answer, a GBNF file.")] = None
 
     def sampling(self) -> "Sampling":
-        from sparsemm_edge.files import read_text
         from sparsemm_edge.runtime import Sampling
 
         schema = self.json_schema
@@ -246,6 +310,10 @@ def checked(command: Callable[..., None]) -> Callable[..., None]:
         command(**given)
 
     return run
+
+
+def _without_last_line_end(text: str) -> str:
+    return text.removesuffix("\n").removesuffix("\r")
 
 
 def grouped(command: Callable[..., None]) -> Callable[..., None]:

@@ -1,6 +1,7 @@
 """`sparsemm-edge profile`."""
 
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Annotated
 
 import typer
@@ -12,8 +13,9 @@ from sparsemm_edge.commands.output import print_json, print_table, whole_numbers
 @options.grouped
 def profile(
     loaded: options.Loaded,
+    asked: options.Asked,
+    framed: options.Framed,
     image: options.Images = None,
-    prompt: Annotated[str, typer.Option("--prompt", "-p", help="What to ask.")] = "What does the image show?",
     budgets: Annotated[
         str, typer.Option(help="Budgets to evict to, such as 64,256 [default: the file's].", show_default="")
     ] = "",
@@ -34,6 +36,7 @@ def profile(
     Example:
       sparsemm-edge profile -m llava.sparsemm.gguf --mmproj mmproj.gguf --image page.png --budgets 64,256
     """
+    from sparsemm_edge.image_urls import image_file
     from sparsemm_edge.profiling import profile_report, report
     from sparsemm_edge.profiling.jobs import Task
     from sparsemm_edge.profiling.machine import in_words
@@ -41,21 +44,23 @@ def profile(
     from sparsemm_edge.profiling.progress import Progress
 
     wanted = whole_numbers("--budgets", budgets)
+    question, frame, loading = asked.text("What does the image show?"), framed.arguments(), loaded.loading()
     report.make_folder(out)
-    task = Task(
-        model=str(loaded.model),
-        mmproj=None if loaded.mmproj is None else str(loaded.mmproj),
-        images=tuple(str(path) for path in image or []),
-        prompt=prompt,
-        n_predict=n_predict,
-        n_threads=loaded.threads,
-        loading=loaded.loading(),
-        scores=None if scores is None else str(scores),
-        policy=policy,
-        window=window,
-        max_tail=kv_max_tail,
-    )
-    with Progress() as progress:
+    with TemporaryDirectory() as folder, Progress() as progress:
+        task = Task(
+            model=str(loaded.model),
+            mmproj=None if loaded.mmproj is None else str(loaded.mmproj),
+            images=tuple(str(image_file(each, Path(folder))) for each in image or []),
+            prompt=question,
+            **frame,
+            n_predict=n_predict,
+            n_threads=loaded.threads,
+            loading=loading,
+            scores=None if scores is None else str(scores),
+            policy=policy,
+            window=window,
+            max_tail=kv_max_tail,
+        )
         content = measure(task, wanted, progress, n_ubatch=n_ubatch)
     profile_report.write(out, content)
     if as_json:

@@ -50,6 +50,7 @@ class Task:
         model, mmproj: GGUF files.
         images: files.
         prompt: what the user asks; None: n_prompt random tokens instead.
+        system, chat_template, template_options: what is written around it, see VisionModel.generate.
         n_prompt: see prompt.
         n_predict: tokens to decode; the end of the answer does not stop it.
         n_threads: None: the physical cores.
@@ -63,6 +64,9 @@ class Task:
     mmproj: str | None = None
     images: tuple[str, ...] = ()
     prompt: str | None = None
+    system: str | None = None
+    chat_template: str | None = None
+    template_options: dict[str, Any] | None = None
     n_prompt: int = 0
     n_predict: int = 32
     n_threads: int | None = None

@@ -151,7 +151,14 @@ def _load(task: Task) -> VisionModel:
 
 def _prompt(model: VisionModel, task: Task) -> Prompt:
     if task.prompt is not None:
-        return model.tokenize(model.chat_prompt(task.prompt, len(task.images)), task.images)
+        text = model.chat_prompt(
+            task.prompt,
+            len(task.images),
+            task.chat_template,
+            system=task.system,
+            template_options=task.template_options,
+        )
+        return model.tokenize(text, task.images)
     first = min(_A_TOKEN, model.n_vocab - 1)
     tokens = np.random.default_rng(0).integers(first, model.n_vocab, task.n_prompt)
     return Prompt([TextPart(tokens.astype(np.int32))])

@@ -1,8 +1,10 @@
-"""A model's own chat template: a user message with images in, prompt text with image markers out."""
+"""Chat templates: messages with images in, prompt text with image markers out."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from datetime import datetime
-from functools import lru_cache
+from functools import lru_cache, partial
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -13,17 +15,17 @@ from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from sparsemm_edge.errors import SparseMMError
-from sparsemm_edge.files import check_text, read_text
+from sparsemm_edge.files import check_text, parse_json, read_text
+from sparsemm_edge.runtime import builtin_templates
 
 # What the templates of LLaVA- and Qwen-VL-like models write for an image. llama.cpp's mtmd puts the model's
 # begin and end tokens around an image by itself, so these go as a whole.
 IMAGE_TOKENS = ("<|vision_start|><|image_pad|><|vision_end|>", "<image>")
 
-# What stands for the question and for the reply before it while a template is rendered. Lists, as Python or
-# as JSON, write such quotes otherwise, so that text which comes back as it was is no list's; and no template
-# puts tabs around a message by itself, so that those tell whether it strips what it is given.
-_QUESTION = """question-"it's"-sparsemm-edge"""
-_REPLY = """reply-"it's"-sparsemm-edge"""
+# What stands for a text while a template is rendered. Lists, as Python or as JSON, write such quotes
+# otherwise, so that text which comes back as it was is no list's; and no template puts tabs around a message
+# by itself, so that those tell whether it strips what it is given.
+_STAND_IN = """text-{}-"it's"-sparsemm-edge"""
 _SPACE = "\t"
 
 
@@ -46,89 +48,183 @@ class _Parts(list[dict[str, str]]):
     __repr__ = __str__
 
 
+@dataclass(frozen=True)
+class Turn:
+    """What one side says.
+
+    Attributes:
+        role: system, user or assistant.
+        text: may be empty.
+        n_images: images before the text.
+    """
+
+    role: str
+    text: str
+    n_images: int = 0
+
+
 def read_template(given: str) -> str:
-    """A template as a user gives it: jinja text, or the path of a file that holds it.
+    """A template as a user gives it: jinja text, the name of one of llama.cpp's, or a file of jinja text.
 
     Raises:
         SparseMMError: the file cannot be read, or the text is not text.
     """
-    if "{" not in given:
-        return read_text(Path(given))
+    if "{" not in given and given not in builtin_templates.names():
+        try:
+            return read_text(Path(given))
+        except SparseMMError as error:
+            raise SparseMMError(
+                f"{error}; nor is it one of llama.cpp's templates: --chat-template"
+                f" {'|'.join(builtin_templates.names())}"
+            ) from error
     check_text(given, "the chat template")
     return given
 
 
-def render(
-    template: str, prompt: str, n_images: int, *, marker: str, bos: str, eos: str, first: bool = True
-) -> str:
-    """The prompt text for one user message, with a marker for each image, up to where the reply starts.
+def read_template_options(given: str) -> dict[str, Any]:
+    """What else a template is told, as a user gives it: a JSON object such as {"enable_thinking": false}.
 
-    Before a message that is not the first stands what the template writes at the end of a reply. What was
+    Raises:
+        SparseMMError: it is something else, or says what the program says.
+    """
+    found = parse_json(given, "--chat-template-kwargs", 'a JSON object such as {"enable_thinking": false}')
+    if not isinstance(found, dict):
+        raise SparseMMError(f"--chat-template-kwargs is {given}: expected a JSON object")
+    if own := _OWN.intersection(found):
+        raise SparseMMError(f"--chat-template-kwargs cannot say {sorted(own)[0]}: the program says it")
+    return found
+
+
+def render(
+    template: str,
+    prompt: str,
+    n_images: int,
+    *,
+    marker: str,
+    bos: str,
+    eos: str,
+    first: bool = True,
+    system: str | None = None,
+    options: Mapping[str, Any] | None = None,
+) -> str:
+    """The prompt text for one user message, see render_turns; `system` is a system message before it."""
+    turns = [] if system is None else [Turn("system", system)]
+    turns.append(Turn("user", prompt, n_images))
+    return render_turns(template, turns, marker=marker, bos=bos, eos=eos, first=first, options=options)
+
+
+def render_turns(
+    template: str,
+    turns: Sequence[Turn],
+    *,
+    marker: str,
+    bos: str,
+    eos: str,
+    first: bool = True,
+    options: Mapping[str, Any] | None = None,
+) -> str:
+    """The prompt text for what was said, with a marker for each image, up to where the reply starts.
+
+    Before turns that are not the first stands what the template writes at the end of a reply. What was
     said before is not part of the text: it is in the KV cache.
 
     The template itself says what stands between an image and the text, so a message is given to it as a list
     of parts (images, then text) if it takes one, as Hugging Face processors do. A template that takes only
     text, or that writes for an image what is not in IMAGE_TOKENS, gets the markers as lines of text before
-    the prompt.
+    the prompt. One that takes no system message, or leaves it out, gets it at the start of the first message.
 
     Args:
-        template: jinja text.
-        prompt: what the user asks; may be empty.
-        n_images: images before the text.
+        template: jinja text, or the name of one of llama.cpp's templates.
+        turns: a system message or none, then user and assistant.
         marker: what stands for an image in the result.
         bos, eos: the model's begin and end tokens, as text.
-        first: whether the message begins the conversation; otherwise it follows a reply.
+        first: whether the turns begin the conversation; otherwise they follow a reply.
+        options: what else the template is told.
 
     Raises:
-        SparseMMError: the template is broken, or leaves out the prompt or the images.
+        SparseMMError: the template is broken, or leaves out a text or the images.
     """
-    if marker in prompt:
+    if any(marker in turn.text for turn in turns):
         raise SparseMMError(f"the prompt holds {marker}, which stands for an image")
-    before, after, strips = _around(template, n_images, marker, bos, eos, first)
-    return before + (prompt.strip() if strips else prompt) + after
+    write = _writer(template, bos, eos, options or {})
+    try:
+        return _filled(write, turns, marker, first)
+    except SparseMMError:
+        if len(turns) < 2 or (turns[0].role, turns[1].role) != ("system", "user"):
+            raise
+        message = replace(turns[1], text=f"{turns[0].text}\n\n{turns[1].text}")
+        return _filled(write, [message, *turns[2:]], marker, first)
 
 
-def _around(
-    template: str, n_images: int, marker: str, bos: str, eos: str, first: bool
-) -> tuple[str, str, bool]:
-    """What a template writes before and after a question, and whether it strips white space off it.
+_Writer = Callable[[list[dict[str, Any]]], str]
+_OWN = frozenset(("messages", "add_generation_prompt", "bos_token", "eos_token"))
 
-    The question is a stand-in, so that nothing in a user's question is taken for a part of the template.
-    """
+
+def _writer(template: str, bos: str, eos: str, options: Mapping[str, Any]) -> _Writer:
+    """What makes a prompt of messages."""
+    if template in builtin_templates.names():
+        if options:
+            raise SparseMMError(f"llama.cpp's template {template} takes no --chat-template-kwargs")
+        return partial(builtin_templates.apply, template)
     compiled = _compiled(template)
+    return lambda messages: compiled.render(
+        **options, messages=messages, add_generation_prompt=True, bos_token=bos, eos_token=eos
+    )
 
-    def rendered(question: Any, reply: Any) -> str:
-        earlier = [{"role": "user", "content": question}, {"role": "assistant", "content": reply}]
-        messages = [*([] if first else earlier), {"role": "user", "content": question}]
-        return compiled.render(messages=messages, add_generation_prompt=True, bos_token=bos, eos_token=eos)
 
+def _filled(write: _Writer, turns: Sequence[Turn], marker: str, first: bool) -> str:
+    """The prompt, in the first shape of messages that the template takes.
+
+    It is rendered with stand-ins for the texts, so that nothing that is said is taken for a part of it.
+    """
+    shown = list(turns) if first else [Turn("user", ""), Turn("assistant", ""), *turns]
+    stand_ins = [_STAND_IN.format(index) for index in range(len(shown))]
+    needed = stand_ins if first else stand_ins[1:]
+    n_images = sum(turn.n_images for turn in turns)
+    roles = dict.fromkeys(turn.role for turn in shown)
     problem: Exception | str = "it leaves out the question or its images"
-    lines = f"{marker}\n" * n_images
-    shapes: list[tuple[Callable[[str], Any], bool]] = [
-        (lambda text: _Parts([{"type": "image"}] * n_images + _text_part(text)), True),
-        (lambda text: lines + text, False),
-        (lambda text: _Parts(_text_part(lines + text)), False),
-    ]
-    for shape, marks in shapes:
-        for reply in (_Parts(_text_part(_REPLY)), _REPLY):
-            try:
-                text = rendered(shape(_QUESTION), reply)
-                spaced = rendered(shape(_SPACE + _QUESTION + _SPACE), reply)
-            except Exception as error:  # a template is a program: it may fail in every way there is
-                problem = error
-                continue
-            if not first:
-                _, found, text = text.rpartition(_REPLY)
-                if not found:
-                    continue
-            before, found, after = text.rpartition(_QUESTION)
-            if not found:
-                continue
-            if marks:
-                before, after = _mark_images(before, after, n_images, marker)
-            if (before + after).count(marker) == n_images:
-                return before, after, _SPACE + _QUESTION + _SPACE not in spaced
+    for shapes in product(*(_SHAPES[role] for role in roles)):
+        shape = dict(zip(roles, shapes, strict=True))
+
+        def rendered(space: str, shape: Mapping[str, _Shape] = shape) -> str:
+            texts = [space + stand_in + space for stand_in in stand_ins]
+            return write(
+                [
+                    {"role": turn.role, "content": shape[turn.role](text, turn.n_images, marker)}
+                    for turn, text in zip(shown, texts, strict=True)
+                ]
+            )
+
+        try:
+            text, spaced = rendered(""), rendered(_SPACE)
+        except Exception as error:  # a template is a program: it may fail in every way there is
+            problem = error
+            continue
+        between = _between(text, needed)
+        if between is None:
+            continue
+        if not first:
+            between = between[1:]
+        if shape["user"] is _typed:
+            between = _mark_images(between, n_images, marker)
+        if sum(part.count(marker) for part in between) == n_images:
+            prompt = between[0]
+            for turn, stand_in, after in zip(turns, stand_ins[-len(turns) :], between[1:], strict=True):
+                strips = _SPACE + stand_in + _SPACE not in spaced
+                prompt += (turn.text.strip() if strips else turn.text) + after
+            return prompt
     raise _unusable(problem)
+
+
+def _between(text: str, stand_ins: Sequence[str]) -> list[str] | None:
+    """What is before, between and after the stand-ins; None if one is missing."""
+    between = []
+    for stand_in in reversed(stand_ins):
+        text, found, after = text.rpartition(stand_in)
+        if not found:
+            return None
+        between.append(after)
+    return [text, *reversed(between)]
 
 
 @lru_cache(maxsize=8)
@@ -145,16 +241,35 @@ def _compiled(template: str) -> Template:
         raise _unusable(error) from error
 
 
-def _text_part(text: str) -> list[dict[str, str]]:
-    return [{"type": "text", "text": text}]
+_Shape = Callable[[str, int, str], Any]
 
 
-def _mark_images(before: str, after: str, n_images: int, marker: str) -> tuple[str, str]:
+def _typed(text: str, n_images: int, marker: str) -> Any:
+    return _Parts([*[{"type": "image"}] * n_images, {"type": "text", "text": text}])
+
+
+def _plain(text: str, n_images: int, marker: str) -> Any:
+    return f"{marker}\n" * n_images + text
+
+
+def _typed_lines(text: str, n_images: int, marker: str) -> Any:
+    return _typed(_plain(text, n_images, marker), 0, marker)
+
+
+# the shapes of a message that a template may take, the first that works counts
+_SHAPES: dict[str, tuple[_Shape, ...]] = {
+    "user": (_typed, _plain, _typed_lines),
+    "assistant": (_typed, _plain),
+    "system": (_typed, _plain),
+}
+
+
+def _mark_images(between: list[str], n_images: int, marker: str) -> list[str]:
     """Put markers in place of the template's image tokens."""
     for token in IMAGE_TOKENS:
-        if n_images and before.count(token) + after.count(token) == n_images:
-            return before.replace(token, marker), after.replace(token, marker)
-    return before, after
+        if n_images and sum(part.count(token) for part in between) == n_images:
+            return [part.replace(token, marker) for part in between]
+    return between
 
 
 def _unusable(problem: Exception | str) -> SparseMMError:

@@ -2,7 +2,7 @@
 
 import codecs
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -89,7 +89,9 @@ class Conversation:
         n_ubatch: int | None = None,
         cache_type_k: str = "f16",
         cache_type_v: str = "f16",
+        system: str | None = None,
         chat_template: str | None = None,
+        template_options: Mapping[str, Any] | None = None,
         eviction: Eviction | None = None,
         several: bool = True,
         resume: Path | None = None,
@@ -101,7 +103,9 @@ class Conversation:
         n_ubatch: prompt tokens computed at a time; None: all of the first question's, which lets an
             evicting cache share one layer's memory over all layers while it reads it.
         cache_type_k, cache_type_v: one of CACHE_TYPES.
-        chat_template: jinja text to use instead of the model's own template.
+        system: what the model is told before everything.
+        chat_template: jinja text to use instead of the model's own template, or a name of llama.cpp's.
+        template_options: what else the template is told.
         eviction: None: as the model file says, or as the resumed conversation did.
         several: more questions may follow, so that a first one that fits into the budget is not what the
             head budgets are shared out for.
@@ -119,7 +123,9 @@ class Conversation:
         self._n_ctx = n_ctx
         self._n_ubatch = n_ubatch
         self._types = (cache_type_k, cache_type_v)
+        self.system = system
         self._template = chat_template
+        self._template_options = template_options
         self._eviction = eviction or Eviction()
         self._several = several
         self._session: Session | None = None
@@ -130,6 +136,10 @@ class Conversation:
         self.last_stats: GenerationStats | None = None
         self._resumed: session_file.SavedConversation | None = None
         if resume is not None:
+            if system is not None:
+                raise SparseMMError(
+                    f"{resume}: a conversation that has begun takes no system message (--system)"
+                )
             self._resumed = session_file.read(resume)
             self._check_resumed(resume, self._resumed)
             self._pending = self._resumed.pending
@@ -197,7 +207,14 @@ class Conversation:
         check_within("n_predict", n_predict, 1, MAX_POSITIONS)
         sampling = sampling or Sampling()
         model, first = self._model, self._session is None and self._resumed is None
-        text = model.chat_prompt(question, len(images), self._template, first=first)
+        text = model.chat_prompt(
+            question,
+            len(images),
+            self._template,
+            first=first,
+            system=self.system if first else None,
+            template_options=self._template_options,
+        )
         with ExitStack() as stack:
             with model.tokenize(text, images, first=first) as prompt:
                 prompt.prepend(self._pending)

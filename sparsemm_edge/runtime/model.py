@@ -4,7 +4,7 @@ import ctypes
 import logging
 import os
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from types import TracebackType
@@ -20,7 +20,8 @@ from sparsemm_edge.gguf_header import read_header
 from sparsemm_edge.gguf_metadata import check_supported, model_shape, sparsemm_metadata
 from sparsemm_edge.kept_map import ImageGrid
 from sparsemm_edge.resources import machine_memory, usable_cores
-from sparsemm_edge.runtime import chat_template, library, session_file
+from sparsemm_edge.runtime import builtin_templates, chat_template, library, session_file
+from sparsemm_edge.runtime.chat_template import Turn
 from sparsemm_edge.runtime.conversation import Conversation, GenerationStats
 from sparsemm_edge.runtime.eviction import Eviction, HeadBudgetTable, plan
 from sparsemm_edge.runtime.library import llama, mtmd
@@ -68,6 +69,7 @@ class VisionModel:
         self.loading = loading
         self.pointer = 0
         self._vision: int | None = None
+        self._projector: str | None = None  # what kind it is
         self._n_patches = 0  # a side of the image encoder's picture in patches, 0 if it is not fixed
         self._stats: GenerationStats | None = None
         try:
@@ -138,7 +140,9 @@ class VisionModel:
         n_ubatch: int | None = None,
         cache_type_k: str = "f16",
         cache_type_v: str = "f16",
+        system: str | None = None,
         chat_template: str | None = None,
+        template_options: Mapping[str, Any] | None = None,
         eviction: Eviction | None = None,
         save_session: Path | None = None,
         load_session: Path | None = None,
@@ -154,7 +158,9 @@ class VisionModel:
             n_ubatch: prompt tokens computed at a time; None: all of them, which lets an evicting cache share
                 one layer's memory over all layers while it reads the prompt.
             cache_type_k, cache_type_v: f16, f32, bf16 or q8_0.
-            chat_template: jinja text to use instead of the model's own template.
+            system: what the model is told before everything.
+            chat_template: jinja text to use instead of the model's own template, or a name of llama.cpp's.
+            template_options: what else the template is told, such as {"enable_thinking": False}.
             eviction: None: as the model file says.
             save_session: a file to write the conversation to, once the answer is complete.
             load_session: a file of save_session; the message follows what was said there.
@@ -172,7 +178,9 @@ class VisionModel:
             n_ubatch=n_ubatch,
             cache_type_k=cache_type_k,
             cache_type_v=cache_type_v,
+            system=system,
             chat_template=chat_template,
+            template_options=template_options,
             eviction=eviction,
             several=save_session is not None,
             resume=load_session,
@@ -191,31 +199,58 @@ class VisionModel:
         return self._stats
 
     def chat_prompt(
-        self, prompt: str, n_images: int, template: str | None = None, *, first: bool = True
+        self,
+        prompt: str,
+        n_images: int,
+        template: str | None = None,
+        *,
+        first: bool = True,
+        system: str | None = None,
+        template_options: Mapping[str, Any] | None = None,
     ) -> str:
-        """The text of one user message in the model's chat template, with image_marker() for each image.
+        """The text of one user message, see turns_prompt; `system` is a system message before it."""
+        turns = [] if system is None else [Turn("system", system)]
+        turns.append(Turn("user", prompt, n_images))
+        return self.turns_prompt(turns, template, first=first, template_options=template_options)
 
-        A message that is not the first follows a reply: the text begins with what ends that.
+    def turns_prompt(
+        self,
+        turns: Sequence[Turn],
+        template: str | None = None,
+        *,
+        first: bool = True,
+        template_options: Mapping[str, Any] | None = None,
+    ) -> str:
+        """What was said in the model's chat template, with image_marker() for each image.
+
+        Turns that are not the first follow a reply: the text begins with what ends that. `template` and
+        `template_options`: see chat_template.render_turns; None: the model's own.
         """
-        if template is None:
-            found = llama.llama_model_chat_template(self.pointer, None)
-            if not found:
-                raise SparseMMError(
-                    f"{self.path} has no chat template: give one with --chat-template (jinja text or a file)"
-                )
-            template = found.decode("utf-8", "replace")
         bos = self._token_text(llama.llama_vocab_bos(self._vocab))
-        text = chat_template.render(
-            template,
-            prompt,
-            n_images,
+        text = chat_template.render_turns(
+            self._own_template() if template is None else template,
+            turns,
             marker=image_marker(),
             bos=bos,
             eos=self._token_text(llama.llama_vocab_eos(self._vocab)),
             first=first,
+            options=template_options,
         )
         # tokenising adds the begin token again
         return text.removeprefix(bos) if first and llama.llama_vocab_get_add_bos(self._vocab) else text
+
+    def _own_template(self) -> str:
+        found = llama.llama_model_chat_template(self.pointer, None)
+        if found:
+            return str(found.decode("utf-8", "replace"))
+        names = builtin_templates.names()
+        fits = builtin_templates.suggestion(self.path.name, self._projector)
+        raise SparseMMError(
+            f"{self.path} has no chat template: give one"
+            + (f", such as --chat-template {fits}, which may be this model's" if fits is not None else "")
+            + "; --chat-template takes jinja text, a file of it, or one of llama.cpp's names:"
+            + f" {', '.join(names)}"
+        )
 
     def tokenize(
         self, text: str, images: Sequence[str | Path | Image.Image] = (), *, first: bool = True
@@ -418,6 +453,8 @@ class VisionModel:
         arch = header.value("general.architecture")
         if arch != "clip":
             raise SparseMMError(f"{mmproj}: not an image encoder (mmproj): its architecture is {arch!r}")
+        kinds = (header.fields.get(f"clip.{key}projector_type") for key in ("", "vision."))
+        self._projector = next((str(kind.value) for kind in kinds if kind is not None), None)
         size, patch = (header.fields.get(f"clip.vision.{key}_size") for key in ("image", "patch"))
         if size is not None and patch is not None:
             self._n_patches = size.value // patch.value
@@ -425,6 +462,7 @@ class VisionModel:
         params.n_threads = self.n_threads
         params.print_timings = False
         params.warmup = False
+        params.media_marker = image_marker().encode()
         self.loading.set_vision_params(params)
         library.forget_errors()
         self._vision = mtmd.mtmd_init_from_file(os.fsencode(mmproj), self.pointer, params)

@@ -1,6 +1,7 @@
 """Text and images as llama.cpp takes them: tokens, and image chunks that mtmd has cut and resized."""
 
 import ctypes
+import secrets
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -143,9 +144,12 @@ def _utf8(text: str) -> bytes:
     return text.encode("utf-8")
 
 
+_MARKER = f"<image-{secrets.token_hex(16)}>"
+
+
 def image_marker() -> str:
-    """What stands for an image in the text of tokenize_with_images."""
-    return str(mtmd.mtmd_default_marker().decode())
+    """What stands for an image in the text of tokenize_with_images; nobody can write it by chance."""
+    return _MARKER
 
 
 def read_image(image: str | Path | Image.Image) -> npt.NDArray[np.uint8]:
