@@ -1,5 +1,7 @@
 """The package's one exception for mistakes that its user can mend."""
 
+import math
+
 
 class SparseMMError(Exception):
     """A user's mistake, or a file that is not what it should be.
@@ -11,3 +13,9 @@ class SparseMMError(Exception):
 
 class ContextFullError(SparseMMError):
     """What was to be read does not fit into what is left of a context."""
+
+
+def check_within(name: str, value: float, low: float, high: float) -> None:
+    """Raise SparseMMError, naming the number, unless it is one from low to high."""
+    if not (math.isfinite(value) and low <= value <= high):
+        raise SparseMMError(f"{name} is {value}: it must be {low} to {high}")

@@ -314,34 +314,30 @@ def test_in_a_terminal_ctrl_c_never_loses_what_was_said() -> None:
         (["--policy", "best"], "unknown policy 'best'"),
         (["--scores", "nowhere.json"], "nowhere.json"),
         (["--budget", "64"], "holds no head scores"),
-        (["--policy", "uniform", "--budget", "64", "--cache-type-k", "q4_0"], "context"),
         (["--n-ctx", "3"], "--n-ctx allows 3"),
         (["--grammar-file", "BROKEN"], "the grammar is broken"),
         (["--no-evict", "--kv-max-tail", "64"], "--kv-max-tail"),
     ],
 )
 def test_a_chat_that_could_answer_nothing_is_refused_at_once(
-    options: list[str],
-    said_so: str,
-    tmp_path: Path,
-    sparsemm: CommandLine,
-    monkeypatch: pytest.MonkeyPatch,
+    options: list[str], said_so: str, tmp_path: Path, sparsemm: CommandLine
 ) -> None:
     model = test_model("llava").gguf("f16")
     (tmp_path / "broken.gbnf").write_text("root ::= nothing")
     files = {"BROKEN": tmp_path / "broken.gbnf"}
     if "NOTEMPLATE" in options:
         files["NOTEMPLATE"] = without_template(model, tmp_path / "m.gguf")
-    monkeypatch.setattr(sys, "stdin", None)  # nothing is read
     given = [files.get(option, option) for option in options]
     arguments = [] if "-m" in options else ["-m", model]
-    with monkeypatch.context() as patched:
-        patched.setattr("sparsemm_edge.typed.Messages.__init__", _of_nobody)
-        assert said_so in sparsemm("chat", *arguments, *given).refusal
+    assert said_so in sparsemm("chat", *arguments, *given).refusal
 
 
-def _of_nobody(self: Any) -> None:
-    self.from_terminal = self._answering = self._interrupted = False
+def test_a_model_that_cannot_evict_is_refused_at_once(
+    sparsemm: CommandLine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("sparsemm_edge.gguf_metadata.SUPPORTED_ARCHITECTURES", frozenset())
+    arguments = ("chat", "-m", test_model("llava").gguf(), "--policy", "uniform", "--budget", 64)
+    assert "unsupported architecture 'llama'" in sparsemm(*arguments).refusal
 
 
 def test_an_image_without_an_encoder_is_refused_at_once(pages: list[Path], sparsemm: CommandLine) -> None:

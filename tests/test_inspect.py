@@ -214,3 +214,10 @@ def write_with_metadata(
     writer.write_tensors_to_file()
     writer.close()
     return path
+
+
+def test_what_is_no_text_model_is_named_as_what_it_is(tmp_path: Path, sparsemm: CommandLine) -> None:
+    mmproj = write_model(tmp_path / "mmproj.gguf", arch="clip")
+    assert "this is an image encoder (mmproj)" in sparsemm("inspect", mmproj).refusal
+    keys = {"general.type": ("adapter", GGUFValueType.STRING)}
+    assert "adapter (LoRA)" in sparsemm("inspect", write_model(tmp_path / "lora.gguf", keys=keys)).refusal  # type: ignore[arg-type]

@@ -92,14 +92,11 @@ def evaluate(
     from sparsemm_edge.evaluation import datasets, report
     from sparsemm_edge.evaluation.run import Job, Results, run
     from sparsemm_edge.evaluation.settings import settings_of
+    from sparsemm_edge.resources import usable_cores
     from sparsemm_edge.runtime.chat_template import read_template
-    from sparsemm_edge.runtime.model import usable_cores
 
     if (data is None) == (fidelity_only is None):
         raise SparseMMError("give --data with questions, or --fidelity-only with a folder of images")
-    for name, value in (("--jobs", jobs), ("--n-predict", n_predict), ("--n-ctx", n_ctx)):
-        if value is not None and value < 1:
-            raise SparseMMError(f"{name} is {value}: it must be at least 1")
     fills = {"yes": (True,), "no": (False,), "both": (True, False)}
     if water_fill not in fills:
         raise SparseMMError(f"--water-fill is {water_fill!r}: expected yes, no or both")

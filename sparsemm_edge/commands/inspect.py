@@ -24,10 +24,11 @@ def inspect(
       sparsemm-edge inspect llava-7b.sparsemm.gguf --plot head-map.png
     """
     from sparsemm_edge.gguf_header import read_header
-    from sparsemm_edge.gguf_metadata import model_shape, sparsemm_metadata
+    from sparsemm_edge.gguf_metadata import model_shape, sparsemm_metadata, text_architecture
     from sparsemm_edge.inspection import figures, kv_bytes
 
     header = read_header(model)
+    text_architecture(header)
     metadata = sparsemm_metadata(header)
     if metadata is None:
         if plot:

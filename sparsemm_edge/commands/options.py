@@ -18,7 +18,8 @@ from typing import TYPE_CHECKING, Annotated, Any, TypedDict
 
 import typer
 
-from sparsemm_edge.errors import SparseMMError
+from sparsemm_edge.defaults import MAX_POSITIONS, MAX_THREADS
+from sparsemm_edge.errors import SparseMMError, check_within
 from sparsemm_edge.files import check_text, decode_text, read_text
 
 if TYPE_CHECKING:
@@ -119,8 +120,6 @@ class Loaded:
     def loading(self) -> "Loading":
         from sparsemm_edge.runtime.loading import Loading, Lora
 
-        if self.threads_batch is not None and self.threads_batch < 1:
-            raise SparseMMError(f"--threads-batch is {self.threads_batch}: it must be at least 1")
         return Loading(
             n_threads_batch=self.threads_batch,
             n_gpu_layers=self.n_gpu_layers,
@@ -262,6 +261,55 @@ class Sampled:
             grammar=None if self.grammar_file is None else read_text(self.grammar_file),
             json_schema=schema,
         )
+
+
+NUMBERS: dict[str, tuple[float, float]] = {
+    "budget": (1, 2**31 - 1),
+    "draws": (1, 1000),
+    "floor_ratio": (0, 1),
+    "frequency_penalty": (-100, 100),
+    "image_max_tokens": (1, MAX_POSITIONS),
+    "image_min_tokens": (1, MAX_POSITIONS),
+    "jobs": (1, 64),
+    "kv_max_tail": (1, 2**31 - 1),
+    "layers": (1, 1000),
+    "max_new_tokens": (1, MAX_POSITIONS),
+    "min_p": (0, 1),
+    "n_ctx": (1, MAX_POSITIONS),
+    "n_gpu_layers": (-1, 2**31 - 1),
+    "n_predict": (1, MAX_POSITIONS),
+    "n_prompt": (1, 2**31 - 1),
+    "n_text": (1, MAX_POSITIONS),
+    "n_ubatch": (1, MAX_POSITIONS),
+    "pages": (1, 10**6),
+    "presence_penalty": (-100, 100),
+    "random_seeds": (1, 1000),
+    "repeat_penalty": (0.01, 100),
+    "rounds": (1, 1000),
+    "seed": (-1, 2**32 - 1),
+    "share": (0, 1),
+    "temp": (0, 1000),
+    "threads": (1, MAX_THREADS),
+    "threads_batch": (1, MAX_THREADS),
+    "top_k": (0, 2**31 - 1),
+    "top_p": (0, 1),
+    "window": (1, 1024),
+}
+"""What every option that is a number may be, from and to, in all commands: beyond it something crashes, wraps
+round or takes all memory. What is narrower is refused where it is known."""
+
+
+def checked(command: Callable[..., None]) -> Callable[..., None]:
+    """Let a command refuse numbers that are not within NUMBERS."""
+
+    @functools.wraps(command)
+    def run(**given: Any) -> None:
+        for name, value in given.items():
+            if isinstance(value, int | float) and not isinstance(value, bool):
+                check_within(f"--{name.replace('_', '-')}", value, *NUMBERS[name])
+        command(**given)
+
+    return run
 
 
 def _without_last_line_end(text: str) -> str:

@@ -1,10 +1,27 @@
 """What several commands print."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
-from sparsemm_edge.errors import SparseMMError
+from sparsemm_edge.defaults import MAX_POSITIONS
+from sparsemm_edge.errors import SparseMMError, check_within
+
+
+@contextmanager
+def progress_bar(what: str, *, of_bytes: bool = False) -> Iterator[Callable[[int, int], None]]:
+    """A bar on stderr, on a terminal only, that is gone when the work ends: call it with done and total."""
+    from rich.console import Console
+    from rich.progress import BarColumn, DownloadColumn, MofNCompleteColumn, Progress, TextColumn
+    from rich.progress import TimeRemainingColumn as Left
+
+    done = DownloadColumn() if of_bytes else MofNCompleteColumn()
+    columns = (TextColumn(what), BarColumn(), done, Left())
+    console = Console(stderr=True)
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
+        task = bar.add_task(what, total=None)
+        yield lambda done, total: bar.update(task, completed=done, total=total)
 
 
 def print_json(content: dict[str, Any]) -> None:
@@ -56,9 +73,11 @@ def whole_numbers(option: str, text: str) -> list[int]:
     """
     numbers = []
     for part in text.split(",") if text.strip() else []:
-        if not part.strip().isdecimal() or int(part) < 1:
+        try:
+            numbers.append(int(part))
+        except ValueError as error:
             raise SparseMMError(
-                f"{option} is {text!r}: expected positive whole numbers and commas, such as 64,256"
-            )
-        numbers.append(int(part))
+                f"{option} is {text[:80]!r}: expected positive whole numbers and commas, such as 64,256"
+            ) from error
+        check_within(f"a number of {option}", numbers[-1], 1, MAX_POSITIONS)
     return numbers

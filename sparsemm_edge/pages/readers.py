@@ -8,6 +8,7 @@ record a page, in one of two forms:
   as bytes, or as a file name in `image` or `image_name` (the form that SparseMM's own script makes of it).
 """
 
+import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -83,10 +84,12 @@ def open_pages(
 
 def page_size(text: str) -> tuple[int, int]:
     """Width and height of an option such as 896x672."""
-    width, _, height = text.partition("x")
-    if not width.isdecimal() or not height.isdecimal():
-        raise SparseMMError(f"the page size is {text!r}: expected width x height in pixels, such as 896x672")
-    return int(width), int(height)
+    found = re.fullmatch(r"(\d{1,9})x(\d{1,9})", text)
+    if found is None:
+        raise SparseMMError(
+            f"the page size is {text[:80]!r}: expected width x height in pixels, such as 896x672"
+        )
+    return int(found[1]), int(found[2])
 
 
 def _folder(folder: Path, n_pages: int) -> PageSource:

@@ -13,7 +13,8 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
-from sparsemm_edge.errors import ContextFullError, SparseMMError
+from sparsemm_edge.defaults import MAX_POSITIONS
+from sparsemm_edge.errors import ContextFullError, SparseMMError, check_within
 from sparsemm_edge.runtime import session_file
 from sparsemm_edge.runtime.eviction import Eviction, HeadBudgetTable, same_budgets
 from sparsemm_edge.runtime.process import rss_peak_bytes
@@ -126,8 +127,8 @@ class Conversation:
                 these arguments.
         """
         for name, value in (("n_ctx", n_ctx), ("n_ubatch", n_ubatch)):
-            if value is not None and value < 1:
-                raise SparseMMError(f"{name} is {value}: it must be at least 1")
+            if value is not None:
+                check_within(name, value, 1, MAX_POSITIONS)
         cache_type(cache_type_k), cache_type(cache_type_v)
         self._model = model
         self._n_ctx = n_ctx
@@ -220,8 +221,7 @@ class Conversation:
                 conversation is then what it was before.
             Cancelled: `cancelled` said so; likewise.
         """
-        if n_predict < 1:
-            raise SparseMMError(f"n_predict is {n_predict}: it must be at least 1")
+        check_within("n_predict", n_predict, 1, MAX_POSITIONS)
         sampling = sampling or Sampling()
         model, first = self._model, self._session is None and self._resumed is None
         text = self._text(question, len(images), first)

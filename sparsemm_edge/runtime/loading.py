@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from sparsemm_edge.errors import SparseMMError
+from sparsemm_edge.defaults import MAX_THREADS
+from sparsemm_edge.errors import SparseMMError, check_within
 from sparsemm_edge.gguf_header import read_header
 from sparsemm_edge.runtime import library
 from sparsemm_edge.runtime.library import llama
@@ -65,6 +66,8 @@ class Loading:
     mlock: bool = False
 
     def __post_init__(self) -> None:
+        if self.n_threads_batch is not None:
+            check_within("n_threads_batch", self.n_threads_batch, 1, MAX_THREADS)
         if self.n_gpu_layers is not None and not -1 <= self.n_gpu_layers < 2**31:
             raise SparseMMError(f"n_gpu_layers is {self.n_gpu_layers}: it must be -1 (all) or more")
         least, most = self.image_min_tokens, self.image_max_tokens

@@ -1,6 +1,7 @@
 """A vision-language model in llama.cpp: load, ask about images, read off what it took."""
 
 import ctypes
+import logging
 import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -13,10 +14,12 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
-from sparsemm_edge.errors import SparseMMError
+from sparsemm_edge.defaults import MAX_POSITIONS, MAX_THREADS
+from sparsemm_edge.errors import SparseMMError, check_within
 from sparsemm_edge.gguf_header import read_header
 from sparsemm_edge.gguf_metadata import check_supported, model_shape, sparsemm_metadata
 from sparsemm_edge.kept_map import ImageGrid
+from sparsemm_edge.resources import machine_memory, usable_cores
 from sparsemm_edge.runtime import builtin_templates, chat_template, library, session_file
 from sparsemm_edge.runtime.chat_template import Turn
 from sparsemm_edge.runtime.conversation import Conversation, GenerationStats
@@ -24,7 +27,6 @@ from sparsemm_edge.runtime.eviction import Eviction, HeadBudgetTable, plan
 from sparsemm_edge.runtime.library import llama, mtmd
 from sparsemm_edge.runtime.loading import Adapters, Loading
 from sparsemm_edge.runtime.process import rss_peak_bytes as rss_peak_bytes
-from sparsemm_edge.runtime.process import usable_cores
 from sparsemm_edge.runtime.prompt import (
     ImagePart,
     Prompt,
@@ -35,6 +37,8 @@ from sparsemm_edge.runtime.prompt import (
 from sparsemm_edge.runtime.sampler import Sampler, Sampling
 from sparsemm_edge.runtime.session import Session, cache_type
 from sparsemm_edge.runtime.token_embeddings import PLAIN_EMBEDDINGS, TENSOR, TokenEmbeddings
+
+_log = logging.getLogger(__name__)
 
 
 class VisionModel:
@@ -102,8 +106,8 @@ class VisionModel:
         Raises:
             SparseMMError: llama-cpp-python without the patches, or a file that cannot be used.
         """
-        if n_threads is not None and n_threads < 1:
-            raise SparseMMError(f"n_threads is {n_threads}: it must be at least 1")
+        if n_threads is not None:
+            check_within("n_threads", n_threads, 1, MAX_THREADS)
         library.require_patched()
         library.start(show_log)
         vision = Path(mmproj) if mmproj is not None else None
@@ -305,8 +309,8 @@ class VisionModel:
     ) -> Session:
         """A session that is about to read this prompt; arguments as for generate and Session."""
         for name, value in (("n_predict", n_predict), ("n_ctx", n_ctx), ("n_ubatch", n_ubatch)):
-            if value is not None and value < 1:
-                raise SparseMMError(f"{name} is {value}: it must be at least 1")
+            if value is not None:
+                check_within(name, value, 1, MAX_POSITIONS)
         cache_type(cache_type_k), cache_type(cache_type_v)
         return self.start_with(
             prompt,
@@ -321,15 +325,41 @@ class VisionModel:
         )
 
     def start_with(self, prompt: Prompt, table: HeadBudgetTable | None, **options: Any) -> Session:
-        """A session that evicts by this table, None: keeps the whole cache; options as for Session."""
+        """A session that evicts by this table, None: keeps the whole cache; options as for Session.
+
+        A window votes as a whole: at least as many tokens as it has are computed at a time, which is said if
+        fewer were asked for.
+        """
+        n_ubatch, window = options.get("n_ubatch"), 0
         if table is not None:
             check_supported(self._header, self.shape)
+            window = table.window
+            if n_ubatch is not None and n_ubatch < window:
+                _log.warning(
+                    "prompts are read %d tokens at a time, not %d: the observation window votes as a whole",
+                    window,
+                    n_ubatch,
+                )
+        n_at_a_time = max(window, min(n_ubatch or prompt.n_tokens, prompt.n_tokens))
+        self._check_room(options["n_ctx"], n_at_a_time, table)
         library.set_head_table(self.pointer, table)
-        return Session(self, prompt, **options)
+        return Session(self, prompt, least_ubatch=window, **options)
 
     def sampler(self, sampling: Sampling, said: Sequence[int] = ()) -> Sampler:
         """What chooses an answer's tokens; `said`: the tokens of the text before it."""
         return Sampler(sampling, self._vocab, said)
+
+    def _check_room(self, n_ctx: int, n_ubatch: int, table: HeadBudgetTable | None) -> None:
+        """Raise SparseMMError for a context that takes more memory than the machine has."""
+        # a mask of f32 in a context that evicts, K and V of 4 bits at least in one that does not
+        shape = self.shape
+        each = 4 * n_ubatch if table is not None else shape.kv_bytes(shape.n_layer * shape.n_head_kv, 1) // 2
+        least, total = n_ctx * each, machine_memory()[0]
+        if least > total:
+            raise SparseMMError(
+                f"a context of {n_ctx} positions takes more than {least / 2**30:.1f} GiB, this machine has"
+                f" {total / 2**30:.1f} GiB: --n-ctx makes it smaller"
+            )
 
     def ends_turn(self, token: int) -> bool:
         """Whether a token ends the model's turn."""

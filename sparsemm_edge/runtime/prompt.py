@@ -12,6 +12,7 @@ import numpy.typing as npt
 from PIL import Image
 
 from sparsemm_edge.errors import SparseMMError
+from sparsemm_edge.files import check_text
 from sparsemm_edge.pictures import open_picture
 from sparsemm_edge.runtime import library
 from sparsemm_edge.runtime.library import llama, mtmd
@@ -96,7 +97,7 @@ def tokenize_text(vocab: int, text: str, *, first: bool = True) -> Prompt:
         text: the prompt.
         first: whether it begins the sequence: the begin token is added if the model wants one.
     """
-    data = text.encode("utf-8")
+    data = _utf8(text)
     tokens = np.empty(len(data) + 16, dtype=np.int32)
     pointer = tokens.ctypes.data_as(llama.llama_token_p)
     n = llama.llama_tokenize(vocab, data, len(data), pointer, len(tokens), first, True)
@@ -124,7 +125,7 @@ def tokenize_with_images(
             pixels = (ctypes.c_uint8 * picture.size).from_buffer_copy(picture.tobytes())
             height, width, _ = picture.shape
             bitmaps.append(mtmd.mtmd_bitmap_init(width, height, pixels))
-        data = text.encode("utf-8")
+        data = _utf8(text)
         given = mtmd.mtmd_input_text(text=data, text_len=len(data), add_special=first, parse_special=True)
         array = (ctypes.c_void_p * len(bitmaps))(*bitmaps)
         if mtmd.mtmd_tokenize(vision, chunks, ctypes.byref(given), array, len(bitmaps)) != 0:
@@ -136,6 +137,11 @@ def tokenize_with_images(
     finally:
         for bitmap in bitmaps:
             mtmd.mtmd_bitmap_free(bitmap)
+
+
+def _utf8(text: str) -> bytes:
+    check_text(text, "the prompt")
+    return text.encode("utf-8")
 
 
 _MARKER = f"<image-{secrets.token_hex(16)}>"

@@ -2,7 +2,6 @@
 
 import ctypes
 import json
-import math
 import os
 import sys
 import tempfile
@@ -16,7 +15,7 @@ from typing import IO, Any
 import numpy as np
 import numpy.typing as npt
 
-from sparsemm_edge.errors import SparseMMError
+from sparsemm_edge.errors import SparseMMError, check_within
 from sparsemm_edge.runtime import library
 from sparsemm_edge.runtime.library import llama
 
@@ -59,14 +58,14 @@ class Sampling:
     json_schema: str | None = None
 
     def __post_init__(self) -> None:
-        _within("temperature", self.temperature, 0, 1000)
-        _within("seed", self.seed, -1, _MAX_SEED)
-        _within("top_k", self.top_k, 0, 2**31 - 1)
-        _within("top_p", self.top_p, 0, 1)
-        _within("min_p", self.min_p, 0, 1)
-        _within("repeat_penalty", self.repeat_penalty, 0.01, 100)
-        _within("presence_penalty", self.presence_penalty, -100, 100)
-        _within("frequency_penalty", self.frequency_penalty, -100, 100)
+        check_within("temperature", self.temperature, 0, 1000)
+        check_within("seed", self.seed, -1, _MAX_SEED)
+        check_within("top_k", self.top_k, 0, 2**31 - 1)
+        check_within("top_p", self.top_p, 0, 1)
+        check_within("min_p", self.min_p, 0, 1)
+        check_within("repeat_penalty", self.repeat_penalty, 0.01, 100)
+        check_within("presence_penalty", self.presence_penalty, -100, 100)
+        check_within("frequency_penalty", self.frequency_penalty, -100, 100)
         if "" in self.stop:
             raise SparseMMError("a text to stop at is empty: it would end every answer before it begins")
         if self.grammar is not None and self.json_schema is not None:
@@ -213,11 +212,6 @@ class StopTexts:
         """What was held back, when nothing more comes."""
         rest, self._held = self._held, ""
         return rest
-
-
-def _within(name: str, value: float, low: float, high: float) -> None:
-    if not (math.isfinite(value) and low <= value <= high):
-        raise SparseMMError(f"{name} is {value}: it must be {low} to {high}")
 
 
 def _array(candidates: npt.NDArray[np.void]) -> llama.llama_token_data_array:

@@ -105,6 +105,7 @@ class Session:
         on_phase: Callable[[str], None] | None = None,
         embeddings: Sequence[npt.NDArray[np.float32]] | None = None,
         n_outputs: int = 1,
+        least_ubatch: int = 0,
     ) -> None:
         """Make the context. What is evicted was set on the model before (VisionModel.start does it).
 
@@ -120,6 +121,7 @@ class Session:
                 the text model.
             embeddings: of the prompt's images in order, see VisionModel.encode_image; None: encode them.
             n_outputs: most tokens that one decode_all appends.
+            least_ubatch: tokens computed at a time at least, whatever n_ubatch and the prompt's length.
         """
         self.image_ms = 0.0
         self.prompt_ms = 0.0
@@ -138,7 +140,8 @@ class Session:
 
         params = llama.llama_context_default_params()
         params.n_ctx = params.n_batch = n_ctx
-        params.n_ubatch = max(min(n_ubatch or prompt.n_tokens, prompt.n_tokens), self._n_uncut())
+        wanted = min(n_ubatch or prompt.n_tokens, prompt.n_tokens)
+        params.n_ubatch = max(wanted, least_ubatch, self._n_uncut())
         params.n_seq_max = 1
         params.n_outputs_max = n_outputs
         params.n_threads = model.n_threads

@@ -3,7 +3,6 @@
 import functools
 import json
 import math
-import os
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -19,6 +18,7 @@ from sparsemm_edge.errors import SparseMMError
 from sparsemm_edge.files import atomic_path, read_json
 from sparsemm_edge.pages.readers import PageSource, open_pages
 from sparsemm_edge.ranking import convergence
+from sparsemm_edge.resources import usable_cores
 from sparsemm_edge.scores import HeadScores
 from sparsemm_edge.scoring.models import load
 from sparsemm_edge.scoring.target_response import PageScores, score_page
@@ -168,7 +168,7 @@ def _score_in_process(job: Job, n_jobs: int, rank: int, indices: Iterator[int]) 
     """Pages of one of several processes: on its share of the GPUs, or of the cores."""
     if job.device in (None, "cuda") and torch.cuda.device_count() > 1:
         job = Job(**{**vars(job), "device": f"cuda:{rank % torch.cuda.device_count()}"})
-    torch.set_num_threads(max(1, (os.cpu_count() or 1) // n_jobs))
+    torch.set_num_threads(max(1, usable_cores() // n_jobs))
     yield from _score_pages(job, indices)
 
 
