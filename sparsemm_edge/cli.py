@@ -26,6 +26,7 @@ from sparsemm_edge.commands.options import checked
 from sparsemm_edge.commands.profile import profile
 from sparsemm_edge.commands.score import score
 from sparsemm_edge.commands.scores import scores
+from sparsemm_edge.commands.serve import serve
 from sparsemm_edge.errors import SparseMMError
 
 _UsageError: Any = typer.BadParameter.__bases__[0]  # typer has no name of its own for it
@@ -56,7 +57,7 @@ def _app(
     """Visual-head KV-cache eviction for llama.cpp: same answers about images, a fraction of the cache."""
 
 
-for _command in (score, convert, mmproj, inspect, generate, chat, fit, profile, bench, kept, demo):
+for _command in (score, convert, mmproj, inspect, generate, chat, serve, fit, profile, bench, kept, demo):
     app.command()(checked(_command))
 app.command("eval")(checked(evaluate))
 app.add_typer(scores, name="scores")

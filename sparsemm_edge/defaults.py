@@ -12,6 +12,9 @@ FLOOR_RATIO = 0.1
 N_CTX = 8192
 """Most positions of a chat."""
 
+IMAGE_CACHE = 256
+"""MiB of images that a chat or a server keeps encoded."""
+
 MAX_THREADS = 512
 """More than llama.cpp has room for (GGML_MAX_N_THREADS) end in a crash."""
 

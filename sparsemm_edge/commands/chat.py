@@ -22,20 +22,13 @@ def chat(
         typer.Option(help="Image for the first message, a file or a URL; may be given several times."),
     ] = None,
     n_predict: Annotated[int, typer.Option("--n-predict", "-n", help="Most tokens of an answer.")] = 512,
-    n_ctx: Annotated[
-        int | None,
-        typer.Option(
-            "--n-ctx",
-            "-c",
-            help=f"Most positions of the whole chat [default: {defaults.N_CTX}, or what the model was"
-            " trained for if that is less].",
-        ),
-    ] = None,
+    n_ctx: options.NCtxOfChat = None,
     n_ubatch: Annotated[
         int | None, typer.Option(help="Prompt tokens computed at a time [default: all of the first message].")
     ] = None,
     cache_type_k: options.CacheTypeK = "f16",
     cache_type_v: options.CacheTypeV = "f16",
+    image_cache: options.ImageCache = defaults.IMAGE_CACHE,
     verbose: options.Verbose = False,
     as_json: Annotated[
         bool, typer.Option("--json", help="Print text and figures of each answer as one JSON object a line.")
@@ -59,7 +52,7 @@ def chat(
     images = [open_image(each) for each in image or []]
     if images and loaded.mmproj is None:
         raise SparseMMError("an image needs the model's image encoder: give its file with --mmproj")
-    with loaded.load(show_log=verbose) as model:
+    with loaded.load(show_log=verbose, image_cache=image_cache) as model:
 
         def begin(system: str | None, resume: Path | None = None) -> Conversation:
             return Conversation(

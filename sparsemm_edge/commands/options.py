@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Annotated, Any, TypedDict
 
 import typer
 
-from sparsemm_edge.defaults import MAX_POSITIONS, MAX_THREADS
+from sparsemm_edge.defaults import MAX_POSITIONS, MAX_THREADS, N_CTX
 from sparsemm_edge.errors import SparseMMError, check_within
 from sparsemm_edge.files import check_text, decode_text, read_text
 
@@ -50,6 +50,9 @@ NCtx = Annotated[
 ]
 CacheTypeK = Annotated[str, typer.Option(help="Numbers of K: f16, f32, bf16 or q8_0.")]
 CacheTypeV = Annotated[str, typer.Option(help="Numbers of V: f16, f32, bf16 or q8_0.")]
+ImageCache = Annotated[
+    int, typer.Option(help="MiB of images that stay encoded, so that one that comes again is not.")
+]
 NUbatchCompared = Annotated[
     int | None,
     typer.Option(help="Prompt tokens computed at a time [default: 512; evicted: the whole prompt]."),
@@ -71,6 +74,16 @@ KvMaxTail = Annotated[
     typer.Option(help="Generated positions a KV head holds at most, the oldest go first [default: all]."),
 ]
 Evict = Annotated[bool, typer.Option("--evict/--no-evict", help="Evict, or keep the whole cache.")]
+
+NCtxOfChat = Annotated[
+    int | None,
+    typer.Option(
+        "--n-ctx",
+        "-c",
+        help=f"Most positions of a conversation [default: {N_CTX}, or what the model was trained for if that"
+        " is less].",
+    ),
+]
 
 # What is written.
 AsJson = Annotated[bool, typer.Option("--json", help="Print the figures as one JSON object.")]
@@ -117,7 +130,7 @@ class Loaded:
         bool, typer.Option("--mlock", help="Keep the weights in memory, as far as the system lets.")
     ] = False
 
-    def loading(self) -> "Loading":
+    def loading(self, *, image_cache: int = 0) -> "Loading":
         from sparsemm_edge.runtime.loading import Loading, Lora
 
         return Loading(
@@ -129,13 +142,18 @@ class Loaded:
             image_max_tokens=self.image_max_tokens,
             mmap=self.mmap,
             mlock=self.mlock,
+            image_cache=image_cache,
         )
 
-    def load(self, *, show_log: bool = False) -> "VisionModel":
+    def load(self, *, show_log: bool = False, image_cache: int = 0) -> "VisionModel":
         from sparsemm_edge.runtime import VisionModel
 
         return VisionModel.load(
-            self.model, self.mmproj, n_threads=self.threads, show_log=show_log, loading=self.loading()
+            self.model,
+            self.mmproj,
+            n_threads=self.threads,
+            show_log=show_log,
+            loading=self.loading(image_cache=image_cache),
         )
 
 
@@ -268,6 +286,7 @@ NUMBERS: dict[str, tuple[float, float]] = {
     "draws": (1, 1000),
     "floor_ratio": (0, 1),
     "frequency_penalty": (-100, 100),
+    "image_cache": (0, 2**20),
     "image_max_tokens": (1, MAX_POSITIONS),
     "image_min_tokens": (1, MAX_POSITIONS),
     "jobs": (1, 64),
@@ -282,6 +301,7 @@ NUMBERS: dict[str, tuple[float, float]] = {
     "n_text": (1, MAX_POSITIONS),
     "n_ubatch": (1, MAX_POSITIONS),
     "pages": (1, 10**6),
+    "port": (0, 2**16 - 1),
     "presence_penalty": (-100, 100),
     "random_seeds": (1, 1000),
     "repeat_penalty": (0.01, 100),

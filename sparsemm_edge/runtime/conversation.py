@@ -2,7 +2,7 @@
 
 import codecs
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -16,6 +16,7 @@ from PIL import Image
 from sparsemm_edge.defaults import MAX_POSITIONS
 from sparsemm_edge.errors import ContextFullError, SparseMMError, check_within
 from sparsemm_edge.runtime import session_file
+from sparsemm_edge.runtime.chat_template import Turn
 from sparsemm_edge.runtime.eviction import Eviction, HeadBudgetTable, same_budgets
 from sparsemm_edge.runtime.process import rss_peak_bytes
 from sparsemm_edge.runtime.prompt import Prompt, TextPart
@@ -42,12 +43,15 @@ class GenerationStats:
 
     Attributes:
         tokens: ids of the generated tokens, without the end token.
+        ended: whether the answer came to its end: the model ended its turn, or a text to stop at came. It did
+            not if there was no more room, no more was asked for, or it was not read to its end.
         n_prompt: places in the KV cache that the question took; of a later turn's, only what was new.
         kv, timings: bytes and milliseconds.
         rss_peak_bytes: the largest resident size of this process so far.
     """
 
     tokens: tuple[int, ...]
+    ended: bool
     n_prompt: int
     kv: KVStats
     timings: Timings
@@ -177,9 +181,14 @@ class Conversation:
         return self._session
 
     @property
+    def n_held(self) -> int:
+        """Positions of all questions and answers so far, whether held or evicted."""
+        return 0 if self._session is None else self._session.n_tokens + len(self._pending)
+
+    @property
     def is_full(self) -> bool:
         """Whether an answer ended because there was no more room."""
-        return self._session is not None and self._session.n_tokens + len(self._pending) >= self._room
+        return self._session is not None and self.n_held >= self._room
 
     @property
     def n_ctx(self) -> int:
@@ -200,7 +209,7 @@ class Conversation:
         n_predict: int = 256,
         sampling: Sampling | None = None,
         cancelled: Callable[[], bool] | None = None,
-    ) -> Iterator[str]:
+    ) -> Generator[str, None, None]:
         """Answer one message, piece by piece; stats() tells afterwards what it took.
 
         An answer that is not read to its end is part of the conversation as far as it was read.
@@ -221,27 +230,30 @@ class Conversation:
                 conversation is then what it was before.
             Cancelled: `cancelled` said so; likewise.
         """
-        check_within("n_predict", n_predict, 1, MAX_POSITIONS)
-        sampling = sampling or Sampling()
-        model, first = self._model, self._session is None and self._resumed is None
+        first = self._session is None and self._resumed is None
         text = self._text(question, len(images), first)
-        with ExitStack() as stack:
-            with model.tokenize(text, images, first=first) as prompt:
-                prompt.prepend(self._pending)
-                said = [token for part in prompt.parts if isinstance(part, TextPart) for token in part.tokens]
-                sampler = stack.enter_context(model.sampler(sampling, said))
-                session = self._session_for(prompt, n_predict)
-                try:
-                    session.read(prompt, cancelled)
-                except BaseException:
-                    if first:
-                        self.close()
-                    raise
-                self._pending = ()
-                self._asked = _Asked(prompt.n_tokens, said, session.logits())
-            yield from self._reply(session, self._asked, n_predict, sampler, sampling.stop)
+        yield from self._answer(text, images, first, n_predict, sampling or Sampling(), cancelled)
 
-    def retry(self, *, n_predict: int = 256, sampling: Sampling | None = None) -> Iterator[str]:
+    def begin(
+        self,
+        turns: Sequence[Turn],
+        images: Sequence[str | Path | Image.Image] = (),
+        *,
+        n_predict: int = 256,
+        sampling: Sampling | None = None,
+        cancelled: Callable[[], bool] | None = None,
+    ) -> Generator[str, None, None]:
+        """Answer the last of several turns, which are read as one first message; otherwise as ask().
+
+        Args:
+            turns: a system message or none, then what user and assistant said.
+            images: of all turns, in order.
+        """
+        self.close()
+        text = self._model.turns_prompt(turns, self._template, template_options=self._template_options)
+        yield from self._answer(text, images, True, n_predict, sampling or Sampling(), cancelled)
+
+    def retry(self, *, n_predict: int = 256, sampling: Sampling | None = None) -> Generator[str, None, None]:
         """Answer the last message again, and forget what was answered; arguments as for ask().
 
         The message is not read again.
@@ -250,6 +262,7 @@ class Conversation:
             SparseMMError: nothing was asked yet, the answer cannot be dropped (max_tail), or an argument out
                 of its range.
         """
+        check_within("n_predict", n_predict, 1, MAX_POSITIONS)
         session, asked, sampling = self._session, self._asked, sampling or Sampling()
         if session is None or asked is None:
             raise SparseMMError("nothing was asked yet: there is nothing to answer again")
@@ -295,6 +308,33 @@ class Conversation:
                 state=self._session.state(),
             ),
         )
+
+    def _answer(
+        self,
+        text: str,
+        images: Sequence[str | Path | Image.Image],
+        first: bool,
+        n_predict: int,
+        sampling: Sampling,
+        cancelled: Callable[[], bool] | None,
+    ) -> Generator[str, None, None]:
+        """Read the text of a prompt and reply to it."""
+        check_within("n_predict", n_predict, 1, MAX_POSITIONS)
+        with ExitStack() as stack:
+            with self._model.tokenize(text, images, first=first) as prompt:
+                prompt.prepend(self._pending)
+                said = [token for part in prompt.parts if isinstance(part, TextPart) for token in part.tokens]
+                sampler = stack.enter_context(self._model.sampler(sampling, said))
+                session = self._session_for(prompt, n_predict)
+                try:
+                    session.read(prompt, cancelled)
+                except BaseException:
+                    if first:
+                        self.close()
+                    raise
+                self._pending = ()
+                self._asked = _Asked(prompt.n_tokens, said, session.logits())
+            yield from self._reply(session, self._asked, n_predict, sampler, sampling.stop)
 
     def _text(self, question: str, n_images: int, first: bool) -> str:
         return self._model.chat_prompt(
@@ -373,14 +413,14 @@ class Conversation:
 
     def _reply(
         self, session: Session, asked: "_Asked", n_predict: int, sampler: Sampler, stop: Sequence[str]
-    ) -> Iterator[str]:
+    ) -> Generator[str, None, None]:
         """Sample and decode until the turn ends, a stop text is said, or n_predict tokens are there."""
         n_predict = min(n_predict, self._room - session.n_tokens)
         model = self._model
         tokens: list[int] = []
         decode_ms: list[float] = []
         text = codecs.getincrementaldecoder("utf-8")(errors="replace")
-        stops = StopTexts(stop)
+        stops, turn_ended = StopTexts(stop), False
         try:
             while len(tokens) < n_predict and not stops.found:
                 started, logits = time.perf_counter(), asked.logits
@@ -391,7 +431,7 @@ class Conversation:
                 token = sampler.sample(logits)
                 if tokens:
                     decode_ms.append((time.perf_counter() - started) * 1000)
-                if model.ends_turn(token):
+                if turn_ended := model.ends_turn(token):
                     break
                 sampler.accept(token)
                 tokens.append(token)
@@ -404,5 +444,10 @@ class Conversation:
             per_token = sum(decode_ms) / len(decode_ms) if decode_ms else None
             timings = Timings(model.load_ms, session.image_ms, session.prompt_ms, per_token)
             self.last_stats = GenerationStats(
-                tuple(tokens), asked.n_prompt, session.kv_stats(), timings, rss_peak_bytes()
+                tuple(tokens),
+                turn_ended or stops.found,
+                asked.n_prompt,
+                session.kv_stats(),
+                timings,
+                rss_peak_bytes(),
             )

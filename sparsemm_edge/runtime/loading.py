@@ -54,6 +54,7 @@ class Loading:
         image_min_tokens, image_max_tokens: least and most tokens of an image, where its size decides.
         mmap: the file is mapped, not read.
         mlock: the weights stay in memory, as far as the system lets.
+        image_cache: MiB of images that stay encoded, see ImageStore.
     """
 
     n_threads_batch: int | None = None
@@ -64,6 +65,7 @@ class Loading:
     image_max_tokens: int | None = None
     mmap: bool = True
     mlock: bool = False
+    image_cache: int = 0
 
     def __post_init__(self) -> None:
         if self.n_threads_batch is not None:
@@ -76,6 +78,7 @@ class Loading:
                 raise SparseMMError(f"{name} is {value}: it must be 1 to {_MAX_IMAGE_TOKENS}")
         if least is not None and most is not None and least > most:
             raise SparseMMError(f"image_min_tokens is {least}, more than image_max_tokens, {most}")
+        check_within("image_cache", self.image_cache, 0, 2**20)
 
     def model_params(self) -> Any:
         """llama_model_params."""

@@ -15,7 +15,7 @@ import numpy.typing as npt
 from PIL import Image
 
 from sparsemm_edge.defaults import MAX_POSITIONS, MAX_THREADS
-from sparsemm_edge.errors import SparseMMError, check_within
+from sparsemm_edge.errors import ContextFullError, SparseMMError, check_within
 from sparsemm_edge.gguf_header import read_header
 from sparsemm_edge.gguf_metadata import check_supported, model_shape, sparsemm_metadata
 from sparsemm_edge.kept_map import ImageGrid
@@ -24,6 +24,7 @@ from sparsemm_edge.runtime import builtin_templates, chat_template, library, ses
 from sparsemm_edge.runtime.chat_template import Turn
 from sparsemm_edge.runtime.conversation import Conversation, GenerationStats
 from sparsemm_edge.runtime.eviction import Eviction, HeadBudgetTable, plan
+from sparsemm_edge.runtime.image_store import ImageStore
 from sparsemm_edge.runtime.library import llama, mtmd
 from sparsemm_edge.runtime.loading import Adapters, Loading
 from sparsemm_edge.runtime.process import rss_peak_bytes as rss_peak_bytes
@@ -59,6 +60,7 @@ class VisionModel:
         n_threads: threads.
         loading: how it was loaded.
         adapters: its LoRA adapters.
+        image_store: images that were encoded, so that they need not be again.
     """
 
     def __init__(self, path: Path, mmproj: Path | None, n_threads: int, loading: Loading) -> None:
@@ -67,6 +69,7 @@ class VisionModel:
         self.path = path
         self.n_threads = n_threads
         self.loading = loading
+        self.image_store = ImageStore(loading.image_cache * 2**20)
         self.pointer = 0
         self._vision: int | None = None
         self._projector: str | None = None  # what kind it is
@@ -263,7 +266,8 @@ class VisionModel:
             return tokenize_text(self._vocab, text, first=first)
         if self._vision is None:
             raise SparseMMError("an image needs the model's image encoder: give its file with --mmproj")
-        return tokenize_with_images(self._vision, text, images, first=first)
+        with_keys = bool(self.image_store.max_bytes)
+        return tokenize_with_images(self._vision, text, images, first=first, with_keys=with_keys)
 
     def plan(self, eviction: Eviction, n_prompt: int, n_later: int | None = None) -> HeadBudgetTable | None:
         """What a cache evicts by for a prompt of this length, see eviction.plan."""
@@ -279,18 +283,18 @@ class VisionModel:
             before: places that are taken already.
 
         Raises:
-            SparseMMError: there is no place for a single token of the reply.
+            ContextFullError: there is no place for a single token of the reply.
         """
         n_tokens, n_pos = before + prompt.n_tokens, before + prompt.n_pos
         if n_ctx is None:
             if n_pos >= self.n_ctx_train:
-                raise SparseMMError(
+                raise ContextFullError(
                     f"the prompt takes {n_pos} positions, and {self.path} was trained for"
                     f" {self.n_ctx_train}; --n-ctx goes beyond that"
                 )
             return n_tokens + min(n_predict, self.n_ctx_train - n_pos)
         if n_tokens >= n_ctx:
-            raise SparseMMError(f"the prompt takes {n_tokens} positions, --n-ctx allows {n_ctx}")
+            raise ContextFullError(f"the prompt takes {n_tokens} positions, --n-ctx allows {n_ctx}")
         return n_ctx
 
     def start(
@@ -393,11 +397,16 @@ class VisionModel:
         return TokenEmbeddings(self._header)
 
     def encode_image(self, part: ImagePart) -> npt.NDArray[np.float32]:
-        """An image through the vision tower and the projector: [n_tokens, n_embd_inp]."""
+        """An image through the vision tower and the projector, or from the store: [n_tokens, n_embd_inp]."""
+        if part.key is not None and (held := self.image_store.get(part.key)) is not None:
+            return held
         if mtmd.mtmd_encode_chunk(self.vision, part.chunk) != 0:
             raise library.failure("llama.cpp cannot encode the image")
         pointer = mtmd.mtmd_get_output_embd(self.vision)
-        return np.ctypeslib.as_array(pointer, shape=(part.n_tokens, self.n_embd_inp)).copy()
+        embeddings = np.ctypeslib.as_array(pointer, shape=(part.n_tokens, self.n_embd_inp)).copy()
+        if part.key is not None:
+            self.image_store.put(part.key, embeddings)
+        return embeddings
 
     def takes_embeddings(self, images: Sequence[ImagePart]) -> bool:
         """Whether text may be given as embeddings together with these images, with the same result."""

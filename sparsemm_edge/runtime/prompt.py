@@ -1,7 +1,9 @@
 """Text and images as llama.cpp takes them: tokens, and image chunks that mtmd has cut and resized."""
 
 import ctypes
+import hashlib
 import secrets
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +17,7 @@ from sparsemm_edge.errors import SparseMMError
 from sparsemm_edge.files import check_text
 from sparsemm_edge.pictures import open_picture
 from sparsemm_edge.runtime import library
+from sparsemm_edge.runtime.image_store import ImageKey
 from sparsemm_edge.runtime.library import llama, mtmd
 
 
@@ -41,11 +44,13 @@ class ImagePart:
         chunk: mtmd_input_chunk pointer, owned by the prompt.
         n_tokens: embeddings, each of which takes one place in the KV cache.
         n_pos: positions that the text after it is further on; less than n_tokens with M-RoPE.
+        key: its content, if that was asked for, see ImageStore.
     """
 
     chunk: int
     n_tokens: int
     n_pos: int
+    key: ImageKey | None = None
 
 
 class Prompt:
@@ -107,7 +112,12 @@ def tokenize_text(vocab: int, text: str, *, first: bool = True) -> Prompt:
 
 
 def tokenize_with_images(
-    vision: int, text: str, images: Sequence[str | Path | Image.Image], *, first: bool = True
+    vision: int,
+    text: str,
+    images: Sequence[str | Path | Image.Image],
+    *,
+    first: bool = True,
+    with_keys: bool = False,
 ) -> Prompt:
     """A prompt whose text holds one marker (image_marker) for each image.
 
@@ -116,21 +126,27 @@ def tokenize_with_images(
         text: the prompt with markers.
         images: files or pictures, in the markers' order.
         first: whether it begins the sequence: the begin token is added if the model wants one.
+        with_keys: whether to tell what the images' content is, which takes milliseconds.
     """
     pictures = [read_image(image) for image in images]
     bitmaps: list[int] = []
+    contents: Counter[bytes] = Counter()
     chunks = mtmd.mtmd_input_chunks_init()
     try:
         for picture in pictures:
             pixels = (ctypes.c_uint8 * picture.size).from_buffer_copy(picture.tobytes())
             height, width, _ = picture.shape
             bitmaps.append(mtmd.mtmd_bitmap_init(width, height, pixels))
+            if with_keys:
+                content = hashlib.sha256(f"{width} {height} ".encode() + picture.tobytes()).hexdigest()
+                contents[content.encode()] += 1
+                mtmd.mtmd_bitmap_set_id(bitmaps[-1], content.encode())
         data = _utf8(text)
         given = mtmd.mtmd_input_text(text=data, text_len=len(data), add_special=first, parse_special=True)
         array = (ctypes.c_void_p * len(bitmaps))(*bitmaps)
         if mtmd.mtmd_tokenize(vision, chunks, ctypes.byref(given), array, len(bitmaps)) != 0:
             raise library.failure("llama.cpp cannot prepare the prompt's images")
-        return Prompt(_parts(chunks), chunks)
+        return Prompt(_parts(chunks, contents), chunks)
     except BaseException:
         mtmd.mtmd_input_chunks_free(chunks)
         raise
@@ -161,15 +177,29 @@ def read_image(image: str | Path | Image.Image) -> npt.NDArray[np.uint8]:
     return np.asarray(open_picture(image))
 
 
-def _parts(chunks: int) -> list[TextPart | ImagePart]:
+def _parts(chunks: int, contents: Counter[bytes]) -> list[TextPart | ImagePart]:
+    """What a prompt was cut into. `contents` counts the pictures of each content."""
+    found = [mtmd.mtmd_input_chunks_get(chunks, i) for i in range(mtmd.mtmd_input_chunks_size(chunks))]
+    ids = [_image_id(chunk) for chunk in found]
+    n_chunks, seen = Counter(ids), Counter[bytes]()
     parts: list[TextPart | ImagePart] = []
-    for index in range(mtmd.mtmd_input_chunks_size(chunks)):
-        chunk = mtmd.mtmd_input_chunks_get(chunks, index)
-        if mtmd.mtmd_input_chunk_get_type(chunk) == mtmd.MTMD_INPUT_CHUNK_TYPE_TEXT:
+    for chunk, content in zip(found, ids, strict=True):
+        if content is None:
             n = ctypes.c_size_t()
             tokens = mtmd.mtmd_input_chunk_get_tokens_text(chunk, ctypes.byref(n))
             parts.append(TextPart(np.array(tokens[: n.value], dtype=np.int32)))
-        else:
-            n_tokens = mtmd.mtmd_input_chunk_get_n_tokens(chunk)
-            parts.append(ImagePart(chunk, n_tokens, mtmd.mtmd_input_chunk_get_n_pos(chunk)))
+            continue
+        key = None
+        if contents[content]:  # the tiles of a picture come in the same order each time
+            key = (content, seen[content] % (n_chunks[content] // contents[content]))
+            seen[content] += 1
+        n_tokens = mtmd.mtmd_input_chunk_get_n_tokens(chunk)
+        parts.append(ImagePart(chunk, n_tokens, mtmd.mtmd_input_chunk_get_n_pos(chunk), key))
     return parts
+
+
+def _image_id(chunk: int) -> bytes | None:
+    """What a picture was called, of which this is a tile; None for text."""
+    if mtmd.mtmd_input_chunk_get_type(chunk) == mtmd.MTMD_INPUT_CHUNK_TYPE_TEXT:
+        return None
+    return mtmd.mtmd_input_chunk_get_id(chunk) or b""
