@@ -11,6 +11,10 @@ class SparseMMError(Exception):
     """
 
 
+class ContextFullError(SparseMMError):
+    """What was to be read does not fit into what is left of a context."""
+
+
 def check_within(name: str, value: float, low: float, high: float) -> None:
     """Raise SparseMMError, naming the number, unless it is one from low to high."""
     if not (math.isfinite(value) and low <= value <= high):

@@ -9,10 +9,12 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+import numpy.typing as npt
 from PIL import Image
 
 from sparsemm_edge.defaults import MAX_POSITIONS
-from sparsemm_edge.errors import SparseMMError, check_within
+from sparsemm_edge.errors import ContextFullError, SparseMMError, check_within
 from sparsemm_edge.runtime import session_file
 from sparsemm_edge.runtime.eviction import Eviction, HeadBudgetTable, same_budgets
 from sparsemm_edge.runtime.process import rss_peak_bytes
@@ -66,6 +68,15 @@ class GenerationStats:
             "timings": asdict(self.timings),
             "rss_peak_bytes": self.rss_peak_bytes,
         }
+
+
+@dataclass(frozen=True, eq=False)
+class _Asked:
+    """The last message: its positions, the tokens of its text, and the logits after it."""
+
+    n_prompt: int
+    said: Sequence[int]
+    logits: npt.NDArray[np.float32]
 
 
 class Conversation:
@@ -133,6 +144,7 @@ class Conversation:
         self._table: HeadBudgetTable | None = None
         self._planned: tuple[int, int | None] = (0, None)
         self._pending: tuple[int, ...] = ()  # said, but not in the cache yet
+        self._asked: _Asked | None = None
         self.last_stats: GenerationStats | None = None
         self._resumed: session_file.SavedConversation | None = None
         if resume is not None:
@@ -149,7 +161,7 @@ class Conversation:
         if self._session is not None:
             self._session.close()
             self._session = None
-        self._pending, self._resumed, self.last_stats = (), None, None
+        self._pending, self._resumed, self._asked, self.last_stats = (), None, None, None
 
     def __enter__(self) -> "Conversation":
         return self
@@ -163,6 +175,11 @@ class Conversation:
     def session(self) -> Session | None:
         """The context; None before the first question."""
         return self._session
+
+    @property
+    def is_full(self) -> bool:
+        """Whether an answer ended because there was no more room."""
+        return self._session is not None and self._session.n_tokens + len(self._pending) >= self._room
 
     @property
     def n_ctx(self) -> int:
@@ -207,14 +224,7 @@ class Conversation:
         check_within("n_predict", n_predict, 1, MAX_POSITIONS)
         sampling = sampling or Sampling()
         model, first = self._model, self._session is None and self._resumed is None
-        text = model.chat_prompt(
-            question,
-            len(images),
-            self._template,
-            first=first,
-            system=self.system if first else None,
-            template_options=self._template_options,
-        )
+        text = self._text(question, len(images), first)
         with ExitStack() as stack:
             with model.tokenize(text, images, first=first) as prompt:
                 prompt.prepend(self._pending)
@@ -228,9 +238,41 @@ class Conversation:
                         self.close()
                     raise
                 self._pending = ()
-                n_prompt = prompt.n_tokens
-            n_predict = min(n_predict, self._room - session.n_tokens)
-            yield from self._reply(session, n_prompt, n_predict, sampler, sampling.stop)
+                self._asked = _Asked(prompt.n_tokens, said, session.logits())
+            yield from self._reply(session, self._asked, n_predict, sampler, sampling.stop)
+
+    def retry(self, *, n_predict: int = 256, sampling: Sampling | None = None) -> Iterator[str]:
+        """Answer the last message again, and forget what was answered; arguments as for ask().
+
+        The message is not read again.
+
+        Raises:
+            SparseMMError: nothing was asked yet, the answer cannot be dropped (max_tail), or an argument out
+                of its range.
+        """
+        session, asked, sampling = self._session, self._asked, sampling or Sampling()
+        if session is None or asked is None:
+            raise SparseMMError("nothing was asked yet: there is nothing to answer again")
+        with self._model.sampler(sampling, asked.said) as sampler:
+            session.forget_reply()
+            self._pending = ()
+            yield from self._reply(session, asked, n_predict, sampler, sampling.stop)
+
+    def check(self, sampling: Sampling | None = None) -> None:
+        """Raise SparseMMError if no first message could be answered: before a user has typed one.
+
+        A template that cannot be used, a cache that this model cannot have, budgets that cannot be, ...
+        """
+        model = self._model
+        with (
+            model.tokenize(self._text("?", 0, first=True)) as prompt,
+            model.sampler(sampling or Sampling()),
+        ):
+            n_ctx = model.n_ctx_for(prompt, 1, self._n_ctx)
+            table = model.plan(self._eviction, prompt.n_tokens, self._n_ctx if self._several else None)
+            type_k, type_v = self._types
+            small = min(n_ctx, prompt.n_tokens + 1)
+            model.start_with(prompt, table, n_ctx=small, cache_type_k=type_k, cache_type_v=type_v).close()
 
     def save(self, path: Path) -> None:
         """Write the conversation to a file, from which another process can go on.
@@ -254,11 +296,21 @@ class Conversation:
             ),
         )
 
+    def _text(self, question: str, n_images: int, first: bool) -> str:
+        return self._model.chat_prompt(
+            question,
+            n_images,
+            self._template,
+            first=first,
+            system=self.system if first else None,
+            template_options=self._template_options,
+        )
+
     def _session_for(self, prompt: Prompt, n_predict: int) -> Session:
         """The context, with room for this prompt: made for the first one."""
         if self._session is not None:
             if self._session.n_tokens + prompt.n_tokens >= self._room:
-                raise SparseMMError(
+                raise ContextFullError(
                     f"the context of {self._room} positions is full: {self._session.n_tokens} are taken and"
                     f" the message takes {prompt.n_tokens}; --n-ctx makes it larger"
                 )
@@ -320,9 +372,10 @@ class Conversation:
             raise SparseMMError(f"{path}: saved {was}, and cannot go on otherwise: {leave_out}")
 
     def _reply(
-        self, session: Session, n_prompt: int, n_predict: int, sampler: Sampler, stop: Sequence[str]
+        self, session: Session, asked: "_Asked", n_predict: int, sampler: Sampler, stop: Sequence[str]
     ) -> Iterator[str]:
         """Sample and decode until the turn ends, a stop text is said, or n_predict tokens are there."""
+        n_predict = min(n_predict, self._room - session.n_tokens)
         model = self._model
         tokens: list[int] = []
         decode_ms: list[float] = []
@@ -330,11 +383,12 @@ class Conversation:
         stops = StopTexts(stop)
         try:
             while len(tokens) < n_predict and not stops.found:
-                started = time.perf_counter()
+                started, logits = time.perf_counter(), asked.logits
                 if tokens:
                     session.decode(tokens[-1])
                     self._pending = ()
-                token = sampler.sample(session.logits())
+                    logits = session.logits()
+                token = sampler.sample(logits)
                 if tokens:
                     decode_ms.append((time.perf_counter() - started) * 1000)
                 if model.ends_turn(token):
@@ -350,5 +404,5 @@ class Conversation:
             per_token = sum(decode_ms) / len(decode_ms) if decode_ms else None
             timings = Timings(model.load_ms, session.image_ms, session.prompt_ms, per_token)
             self.last_stats = GenerationStats(
-                tuple(tokens), n_prompt, session.kv_stats(), timings, rss_peak_bytes()
+                tuple(tokens), asked.n_prompt, session.kv_stats(), timings, rss_peak_bytes()
             )

@@ -249,9 +249,11 @@ class Session:
 
     def forget_reply(self, n_keep: int = 0) -> None:
         """Drop what was decoded since read_prompt, but for the first n_keep tokens of it."""
-        self._n_past, self.n_tokens = (place + n_keep for place in self._after_prompt)
-        if not llama.llama_memory_seq_rm(self._memory(), 0, self._n_past, -1):
+        n_past, n_tokens = (place + n_keep for place in self._after_prompt)
+        library.forget_errors()
+        if not llama.llama_memory_seq_rm(self._memory(), 0, n_past, -1):
             raise library.failure("llama.cpp cannot drop the reply")
+        self._n_past, self.n_tokens = n_past, n_tokens
 
     def decode(self, token: int) -> None:
         """Append one token; afterwards logits() are those of the token after it."""
