@@ -16,6 +16,11 @@ POLICIES = ("sparsemm", "top", "uniform", "pyramid", "random", "full")
 BY_SCORE = ("sparsemm", "top")
 """The policies that need head scores."""
 
+VOTES = ("mixkv", "snapkv")
+"""How the positions of a head are ranked: `snapkv` by the attention that they get from the window's queries
+(arXiv 2404.14469), `mixkv` by that times the norm of the value, mixed with how much the key differs from the
+mean key of the head (arXiv 2510.20707)."""
+
 FULL = 2**31 - 1
 """The head budget of policy `full`. llama.cpp counts positions in int32, so no prompt is longer and nothing
 is ever evicted. A table of it does not fit 32 bits when summed: sum head budgets in 64."""
@@ -33,13 +38,15 @@ def head_budgets(
     budget: int,
     window: int,
     floor_ratio: float = defaults.FLOOR_RATIO,
+    residual: bool = False,
     water_fill: bool = True,
     n_prompt: int | None = None,
     seed: int = 0,
 ) -> npt.NDArray[np.uint32]:
     """Share the positions of all KV heads out to them.
 
-    Every head gets the window and a floor of `int((budget - window) * floor_ratio)`; the rest of
+    Every head gets the window, the place of its residual slot if it has one, and a floor, which is
+    `floor_ratio` of what is left of the budget after those; the rest of
     `budget * n_layer * n_head_kv` goes to the heads in proportion to
 
     - `sparsemm`: their score;
@@ -60,6 +67,7 @@ def head_budgets(
         budget: B, the mean of the head budgets, in positions.
         window: w, the observation window, in positions; 1 <= w < B, at most MAX_WINDOW.
         floor_ratio: rho, the share of B - w that every head gets, 0 to 1.
+        residual: whether one place of a head that evicts is the residual slot, which stands for what it lost.
         water_fill: a head cannot keep more positions than the prompt has. True gives what it cannot use to
             the other heads, in proportion to their score, until the budget is spent. False is the paper:
             the surplus stays unused. `top` is nothing without it.
@@ -69,7 +77,8 @@ def head_budgets(
 
     Returns:
         [n_layer, n_head_kv], summing to exactly `budget * n_layer * n_head_kv` (except `full`). No head is
-        below `window`; with water-filling none is above `max(n_prompt, budget)`.
+        below `window`, or `window + 1` with a residual slot; with water-filling none is above
+        `max(n_prompt, budget)`.
 
     Raises:
         SparseMMError: an argument outside its range, or scores that do not have the shape.
@@ -93,24 +102,30 @@ def head_budgets(
     if policy == "top" and (not water_fill or n_prompt is None):
         raise SparseMMError("policy top fills heads up to the length of the prompt: it needs water-filling")
 
+    least = window + residual
     shares = _shares(policy, grouped_scores, shape, seed).ravel()
     limit: float = np.inf
     if water_fill and n_prompt is not None:
         if n_prompt <= budget:
             return np.full(shape, budget, dtype=np.uint32)
-        limit = n_prompt - window
+        limit = n_prompt - least
 
-    base = budget - window
+    base = budget - least
     total = base * shares.size
     floor = int(base * floor_ratio)
     if policy == "top":
         caps = _fill_best_first(shares, total=total, floor=min(floor, window // 2), limit=limit)
     else:
         caps = _fill(shares, total=total, floor=floor, limit=limit)
-    table = _round_to_sum(caps, total) + window
+    table = _round_to_sum(caps, total) + least
     if table.max() > FULL:
         raise SparseMMError(f"a budget of {budget} gives one head {table.max()} positions, more than {FULL}")
     return table.reshape(shape).astype(np.uint32)
+
+
+def window_for(budget: int, window: int = defaults.WINDOW) -> int:
+    """The observation window for a budget, in positions: `window`, but at most a quarter of the budget."""
+    return max(1, min(window, budget // defaults.WINDOW_SHARE))
 
 
 def _shares(

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from sparsemm_edge import defaults
-from sparsemm_edge.budgets import head_budgets
+from sparsemm_edge.budgets import VOTES, head_budgets, window_for
 from sparsemm_edge.errors import SparseMMError
 from sparsemm_edge.files import atomic_path
 from sparsemm_edge.gguf_copy import Progress, copy_with_fields
@@ -34,9 +34,11 @@ def convert(
     out: Path | None = None,
     *,
     budget: int = defaults.BUDGET,
-    window: int = defaults.WINDOW,
+    window: int | None = None,
     floor_ratio: float = defaults.FLOOR_RATIO,
     policy: str = "sparsemm",
+    vote: str = defaults.VOTE,
+    residual: bool = defaults.RESIDUAL,
     water_fill: bool = True,
     n_prompt: int = 2944,
     seed: int = 0,
@@ -50,7 +52,9 @@ def convert(
         scores: a head-scores file of this model (see HeadScores.load). Every policy needs it: its scores are
             stored too, so that a runtime can share out another budget.
         out: the file to write; `<model's stem>.sparsemm.gguf` beside the model if None.
-        budget, window, floor_ratio, policy, water_fill, n_prompt, seed: see head_budgets.
+        window: None: window_for(budget).
+        vote: how the positions of a head are ranked, one of budgets.VOTES.
+        budget, floor_ratio, policy, residual, water_fill, n_prompt, seed: see head_budgets.
         force: replace `out` if it exists.
         progress: told how many bytes of how many are copied.
 
@@ -69,6 +73,10 @@ def convert(
     if policy == "full":
         raise SparseMMError("policy full evicts nothing: use the model as it is, without converting it")
 
+    if vote not in VOTES:
+        raise SparseMMError(f"unknown vote {vote!r}: expected one of {', '.join(VOTES)}")
+    window = window_for(budget) if window is None else window
+
     head_scores = HeadScores.load(scores)
     head_scores.check_fits(shape.n_layer, shape.n_head, shape.n_head_kv)
     # Through f32, as stored: who shares the same budget out by the stored scores gets the stored table.
@@ -81,6 +89,7 @@ def convert(
         budget=budget,
         window=window,
         floor_ratio=floor_ratio,
+        residual=residual,
         water_fill=water_fill,
         n_prompt=n_prompt,
         seed=seed,
@@ -95,6 +104,8 @@ def convert(
         scores_source=head_scores.label(),
         water_fill_length=n_prompt if water_fill else 0,
         seed=seed,
+        vote=vote,
+        residual=residual,
     )
     with atomic_path(out) as part:
         copy_with_fields(header, part, metadata.fields(), PREFIX, progress)

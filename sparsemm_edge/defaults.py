@@ -6,6 +6,15 @@ BUDGET = 256
 WINDOW = 32
 """Observation window in positions."""
 
+WINDOW_SHARE = 4
+"""The window is at most the budget divided by this, so that most of a small budget is left to choose with."""
+
+VOTE = "mixkv"
+"""How a head's positions are ranked, one of budgets.VOTES."""
+
+RESIDUAL = True
+"""Whether one place of a head that evicts stands for all that it lost."""
+
 FLOOR_RATIO = 0.1
 """Share of the budget that every head gets (rho)."""
 

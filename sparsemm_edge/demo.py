@@ -117,12 +117,13 @@ def run(
 def show(report: dict[str, Any]) -> None:
     """Print the answers side by side, wrong characters marked, and what they took."""
     from rich import box
-    from rich.console import Console
     from rich.table import Table
 
-    console = Console(highlight=False)
+    from sparsemm_edge.commands.output import console as output
+
+    console = output()
     drawn = "" if report["seed"] is None else f", drawn from seed {report['seed']}"
-    console.print(f"page: {report['page']}{drawn}", markup=False)
+    print(f"page: {report['page']}{drawn}")
     for question in report["questions"]:
         runs = question["runs"]
         names = [_HEADINGS[run["policy"]].format(run["budget"]) for run in runs]
@@ -145,7 +146,7 @@ def show(report: dict[str, Any]) -> None:
         console.print(table)
     for name, key in (("head budgets", "head_map"), ("what the heads kept of the page", "kept_map")):
         if report[key]:
-            console.print(f"{name}: {report[key]}", markup=False)
+            print(f"{name}: {report[key]}")
 
 
 def marked(said: str, true: str) -> "Text":

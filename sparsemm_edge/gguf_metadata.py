@@ -11,7 +11,7 @@ import numpy as np
 import numpy.typing as npt
 from gguf.constants import GGUFValueType
 
-from sparsemm_edge.budgets import POLICIES
+from sparsemm_edge.budgets import POLICIES, VOTES
 from sparsemm_edge.errors import SparseMMError
 from sparsemm_edge.gguf_header import GGUFField, GGUFHeader, read_header, shown
 
@@ -36,7 +36,11 @@ _SCALARS = {
     "water_fill_length": _U32,
     "seed": _U32,
     "scores_source": _STR,
+    "vote": _STR,
+    "residual": _BOOL,
 }
+# keys that files of earlier versions lack, and what such a file means
+_ADDED = {"vote": "snapkv", "residual": False}
 _ARRAYS = {"head_budgets": _U32, "head_scores": _F32}
 
 # Text architectures of LLaVA- and Qwen-VL-like models that llama.cpp (0c1e57098) keeps in its plain unified
@@ -102,6 +106,8 @@ class SparseMMMetadata:
         seed: of policy random.
         pool_kernel: width of the max pooling of the votes, in positions.
         enabled: False keeps the whole cache.
+        vote: how the positions of a head are ranked, one of budgets.VOTES.
+        residual: whether one place of a head that evicts stands for what it lost.
     """
 
     policy: str
@@ -115,6 +121,8 @@ class SparseMMMetadata:
     seed: int = 0
     pool_kernel: int = POOL_KERNEL
     enabled: bool = True
+    vote: str = "snapkv"
+    residual: bool = False
 
     def fields(self) -> dict[str, GGUFField]:
         """The metadata as GGUF keys and values; arrays as layer-major lists."""
@@ -253,6 +261,9 @@ def sparsemm_metadata(header: GGUFHeader) -> SparseMMMetadata | None:
     values: dict[str, Any] = {}
     for key, kind in (_SCALARS | _ARRAYS).items():
         field = header.fields.get(PREFIX + key)
+        if field is None and key in _ADDED:
+            values[key] = _ADDED[key]
+            continue
         if field is None:
             raise broken(f"{PREFIX}{key} is missing")
         found = field.item_type if key in _ARRAYS else field.type
@@ -281,10 +292,11 @@ def sparsemm_metadata(header: GGUFHeader) -> SparseMMMetadata | None:
         raise broken(f"{PREFIX}policy is {reprlib.repr(metadata.policy)}")
     if not 1 <= metadata.window < metadata.budget:
         raise broken(f"{PREFIX}window is {metadata.window} with a {PREFIX}budget of {metadata.budget}")
-    if metadata.head_budgets.min() < metadata.window:
-        raise broken(
-            f"{PREFIX}head_budgets holds {metadata.head_budgets.min()}, below the window ({metadata.window})"
-        )
+    if metadata.vote not in VOTES:
+        raise broken(f"{PREFIX}vote is {reprlib.repr(metadata.vote)}")
+    if metadata.head_budgets.min() < metadata.window + metadata.residual:
+        least = f"the window ({metadata.window})" + (" and the residual slot" if metadata.residual else "")
+        raise broken(f"{PREFIX}head_budgets holds {metadata.head_budgets.min()}, below {least}")
     if not 0 <= metadata.floor_ratio <= 1:
         raise broken(f"{PREFIX}floor_ratio is {metadata.floor_ratio}")
     if not metadata.pool_kernel % 2:

@@ -18,7 +18,8 @@ def figures(shape: ModelShape, metadata: SparseMMMetadata) -> dict[str, Any]:
     `heads_at_floor` is the share of KV heads, 0 to 1, that got no more than the floor and the window.
     """
     table = metadata.head_budgets
-    floor = metadata.window + int((metadata.budget - metadata.window) * metadata.floor_ratio)
+    least = metadata.window + metadata.residual
+    floor = least + int((metadata.budget - least) * metadata.floor_ratio)
     return {
         "architecture": shape.arch,
         "name": shape.name,
@@ -31,6 +32,8 @@ def figures(shape: ModelShape, metadata: SparseMMMetadata) -> dict[str, Any]:
         "window": metadata.window,
         "floor_ratio": metadata.floor_ratio,
         "pool_kernel": metadata.pool_kernel,
+        "vote": metadata.vote,
+        "residual": metadata.residual,
         "water_fill_length": metadata.water_fill_length,
         "head_budgets": {
             "min": int(table.min()),
@@ -62,6 +65,7 @@ def kv_bytes(shape: ModelShape, metadata: SparseMMMetadata) -> dict[str, dict[in
                 budget=metadata.budget,
                 window=metadata.window,
                 floor_ratio=metadata.floor_ratio,
+                residual=metadata.residual,
                 water_fill=metadata.water_fill_length > 0 or policy == "top",
                 n_prompt=n_prompt,
                 seed=metadata.seed,

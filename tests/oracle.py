@@ -3,13 +3,14 @@ must agree with.
 
 A prompt is read with the whole cache. Then, per layer and KV head, the last queries vote on the positions
 before the window, and the head keeps the winners and the window. Nothing is removed here: decoding masks
-what a head has lost, so that positions, rotations and everything else stay those of the original model.
+what a head has lost, so that positions, rotations and everything else stay those of the original model. What
+a head lost can leave a slot, which is attended beside the positions.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -34,19 +35,27 @@ torch.set_num_threads(1)  # the models are so small that a second thread only wa
 
 
 class _Tap:
-    """What one layer's attention listens to and leaves out.
+    """What one layer's attention listens to, leaves out and adds.
 
     Attributes:
-        listening: remember the queries and keys of the next call.
-        query, key: after rotation, float32 [heads, tokens, head_dim].
+        listening: remember the queries, keys and values of the next call.
+        query, key, value: float32 [heads, tokens, head_dim], query and key after rotation.
         keep: the prompt positions that each KV head still sees, bool [n_head_kv, n_prompt]; None: all.
+        slots: what each KV head has for what it lost, None where it lost nothing.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, n_head_kv: int) -> None:
         self.listening = False
         self.query = torch.empty(0)
         self.key = torch.empty(0)
+        self.value = torch.empty(0)
         self.keep: torch.Tensor | None = None
+        self.slots: list[Slot | None] = [None] * n_head_kv
+
+    def forget(self) -> None:
+        """Attend to everything, and to nothing else."""
+        self.keep = None
+        self.slots = [None] * len(self.slots)
 
 
 def _attention(
@@ -60,7 +69,7 @@ def _attention(
 ) -> tuple[torch.Tensor, None]:
     tap: _Tap = module.oracle_tap
     if tap.listening:
-        tap.query, tap.key = query[0], key[0]
+        tap.query, tap.key, tap.value = query[0], key[0], value[0]
     group = query.shape[1] // key.shape[1]
     logits = query @ key.repeat_interleave(group, 1).transpose(2, 3) * scaling
     if attention_mask is not None:
@@ -68,8 +77,44 @@ def _attention(
     if tap.keep is not None:
         lost = ~tap.keep.repeat_interleave(group, 0)[None, :, None, :]
         logits[..., : lost.shape[-1]].masked_fill_(lost, -torch.inf)
-    out = logits.softmax(-1) @ value.repeat_interleave(group, 1)
+    n = logits.shape[-1]
+    weights = torch.cat([logits, slot_logits(query[0], tap.slots, scaling)[None]], -1).softmax(-1)
+    out = weights[..., :n] @ value.repeat_interleave(group, 1)
+    lost = [torch.zeros(value.shape[-1]) if slot is None else slot.value for slot in tap.slots]
+    out = out + weights[..., n:] * torch.stack(lost).repeat_interleave(group, 0)[None, :, None]
     return out.transpose(1, 2).contiguous(), None
+
+
+@dataclass(frozen=True)
+class Slot:
+    """The residual slot of a KV head: what stands for all positions that it lost.
+
+    Attributes:
+        count: how many they are; its log is added to the slot's logits.
+        key, value: float32 [head_dim], means weighted by the attention that the positions got.
+    """
+
+    count: int
+    key: torch.Tensor
+    value: torch.Tensor
+
+
+def slot_logits(query: torch.Tensor, slots: Sequence[Slot | None], scaling: float) -> torch.Tensor:
+    """Attention logits of the residual slots, -inf where a KV head has none.
+
+    Args:
+        query: [n_head, n, head_dim].
+
+    Returns:
+        [n_head, n, 1].
+    """
+    group = query.shape[0] // len(slots)
+    logits = torch.full((*query.shape[:2], 1), -torch.inf)
+    for ih, slot in enumerate(slots):
+        if slot is not None:
+            heads = slice(ih * group, (ih + 1) * group)
+            logits[heads, :, 0] = query[heads] @ slot.key * scaling + np.log(slot.count)
+    return logits
 
 
 AttentionInterface.register(_ATTENTION, _attention)
@@ -104,16 +149,18 @@ class OracleResult:
 
     Attributes:
         kept: kept[layer][head], the prompt positions that a KV head keeps, ascending.
-        scores: scores[layer][head], the pooled votes m over the positions before the window; empty if the
-            prompt is not longer than the window.
+        scores: scores[layer][head], the votes on the positions before the window; empty if the prompt is not
+            longer than the window.
         tokens: the greedy answer.
         logits: what it was chosen from, float32 [n_predict, n_vocab].
+        slots: slots[layer][head], the residual slots after the prompt.
     """
 
     kept: list[list[np.ndarray]]
     scores: list[list[np.ndarray]]
     tokens: list[int]
     logits: np.ndarray
+    slots: list[list[Slot | None]] = field(default_factory=list)
 
     @property
     def margins(self) -> np.ndarray:
@@ -144,10 +191,10 @@ class Oracle:
         self.image_processor = AutoImageProcessor.from_pretrained(hf_dir)
         self.decoder = model.model.language_model
         self.decoder.config._attn_implementation = _ATTENTION
-        self.taps = [_Tap() for _ in self.decoder.layers]
+        config = self.decoder.config
+        self.taps = [_Tap(config.num_key_value_heads) for _ in self.decoder.layers]
         for layer, tap in zip(self.decoder.layers, self.taps, strict=True):
             layer.self_attn.oracle_tap = tap
-        config = self.decoder.config
         self.n_layer: int = config.num_hidden_layers
         self.n_head: int = config.num_attention_heads
         self.n_head_kv: int = config.num_key_value_heads
@@ -213,6 +260,8 @@ class Oracle:
         n_vote: int | None = None,
         kept: list[list[np.ndarray]] | None = None,
         force: Sequence[int] | None = None,
+        vote: str = "snapkv",
+        residual: bool = False,
     ) -> OracleResult:
         """Read the prompt, let every head forget, decode greedily.
 
@@ -223,11 +272,14 @@ class Oracle:
                 that holds the whole prompt.
             kept: decode from these positions instead of the winners.
             force: the tokens to continue with instead of the likeliest; logits are still returned.
+            vote: snapkv or mixkv.
+            residual: what a head loses leaves a slot, which takes one of the head's places.
         """
         n = len(prompt)
         cache = DynamicCache(config=self.decoder.config)
         for tap in self.taps:
-            tap.listening, tap.keep = True, None
+            tap.listening = True
+            tap.forget()
         hidden = self.decoder(
             inputs_embeds=prompt.embeds,
             position_ids=prompt.position_ids,
@@ -239,17 +291,23 @@ class Oracle:
 
         n_voters = min(window, n if n_vote is None else n_vote, n)
         held = [np.arange(n)] * self.n_head_kv
-        scores = [pooled_votes(tap, held, n_voters, window, pool_kernel) for tap in self.taps]
+        attention = [attention_on_held(tap, held, n_voters) for tap in self.taps]
+        scores = [
+            votes_of(tap, held, attended, window, pool_kernel, vote)
+            for tap, attended in zip(self.taps, attention, strict=True)
+        ]
         if kept is None:
             budgets = np.full((self.n_layer, self.n_head_kv), n) if table is None else np.asarray(table)
             kept = [
                 [
-                    choose(votes, positions, int(budget), window)
+                    choose(votes, positions, int(budget), window, residual=residual)
                     for votes, positions, budget in zip(*heads, strict=True)
                 ]
                 for heads in zip(scores, [held] * self.n_layer, budgets, strict=True)
             ]
-        for tap, heads in zip(self.taps, kept, strict=True):
+        for tap, heads, attended in zip(self.taps, kept, attention, strict=True):
+            if residual:
+                tap.slots = fold(tap, held, heads, attended)
             tap.keep = torch.zeros(self.n_head_kv, n, dtype=torch.bool)
             for ih, positions in enumerate(heads):
                 tap.keep[ih, torch.from_numpy(np.asarray(positions, np.int64))] = True
@@ -269,13 +327,22 @@ class Oracle:
                 past_key_values=cache,
                 use_cache=True,
             ).last_hidden_state
+        slots = [tap.slots for tap in self.taps]
         for tap in self.taps:
-            tap.keep = None
-        return OracleResult(kept, scores, tokens, np.array(logits))
+            tap.forget()
+        return OracleResult(kept, scores, tokens, np.array(logits), slots)
 
-    def conversation(self, window: int, pool_kernel: int = 7, *, max_tail: int | None = None) -> Conversation:
+    def conversation(
+        self,
+        window: int,
+        pool_kernel: int = 7,
+        *,
+        max_tail: int | None = None,
+        vote: str = "snapkv",
+        residual: bool = False,
+    ) -> Conversation:
         """Prompts and answers in turn over one cache; every prompt ends in an eviction."""
-        return Conversation(self, window, pool_kernel, max_tail)
+        return Conversation(self, window, pool_kernel, max_tail, vote, residual)
 
 
 class Conversation:
@@ -283,13 +350,26 @@ class Conversation:
 
     Attributes:
         held: held[layer][head], the positions that a KV head holds, ascending.
+        slots: slots[layer][head], the residual slot of a KV head, None if it has none.
         logits: what the next token is chosen from, float32 [n_vocab].
     """
 
-    def __init__(self, oracle: Oracle, window: int, pool_kernel: int, max_tail: int | None) -> None:
+    def __init__(
+        self,
+        oracle: Oracle,
+        window: int,
+        pool_kernel: int,
+        max_tail: int | None,
+        vote: str,
+        residual: bool,
+    ) -> None:
         """Args:
         max_tail: most generated positions that a head holds, the oldest go first; None: all of them.
+        vote, residual: as of Oracle.run.
         """
+        self.vote, self.residual = vote, residual
+        self.slots: list[list[Slot | None]] = [[None] * oracle.n_head_kv for _ in range(oracle.n_layer)]
+        self.attention: list[list[torch.Tensor]] = []  # of the last prompt's voters, on what was held
         self.oracle, self.window, self.pool_kernel = oracle, window, pool_kernel
         self.max_tail = max_tail
         self.generated: list[int] = []  # held positions that were said since the last prompt
@@ -306,13 +386,23 @@ class Conversation:
             tap.listening = True
         self._append(prompt.embeds, prompt.position_ids + self.next_pos, prompt.next_pos)
         kept, scores = [], []
+        self.attention = []
         for il, tap in enumerate(oracle.taps):
             tap.listening = False
             held = self.held[il]
-            scores.append(pooled_votes(tap, held, min(self.window, n_new), self.window, self.pool_kernel))
+            tap.slots = self.slots[il]
+            self.attention.append(attention_on_held(tap, held, min(self.window, n_new)))
+            scores.append(votes_of(tap, held, self.attention[il], self.window, self.pool_kernel, self.vote))
             kept.append(
                 [
-                    choose(scores[il][ih], held[ih], int(table[il, ih]), self.window)
+                    choose(
+                        scores[il][ih],
+                        held[ih],
+                        int(table[il, ih]),
+                        self.window,
+                        residual=self.residual,
+                        has_slot=self.slots[il][ih] is not None,
+                    )
                     for ih in range(oracle.n_head_kv)
                 ]
             )
@@ -329,7 +419,11 @@ class Conversation:
         return self.read(Prompt(np.asarray(ids), none, embeds, positions, len(ids)), table)
 
     def keep(self, kept: list[list[np.ndarray]]) -> None:
-        """The heads hold these positions from now on."""
+        """The heads hold these positions from now on, and slots for what they lose by that."""
+        if self.residual:
+            for il, tap in enumerate(self.oracle.taps):
+                tap.slots = self.slots[il]
+                self.slots[il] = fold(tap, self.held[il], kept[il], self.attention[il])
         self.held = [[np.asarray(head, np.int64) for head in heads] for heads in kept]
         self.generated = []
 
@@ -346,8 +440,8 @@ class Conversation:
     @torch.no_grad()
     def _append(self, embeds: torch.Tensor, position_ids: torch.Tensor, n_pos: int) -> None:
         oracle = self.oracle
-        for tap, heads in zip(oracle.taps, self.held, strict=True):
-            tap.keep = None
+        for tap, heads, slots in zip(oracle.taps, self.held, self.slots, strict=True):
+            tap.keep, tap.slots = None, slots
             if self.n:
                 tap.keep = torch.zeros(oracle.n_head_kv, self.n, dtype=torch.bool)
                 for ih, positions in enumerate(heads):
@@ -361,7 +455,7 @@ class Conversation:
         self.n += embeds.shape[1]
         self.next_pos += n_pos
         for tap in oracle.taps:
-            tap.keep = None
+            tap.forget()
 
 
 def attention_of_the_last(query: torch.Tensor, key: torch.Tensor, n_voters: int) -> torch.Tensor:
@@ -385,41 +479,124 @@ def masked_logits(query: torch.Tensor, key: torch.Tensor, n_voters: int) -> torc
     return logits.masked_fill(torch.arange(n)[None] > own[:, None], -torch.inf)
 
 
-def pooled_votes(
-    tap: _Tap, held: Sequence[np.ndarray], n_voters: int, window: int, pool_kernel: int
-) -> list[np.ndarray]:
-    """Per KV head the votes on what it holds before the window, pooled over neighbours among that.
+def attention_on_held(tap: _Tap, held: Sequence[np.ndarray], n_voters: int) -> list[torch.Tensor]:
+    """The mean attention that what a KV head holds gets from the last queries of its GQA group.
 
     Args:
         held: held[head], the positions that a KV head holds, ascending.
 
     Returns:
+        For each head float32 [n_held + 1]; the last is the residual slot's, 0 if there is none.
+    """
+    group = tap.query.shape[0] // len(held)
+    logits = masked_logits(tap.query, tap.key, n_voters)
+    slots = slot_logits(tap.query[:, -n_voters:], tap.slots, tap.query.shape[-1] ** -0.5)
+    found = []
+    for ih, positions in enumerate(held):
+        heads = slice(ih * group, (ih + 1) * group)
+        both = torch.cat([logits[heads][:, :, torch.from_numpy(positions)], slots[heads]], -1)
+        found.append(both.softmax(-1).mean((0, 1)))
+    return found
+
+
+def votes_of(
+    tap: _Tap,
+    held: Sequence[np.ndarray],
+    attention: Sequence[torch.Tensor],
+    window: int,
+    pool_kernel: int,
+    vote: str,
+) -> list[np.ndarray]:
+    """Per KV head the votes on what it holds before the window.
+
+    `snapkv`: the attention, pooled over neighbours among what is held. `mixkv`: importance, which is that
+    times the norm of the value, and diversity, which is how little a key is like the mean of the unit keys;
+    mixed by how alike the keys are, both from 0 to 1 over the candidates.
+
+    Args:
+        held: held[head], the positions that a KV head holds, ascending.
+        attention: what attention_on_held found.
+
+    Returns:
         For each head float32 [n - window], 0 where it holds nothing; empty if n is not above the window.
     """
     n_before = max(tap.key.shape[1] - window, 0)
-    group = tap.query.shape[0] // len(held)
-    logits = masked_logits(tap.query, tap.key, n_voters)
     found = []
     for ih, positions in enumerate(held):
-        votes = logits[ih * group : (ih + 1) * group, :, torch.from_numpy(positions)].softmax(-1)
-        candidates = positions[positions < n_before]
+        candidates = positions[: max(len(positions) - window, 0)]
         scores = np.zeros(n_before, np.float32)
         if len(candidates):
-            mean = votes.mean((0, 1))[None, None, : len(candidates)]
+            mean = attention[ih][None, None, : len(candidates)]
             pooled = torch.nn.functional.max_pool1d(mean, pool_kernel, stride=1, padding=pool_kernel // 2)
-            scores[candidates] = pooled[0, 0].numpy()
+            votes = pooled[0, 0]
+            if vote == "mixkv":
+                at = torch.from_numpy(candidates)
+                votes = mixed_votes(votes, tap.key[ih, at], tap.value[ih, at])
+            scores[candidates] = votes.numpy()
         found.append(scores)
     return found
 
 
-def choose(scores: np.ndarray, held: np.ndarray, budget: int, window: int) -> np.ndarray:
+def mixed_votes(importance: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+    """Attention [n], mixed with what keys and values [n, head_dim] of the same candidates say: [n]."""
+    unit = key / key.norm(dim=-1, keepdim=True)
+    mean = unit.mean(0)
+    diversity = -(unit @ mean) / mean.norm()
+    alike = mean.square().sum()
+
+    def scaled(x: torch.Tensor) -> torch.Tensor:
+        return (x - x.min()) / (x.max() - x.min()).clamp(min=1e-20)
+
+    return (1 - alike) * scaled(importance * value.norm(dim=-1)) + alike * scaled(diversity)
+
+
+def choose(
+    scores: np.ndarray,
+    held: np.ndarray,
+    budget: int,
+    window: int,
+    *,
+    residual: bool = False,
+    has_slot: bool = False,
+) -> np.ndarray:
     """The positions that a head with this budget keeps of those it holds, ascending: top scores, then the
-    window, which ends with the last position that it holds."""
-    if len(held) <= budget:
+    window, which ends with the last position that it holds. A head that loses any spends a place on its slot.
+    """
+    if len(held) + has_slot <= budget:
         return held
-    candidates = held[held <= held[-1] - window]
-    winners = np.argsort(-scores[candidates], kind="stable")[: max(budget - window, 0)]
+    candidates = held[: max(len(held) - window, 0)]
+    n_chosen = max(budget - residual - window, 0)
+    winners = np.argsort(-scores[candidates], kind="stable")[:n_chosen]
     return np.concatenate([np.sort(candidates[winners]), held[len(candidates) :]])
+
+
+def fold(
+    tap: _Tap, held: Sequence[np.ndarray], kept: Sequence[np.ndarray], attention: Sequence[torch.Tensor]
+) -> list[Slot | None]:
+    """The residual slots of the KV heads after they kept these positions of those that they held.
+
+    Args:
+        tap: with the keys and values of all positions, and the slots so far.
+        attention: what attention_on_held found.
+    """
+    slots: list[Slot | None] = []
+    for ih, slot in enumerate(tap.slots):
+        lost = np.setdiff1d(held[ih], kept[ih])
+        if not len(lost):
+            slots.append(slot)
+            continue
+        weights = attention[ih][torch.from_numpy(np.searchsorted(held[ih], lost))]
+        keys, values = (each[ih, torch.from_numpy(lost)] for each in (tap.key, tap.value))
+        counts = torch.ones(len(lost))
+        if slot is not None:
+            weights = torch.cat([weights, attention[ih][-1:]])
+            keys, values = torch.cat([keys, slot.key[None]]), torch.cat([values, slot.value[None]])
+            counts = torch.cat([counts, torch.tensor([float(slot.count)])])
+        if not weights.any():
+            weights = counts
+        weights = weights / weights.sum()
+        slots.append(Slot(int(counts.sum()), weights @ keys, weights @ values))
+    return slots
 
 
 @dataclass(frozen=True)

@@ -20,14 +20,27 @@ def convert(
         int, typer.Option(help="Positions a KV head keeps on average, window included.")
     ] = defaults.BUDGET,
     window: Annotated[
-        int, typer.Option(help="Last prompt positions, which vote and are always kept.")
-    ] = defaults.WINDOW,
+        int | None,
+        typer.Option(
+            help="Last prompt positions, which vote and are always kept"
+            f" [default: {defaults.WINDOW}, at most a quarter of the budget]."
+        ),
+    ] = None,
     floor_ratio: Annotated[
         float, typer.Option(help="Share of the budget that every head gets.")
     ] = defaults.FLOOR_RATIO,
     policy: Annotated[
         str, typer.Option(help="How heads share: sparsemm, top, uniform, pyramid or random.")
     ] = "sparsemm",
+    vote: Annotated[
+        str, typer.Option(help="How a head's positions are ranked: mixkv, or snapkv (as in the paper).")
+    ] = defaults.VOTE,
+    residual: Annotated[
+        bool,
+        typer.Option(
+            "--residual/--no-residual", help="One place of a head that evicts stands for all that it lost."
+        ),
+    ] = defaults.RESIDUAL,
     water_fill: Annotated[
         bool,
         typer.Option("--water-fill/--no-water-fill", help="Give what a head cannot use to the others."),
@@ -57,6 +70,8 @@ def convert(
             window=window,
             floor_ratio=floor_ratio,
             policy=policy,
+            vote=vote,
+            residual=residual,
             water_fill=water_fill,
             n_prompt=n_prompt,
             seed=seed,

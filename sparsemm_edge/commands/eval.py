@@ -135,6 +135,11 @@ def evaluate(
         run(job, data_set, settings, results, n_jobs=jobs, show_progress=not as_json)
     finally:
         results.close()
+    errors = [record.error for record in results.records.values()]
+    if errors and errors[0] is not None and None not in errors:
+        raise SparseMMError(
+            f"no question could be answered: {errors[0]} (all are in {out / 'results.jsonl'})"
+        )
 
     about = {
         "model": model.name,

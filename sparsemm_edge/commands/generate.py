@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from sparsemm_edge.commands import options
-from sparsemm_edge.commands.output import print_json
+from sparsemm_edge.commands.output import cache_in_words, print_json
 
 
 @options.grouped
@@ -71,10 +71,6 @@ def generate(
         print_json(stats.figures(text))
     else:
         print()
-        kv, per_token = stats.kv, stats.timings.decode_ms_per_token
-        print(
-            f"[KV cache {kv.bytes_now / 2**20:.1f} MiB of {kv.bytes_full / 2**20:.1f} MiB unevicted;"
-            f" {kv.positions_kept_mean:.0f} of {kv.n_positions} positions a head"
-            + (f"; {per_token:.1f} ms a token]" if per_token is not None else "]"),
-            file=sys.stderr,
-        )
+        per_token = stats.timings.decode_ms_per_token
+        speed = f"; {per_token:.1f} ms a token" if per_token is not None else ""
+        print(f"[KV cache {cache_in_words(stats.kv)}{speed}]", file=sys.stderr)

@@ -48,8 +48,8 @@ NCtx = Annotated[
     int | None,
     typer.Option("--n-ctx", "-c", help="Most positions of prompt and reply [default: what they need]."),
 ]
-CacheTypeK = Annotated[str, typer.Option(help="Numbers of K: f16, f32, bf16 or q8_0.")]
-CacheTypeV = Annotated[str, typer.Option(help="Numbers of V: f16, f32, bf16 or q8_0.")]
+CacheTypeK = Annotated[str, typer.Option(help="Numbers of K: f16, f32, bf16, q8_0 or q4_0.")]
+CacheTypeV = Annotated[str, typer.Option(help="Numbers of V: f16, f32, bf16, q8_0 or q4_0.")]
 ImageCache = Annotated[
     int, typer.Option(help="MiB of images that stay encoded, so that one that comes again is not.")
 ]
@@ -69,6 +69,18 @@ Window = Annotated[
     int | None, typer.Option(help="Last prompt positions, which vote and are kept, instead of the file's.")
 ]
 Scores = Annotated[Path | None, typer.Option(help="Head scores to use instead of the file's, a JSON file.")]
+Vote = Annotated[
+    str | None,
+    typer.Option(help="How a head's positions are ranked: mixkv or snapkv, instead of the file's."),
+]
+Residual = Annotated[
+    bool | None,
+    typer.Option(
+        "--residual/--no-residual",
+        help="One place of a head that evicts stands for all that it lost [default: the file's].",
+        show_default=False,
+    ),
+]
 KvMaxTail = Annotated[
     int | None,
     typer.Option(help="Generated positions a KV head holds at most, the oldest go first [default: all]."),
@@ -226,13 +238,24 @@ class Evicted:
     policy: Policy = None
     window: Window = None
     scores: Scores = None
+    vote: Vote = None
+    residual: Residual = None
     kv_max_tail: KvMaxTail = None
     evict: Evict = True
 
     def eviction(self) -> "Eviction":
         from sparsemm_edge.runtime import Eviction
 
-        return Eviction(self.evict, self.policy, self.budget, self.window, self.scores, self.kv_max_tail)
+        return Eviction(
+            self.evict,
+            self.policy,
+            self.budget,
+            self.window,
+            self.scores,
+            self.kv_max_tail,
+            self.vote,
+            self.residual,
+        )
 
 
 @dataclass(frozen=True)

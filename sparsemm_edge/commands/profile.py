@@ -24,6 +24,8 @@ def profile(
     scores: options.Scores = None,
     policy: options.Policy = None,
     window: options.Window = None,
+    vote: options.Vote = None,
+    residual: options.Residual = None,
     kv_max_tail: options.KvMaxTail = None,
     out: Annotated[Path, typer.Option(help="Folder of the report.")] = Path("sparsemm-profile"),
     as_json: options.AsJson = False,
@@ -60,6 +62,8 @@ def profile(
             policy=policy,
             window=window,
             max_tail=kv_max_tail,
+            vote=vote,
+            residual=residual,
         )
         content = measure(task, wanted, progress, n_ubatch=n_ubatch)
     profile_report.write(out, content)

@@ -55,7 +55,7 @@ class Task:
         n_predict: tokens to decode; the end of the answer does not stop it.
         n_threads: None: the physical cores.
         scores: head scores file; None: those in the model file.
-        policy, window: None: the file's.
+        policy, window, vote, residual: of an evicting cache; None: the file's.
         max_tail: most generated positions that a head of an evicting cache holds; None: all.
         loading: how the model is loaded.
     """
@@ -74,6 +74,8 @@ class Task:
     policy: str | None = None
     window: int | None = None
     max_tail: int | None = None
+    vote: str | None = None
+    residual: bool | None = None
     loading: Loading = field(default_factory=Loading)
 
     @classmethod

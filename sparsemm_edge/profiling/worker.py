@@ -176,7 +176,8 @@ def _start(
     scores = None if task.scores is None else Path(task.scores)
     eviction = Eviction(False)
     if setting.evicts:
-        eviction = Eviction(True, task.policy, setting.budget, task.window, scores, task.max_tail)
+        wishes = (task.policy, setting.budget, task.window, scores, task.max_tail, task.vote, task.residual)
+        eviction = Eviction(True, *wishes)
     return model.start(
         prompt,
         n_predict=n_reply,

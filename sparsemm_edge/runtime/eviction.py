@@ -7,7 +7,7 @@ import numpy as np
 import numpy.typing as npt
 
 from sparsemm_edge import defaults
-from sparsemm_edge.budgets import BY_SCORE, head_budgets
+from sparsemm_edge.budgets import BY_SCORE, VOTES, head_budgets, window_for
 from sparsemm_edge.errors import SparseMMError
 from sparsemm_edge.gguf_metadata import POOL_KERNEL, ModelShape, SparseMMMetadata
 from sparsemm_edge.scores import HeadScores, group_scores
@@ -24,6 +24,8 @@ class Eviction:
         window: observation window in positions.
         scores: a head scores file to use instead of the scores in the model file.
         max_tail: most generated positions that a head holds, the oldest go first; None: all of them.
+        vote: how the positions of a head are ranked, one of budgets.VOTES.
+        residual: whether one place of a head that evicts stands for all that it lost.
     """
 
     enabled: bool = True
@@ -32,6 +34,8 @@ class Eviction:
     window: int | None = None
     scores: Path | None = None
     max_tail: int | None = None
+    vote: str | None = None
+    residual: bool | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -43,20 +47,24 @@ class HeadBudgetTable:
         window: observation window in positions.
         pool_kernel: width of the max pooling of the votes, in positions.
         max_tail: most generated positions that a head holds; None: all of them.
+        vote: how the positions of a head are ranked, one of budgets.VOTES.
+        residual: whether one place of a head that evicts stands for all that it lost.
     """
 
     head_budgets: npt.NDArray[np.uint32]
     window: int
     pool_kernel: int
     max_tail: int | None = None
+    vote: str = "snapkv"
+    residual: bool = False
 
 
 def same_budgets(a: HeadBudgetTable | None, b: HeadBudgetTable | None) -> bool:
     """Whether two contexts evict prompts alike, whatever their max_tail."""
     if a is None or b is None:
         return a is b
-    same_votes = (a.window, a.pool_kernel) == (b.window, b.pool_kernel)
-    return same_votes and np.array_equal(a.head_budgets, b.head_budgets)
+    same_votes = (a.window, a.pool_kernel, a.vote) == (b.window, b.pool_kernel, b.vote)
+    return same_votes and a.residual == b.residual and np.array_equal(a.head_budgets, b.head_budgets)
 
 
 def plan(
@@ -108,14 +116,30 @@ def _plan(
     n_later: int | None,
 ) -> HeadBudgetTable | None:
     """plan() without max_tail."""
-    wishes = any(wish is not None for wish in (wanted.policy, wanted.budget, wanted.window, wanted.scores))
+    wishes = any(
+        wish is not None
+        for wish in (
+            wanted.policy,
+            wanted.budget,
+            wanted.window,
+            wanted.scores,
+            wanted.vote,
+            wanted.residual,
+        )
+    )
     if not wanted.enabled or wanted.policy == "full":
         return None
     if not wishes:
         if metadata is None or not metadata.enabled:
             return None
         if not metadata.water_fill_length:
-            return HeadBudgetTable(metadata.head_budgets, metadata.window, metadata.pool_kernel)
+            return HeadBudgetTable(
+                metadata.head_budgets,
+                metadata.window,
+                metadata.pool_kernel,
+                vote=metadata.vote,
+                residual=metadata.residual,
+            )
 
     policy = wanted.policy or (metadata.policy if metadata is not None else "sparsemm")
     scores = None
@@ -131,11 +155,19 @@ def _plan(
         )
     budget, window = defaults.BUDGET, defaults.WINDOW
     floor_ratio, pool_kernel, seed = defaults.FLOOR_RATIO, POOL_KERNEL, 0
+    vote, residual = defaults.VOTE, defaults.RESIDUAL
     if metadata is not None:
         budget, window = metadata.budget, metadata.window
         floor_ratio, pool_kernel, seed = metadata.floor_ratio, metadata.pool_kernel, metadata.seed
-    budget = budget if wanted.budget is None else wanted.budget
+        vote, residual = metadata.vote, metadata.residual
+    if wanted.budget is not None and wanted.budget != budget:
+        budget = wanted.budget
+        window = window_for(budget, window)
     window = window if wanted.window is None else wanted.window
+    vote = vote if wanted.vote is None else wanted.vote
+    residual = residual if wanted.residual is None else wanted.residual
+    if vote not in VOTES:
+        raise SparseMMError(f"unknown vote {vote!r}: expected one of {', '.join(VOTES)}")
     if n_later is not None and n_prompt <= budget:
         n_prompt = max(n_prompt, n_later)
     table = head_budgets(
@@ -146,7 +178,8 @@ def _plan(
         budget=budget,
         window=window,
         floor_ratio=floor_ratio,
+        residual=residual,
         n_prompt=n_prompt,
         seed=seed,
     )
-    return HeadBudgetTable(table, window, pool_kernel)
+    return HeadBudgetTable(table, window, pool_kernel, vote=vote, residual=residual)

@@ -56,6 +56,7 @@ _PATCH_FUNCTIONS: dict[str, tuple[Any, list[Any]]] = {
             ctypes.c_uint32,
         ],
     ),
+    "llama_model_set_head_vote": (None, [ctypes.c_void_p, ctypes.c_int, ctypes.c_bool]),
     "llama_model_set_head_tail": (None, [ctypes.c_void_p, ctypes.c_uint32]),
     "llama_model_set_head_eviction": (None, [ctypes.c_void_p, ctypes.c_bool]),
     "llama_model_head_eviction": (ctypes.c_bool, [ctypes.c_void_p]),
@@ -70,7 +71,20 @@ _PATCH_FUNCTIONS: dict[str, tuple[Any, list[Any]]] = {
             ctypes.c_int32,
         ],
     ),
+    "llama_memory_heads_residual": (
+        ctypes.c_int32,
+        [
+            ctypes.c_void_p,
+            ctypes.c_int32,
+            ctypes.c_int32,
+            ctypes.POINTER(ctypes.c_float),
+            ctypes.POINTER(ctypes.c_float),
+        ],
+    ),
+    "llama_memory_heads_truncate": (ctypes.c_bool, [ctypes.c_void_p, ctypes.c_int32]),
 }
+
+_VOTES = {"snapkv": 0, "mixkv": 1}  # enum llama_head_vote
 
 
 def require_patched() -> None:
@@ -105,6 +119,14 @@ def set_head_budgets(model: int, table: npt.NDArray[np.uint32] | None, window: i
         raise failure("llama.cpp does not take the head budgets")
 
 
+def set_head_vote(model: int, vote: str, residual: bool) -> None:
+    """How the contexts made from now on rank positions, and whether what a head lost leaves a slot.
+
+    set_head_budgets(model, None, ...) takes both back to what the GGUF file says.
+    """
+    llama._lib.llama_model_set_head_vote(model, _VOTES[vote], residual)
+
+
 def set_head_tail(model: int, n_tail: int) -> None:
     """Bound the generated positions that a head holds in the contexts made from now on; 0: no bound."""
     llama._lib.llama_model_set_head_tail(model, n_tail)
@@ -119,6 +141,7 @@ def set_head_table(model: int, table: HeadBudgetTable | None) -> None:
     """Let the contexts made from now on evict by this table; None: they keep everything."""
     if table is not None:
         set_head_budgets(model, table.head_budgets, table.window, table.pool_kernel)
+        set_head_vote(model, table.vote, table.residual)
         set_head_tail(model, table.max_tail or 0)
     set_head_eviction(model, table is not None)
 
@@ -143,6 +166,38 @@ def heads_positions(memory: int, layer: int, head_kv: int) -> npt.NDArray[np.int
     positions = np.empty(n, dtype=np.int32)
     function(memory, layer, head_kv, positions.ctypes.data_as(ctypes.POINTER(ctypes.c_int32)), n)
     return positions
+
+
+def heads_residual(
+    memory: int, layer: int, head_kv: int, n_embd_head_k: int, n_embd_head_v: int
+) -> tuple[int, npt.NDArray[np.float32], npt.NDArray[np.float32]] | None:
+    """What stands for the positions that one KV head lost, None if it has no such slot.
+
+    Returns:
+        Their number, K [n_embd_head_k] and V [n_embd_head_v] as they are in the cache.
+
+    Raises:
+        SparseMMError: not an evicting cache, or no such layer or head.
+    """
+    k, v = np.empty(n_embd_head_k, dtype=np.float32), np.empty(n_embd_head_v, dtype=np.float32)
+    pointers = (each.ctypes.data_as(ctypes.POINTER(ctypes.c_float)) for each in (k, v))
+    n = llama._lib.llama_memory_heads_residual(memory, layer, head_kv, *pointers)
+    if n < 0:
+        raise SparseMMError(f"no evicting cache, or no KV head {head_kv} in layer {layer}")
+    return (n, k, v) if n else None
+
+
+def heads_truncate(memory: int, n_tokens: int) -> bool:
+    """Drop the end of a sequence that was evicted, into its observation window at most.
+
+    Args:
+        memory: llama_memory pointer.
+        n_tokens: the tokens that the sequence has then.
+
+    Returns:
+        Whether every head still held all of that end; if not, nothing was dropped.
+    """
+    return bool(llama._lib.llama_memory_heads_truncate(memory, n_tokens))
 
 
 @dataclass(frozen=True)

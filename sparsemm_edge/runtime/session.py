@@ -24,7 +24,7 @@ CACHE_TYPES = {
     "f32": GGMLQuantizationType.F32,
     "bf16": GGMLQuantizationType.BF16,
     "q8_0": GGMLQuantizationType.Q8_0,
-    "q4_0": GGMLQuantizationType.Q4_0,  # full cache only: a context that evicts refuses it
+    "q4_0": GGMLQuantizationType.Q4_0,
 }
 _N_POS_MROPE = 4
 

@@ -14,7 +14,7 @@ from sparsemm_edge.files import atomic_path
 from sparsemm_edge.runtime.eviction import HeadBudgetTable
 from sparsemm_edge.runtime.session import SessionState
 
-_FORMAT, _VERSION = "sparsemm-edge/session", 1
+_FORMAT, _VERSION = "sparsemm-edge/session", 2
 _MAX_HEADER = 2**24  # bytes: the head budgets of the largest models take a tenth of a percent of it
 _SAMPLE = 2**20
 
@@ -76,6 +76,8 @@ def write(path: Path, saved: SavedConversation) -> None:
             "window": table.window,
             "pool_kernel": table.pool_kernel,
             "max_tail": table.max_tail,
+            "vote": table.vote,
+            "residual": table.residual,
         },
         "planned": saved.planned,
         "n_ubatch": saved.n_ubatch,
@@ -130,6 +132,8 @@ def _saved(header: dict[str, Any], data: Any) -> SavedConversation:
             int(wanted["window"]),
             int(wanted["pool_kernel"]),
             None if max_tail is None else int(max_tail),
+            str(wanted["vote"]),
+            bool(wanted["residual"]),
         )
     type_k, type_v = map(str, header["cache_types"])
     n_prompt, n_later = header["planned"]
