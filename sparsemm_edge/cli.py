@@ -11,7 +11,6 @@ from typing import Annotated, Any, NoReturn
 
 import typer
 
-from sparsemm_edge import __version__
 from sparsemm_edge.commands.bench import bench
 from sparsemm_edge.commands.chat import chat
 from sparsemm_edge.commands.convert import convert
@@ -35,7 +34,7 @@ _UsageError: Any = typer.BadParameter.__bases__[0]  # typer has no name of its o
 app = typer.Typer(
     name="sparsemm-edge",
     no_args_is_help=True,
-    add_completion=False,
+    add_completion=True,
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
 )
@@ -43,7 +42,9 @@ app = typer.Typer(
 
 def _print_version(wanted: bool) -> None:
     if wanted:
-        typer.echo(f"sparsemm-edge {__version__}")
+        from sparsemm_edge.versions import versions
+
+        print("\n".join(versions()))
         raise typer.Exit()
 
 
@@ -51,7 +52,9 @@ def _print_version(wanted: bool) -> None:
 def _app(
     version: Annotated[
         bool,
-        typer.Option("--version", help="Print the version and exit.", callback=_print_version, is_eager=True),
+        typer.Option(
+            "--version", help="Print what is installed, and exit.", callback=_print_version, is_eager=True
+        ),
     ] = False,
 ) -> None:
     """Visual-head KV-cache eviction for llama.cpp: same answers about images, a fraction of the cache."""
