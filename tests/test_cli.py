@@ -168,6 +168,7 @@ def test_a_number_out_of_its_range_is_one_line(command: str, sparsemm: CommandLi
         "kept": ["-m", "nowhere.gguf", "--mmproj", "nowhere.gguf", "--image", "nowhere.png", "-p", "x"],
         "profile": ["-m", "nowhere.gguf"],
         "chat": ["-m", "nowhere.gguf"],
+        "serve": ["-m", "nowhere.gguf"],
         "score": ["nowhere"],
         "scores knockout": ["nowhere", "--scores", "nowhere.json"],
     }.get(command, [])
