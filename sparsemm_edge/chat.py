@@ -194,8 +194,7 @@ def _figures(conversation: Conversation) -> str:
         (
             f"positions    {kv.n_positions} of {conversation.n_ctx};"
             f" a head holds {kv.positions_kept_mean:.0f} on average; {kv.n_evictions} evictions",
-            f"KV cache     {kv.bytes_now / 2**20:.1f} MiB, {kv.bytes_peak / 2**20:.1f} MiB at most,"
-            f" {kv.bytes_full / 2**20:.1f} MiB unevicted",
+            f"KV cache     {kv.in_words()}; {kv.bytes_peak / 2**20:.1f} MiB at most",
             f"last answer  {stats.n_prompt} positions read in {timings.image_ms + timings.prompt_ms:.0f} ms,"
             f" {stats.n_generated} generated"
             + (f" at {per_token:.1f} ms each" if per_token is not None else ""),

@@ -149,6 +149,8 @@ def atomic_path(target: Path) -> Iterator[Path]:
     """
     if not target.parent.is_dir():
         raise SparseMMError(f"cannot write {target}: there is no directory {target.parent}")
+    if not target.name or target.is_dir():
+        raise SparseMMError(f"cannot write {target}: it is a directory")
     part = target.with_name(f".{target.name}.{os.getpid()}.part")
     try:
         yield part

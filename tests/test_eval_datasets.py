@@ -167,6 +167,13 @@ def test_docvqa_json(tmp_path: Path) -> None:
     assert data.questions[0].image == tmp_path / "documents" / "ab_1.png"
 
 
+def test_a_question_without_a_number_gets_one(tmp_path: Path) -> None:
+    row = {"questionId": 7, "question": "?", "image": "a.png", "docId": 1, "answers": ["x"]}
+    rows = [row, {key: value for key, value in row.items() if key != "questionId"}]
+    data = load(str(put(tmp_path / "val.json", rows)))
+    assert [question.name for question in data.questions] == ["DocVQA 7", "DocVQA 1"]
+
+
 def test_chartqa_json(tmp_path: Path) -> None:
     put(tmp_path / "png" / "41.png", png("red"))
     rows = [{"imgname": "41.png", "query": "How many food items?", "label": "14"}]

@@ -40,6 +40,12 @@ def test_a_missing_directory_is_named(tmp_path: Path) -> None:
         pass
 
 
+def test_a_directory_is_not_written_over(tmp_path: Path) -> None:
+    for target in (tmp_path, Path("/")):
+        with pytest.raises(SparseMMError, match="it is a directory"), atomic_path(target):
+            pass
+
+
 def test_what_is_no_text_file_is_named_in_one_line(tmp_path: Path) -> None:
     (tmp_path / "file").write_bytes(b"\xe9t\xe9")
     for name, said in (

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from conftest import CommandLine
-from sparsemm_edge.commands.output import cache_in_words, print_table, progress_bar
+from sparsemm_edge.commands.output import print_table, progress_bar
 from sparsemm_edge.demo import DemoModel
 from sparsemm_edge.profiling.progress import Progress
 from sparsemm_edge.runtime.session import KVStats
@@ -21,9 +21,9 @@ MIB = 2**20
 
 def test_a_cache_that_evicts_nothing_is_not_said_to_be_a_part_of_another(sparsemm: CommandLine) -> None:
     plain = KVStats(11, 3 * MIB, 3 * MIB, MIB // 8, 11.0, 0)
-    assert cache_in_words(plain) == "3.0 MiB allocated, 0.1 MiB in use: all 11 positions, none evicted"
+    assert plain.in_words() == "3.0 MiB allocated, 0.1 MiB in use: all 11 positions, none evicted"
     evicted = KVStats(600, MIB, 2 * MIB, 7 * MIB, 64.2, 1)
-    assert cache_in_words(evicted) == "1.0 MiB of 7.0 MiB unevicted; 64 of 600 positions a head"
+    assert evicted.in_words() == "1.0 MiB of 7.0 MiB unevicted; 64 of 600 positions a head"
     done = sparsemm("generate", "-m", FILES.model, "-p", "x", "-n", 2, "--threads", 1)
     assert "none evicted" in done.err and "unevicted" not in done.err
 

@@ -297,3 +297,19 @@ def test_fidelity_only_names_what_it_skips(tmp_path: Path, page: Image.Image, sp
     )  # fmt: skip
     assert done.status == 0
     assert f"note: {tmp_path}: skipped, as they are no image files: b.heic, c.pdf, more/" in done.err
+
+
+@pytest.mark.parametrize("prompt", ["", " "])
+def test_an_image_without_text_is_a_question(
+    prompt: str, page: Image.Image, tmp_path: Path, sparsemm: CommandLine
+) -> None:
+    files = DemoModel()
+    page.save(tmp_path / "page.png")
+    asked = ("-m", files.model, "--mmproj", files.mmproj, "--image", tmp_path / "page.png", "--threads", 1)
+    asked = (*asked, "-p", prompt, "--scores", files.scores)
+    evicted = ("--budget", 64, "--window", 8)
+    assert sparsemm("generate", *asked, *evicted, "-n", 2, "--json").report["n_prompt"] > 576
+    assert sparsemm("kept", *asked, *evicted, "--out", tmp_path / "kept.png").status == 0
+    if not prompt:
+        done = sparsemm("profile", *asked, "--budgets", 64, "-n", 1, "--out", tmp_path / "p", "--json")
+        assert {setting["status"] for setting in done.report["settings"]} == {"ok"}

@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from sparsemm_edge.commands import options
-from sparsemm_edge.commands.output import cache_in_words, print_json
+from sparsemm_edge.commands.output import print_json
 
 
 @options.grouped
@@ -73,4 +73,4 @@ def generate(
         print()
         per_token = stats.timings.decode_ms_per_token
         speed = f"; {per_token:.1f} ms a token" if per_token is not None else ""
-        print(f"[KV cache {cache_in_words(stats.kv)}{speed}]", file=sys.stderr)
+        print(f"[KV cache {stats.kv.in_words()}{speed}]", file=sys.stderr)

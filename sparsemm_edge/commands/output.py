@@ -12,8 +12,6 @@ from sparsemm_edge.errors import SparseMMError, check_within
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from sparsemm_edge.runtime.session import KVStats
-
 _WIDTH = 500  # of what goes to a file or a pipe: no table is as wide, and no line is cut
 
 
@@ -25,17 +23,6 @@ def console(*, stderr: bool = False) -> "Console":
     if not made.is_terminal and "COLUMNS" not in os.environ:
         made.width = _WIDTH
     return made
-
-
-def cache_in_words(kv: "KVStats") -> str:
-    """What a KV cache takes, and what it would take if nothing were evicted."""
-    now, full = kv.bytes_now / 2**20, kv.bytes_full / 2**20
-    if not kv.n_evictions:
-        return f"{now:.1f} MiB allocated, {full:.1f} MiB in use: all {kv.n_positions} positions, none evicted"
-    return (
-        f"{now:.1f} MiB of {full:.1f} MiB unevicted; {kv.positions_kept_mean:.0f} of {kv.n_positions}"
-        " positions a head"
-    )
 
 
 @contextmanager

@@ -334,7 +334,7 @@ class _Layout:
         answers = _strings(row, self.answers, where)
         check_question(metric, answers, where)
         return Question(
-            name=f"{self.name} {row[self.number] if self.number else number}",
+            name=f"{self.name} {row.get(self.number, number) if self.number else number}",
             page=page,
             image=image,
             prompt=_string(row, self.prompt, where) + self.extra,

@@ -49,6 +49,15 @@ class KVStats:
     positions_kept_mean: float
     n_evictions: int
 
+    def in_words(self) -> str:
+        """What the cache takes, and what it would take if nothing had been evicted."""
+        now, full = self.bytes_now / 2**20, self.bytes_full / 2**20
+        if not self.n_evictions:
+            every = f"all {self.n_positions} positions, none evicted"
+            return f"{now:.1f} MiB allocated, {full:.1f} MiB in use: {every}"
+        kept = f"{self.positions_kept_mean:.0f} of {self.n_positions} positions a head"
+        return f"{now:.1f} MiB of {full:.1f} MiB unevicted; {kept}"
+
 
 @dataclass(frozen=True)
 class Prefix:

@@ -5,6 +5,7 @@ transformers builds some whole processors only where torchvision is there for th
 """
 
 import inspect
+import json
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -332,6 +333,8 @@ def load(name: str, *, device: str | None = None, dtype: str = "auto") -> Vision
     device = _checked_device(device)
     offline: dict[str, Any] = {"local_files_only": True} if local else {}
     logging.disable_progress_bar()
+    if local:
+        _check_plain_utf8(Path(name))
     with _one_line(name, "config.json"):
         config = AutoConfig.from_pretrained(name, **offline)
     check_architecture(name, config)
@@ -351,6 +354,16 @@ def load(name: str, *, device: str | None = None, dtype: str = "auto") -> Vision
         if device != "auto":
             model.to(device)
     return VisionLanguageModel(name, model, tokenizer, image_processor, _chat_template(name, offline))
+
+
+def _check_plain_utf8(folder: Path) -> None:
+    """Raise SparseMMError for a JSON file that transformers would call no valid JSON."""
+    for path in sorted(folder.glob("*.json")):
+        with path.open("rb") as file:
+            encoding = json.detect_encoding(file.read(4))
+        if encoding != "utf-8":
+            kind = "UTF-8 with a byte order mark" if encoding == "utf-8-sig" else encoding.upper()
+            raise SparseMMError(f"{path} is {kind}, which transformers does not read: save it as plain UTF-8")
 
 
 def check_architecture(name: str, config: Any) -> None:
