@@ -19,7 +19,9 @@ def chat(
     evicted: options.Evicted,
     image: Annotated[
         list[str] | None,
-        typer.Option(help="Image for the first message, a file or a URL; may be given several times."),
+        typer.Option(
+            metavar="FILE", help="Image for the first message, or its URL; may be given several times."
+        ),
     ] = None,
     n_predict: Annotated[int, typer.Option("--n-predict", "-n", help="Most tokens of an answer.")] = 512,
     n_ctx: options.NCtxOfChat = None,

@@ -32,7 +32,9 @@ Mmproj = Annotated[Path, typer.Option(help=_MMPROJ)]
 OptionalMmproj = Annotated[Path | None, typer.Option(help=_MMPROJ)]
 Images = Annotated[
     list[str] | None,
-    typer.Option(help="Image that the question is about, a file or a URL; may be given several times."),
+    typer.Option(
+        metavar="FILE", help="Image that the question is about, or its URL; may be given several times."
+    ),
 ]
 ChatTemplate = Annotated[
     str | None,
@@ -130,7 +132,8 @@ class Loaded:
     lora: Annotated[
         list[str] | None,
         typer.Option(
-            help="LoRA adapter over the text model, FILE or FILE=SCALE; may be given several times."
+            metavar="FILE",
+            help="LoRA adapter over the text model, FILE or FILE=SCALE; may be given several times.",
         ),
     ] = None
     image_min_tokens: Annotated[
@@ -276,7 +279,7 @@ class Sampled:
     frequency_penalty: Annotated[float, typer.Option(help="The same, as often as a token is there.")] = 0.0
     stop: Annotated[
         list[str] | None,
-        typer.Option(help="Text that ends the answer before it; may be given several times."),
+        typer.Option(metavar="TEXT", help="Text that ends the answer before it; may be given several times."),
     ] = None
     json_schema: Annotated[
         str | None, typer.Option(help="JSON schema of the answer: the text or a file.")
