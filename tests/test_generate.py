@@ -412,7 +412,7 @@ def test_llama_cpp_is_silent_unless_asked(llava: Any, sparsemm: CommandLine) -> 
         (["--policy", "best"], "unknown policy 'best'"),
         (["--budget", 64], "no head scores"),
         (["--policy", "uniform", "--budget", 8, "--window", 8], "larger than the window"),
-        (["--policy", "uniform", "--budget", 0], "larger than the window"),
+        (["--policy", "uniform", "--budget", 0], "--budget is 0"),
         (["--scores", "nowhere.json"], "nowhere.json"),
         (["--scores", "OTHERSCORES"], "do not fit the model"),
         (["--chat-template", "nowhere.jinja"], "nowhere.jinja"),

@@ -34,7 +34,7 @@ def test_the_figures_are_those_of_the_table(converted: Path, sparsemm: CommandLi
     metadata = read_metadata(converted)
     assert metadata is not None
     table = metadata.head_budgets
-    # shares 1, 5, 45 and 13 of 64: the third is full at 100, the others share 114 above floor, window and slot
+    # shares 1, 5, 45 and 13 of 64: the third is full at 100, the others share 114 above floor, window, slot
     assert table.ravel().tolist() == [20, 44, 100, 92]
     assert report["sparsemm"]["head_budgets"] == {
         "min": int(table.min()),

@@ -22,8 +22,8 @@ def evaluate(
         str | None,
         typer.Option(
             help="Questions: a folder with a JSONL file of image, question, answers, metric; OCRBench,"
-            " TextVQA, DocVQA or ChartQA as published (JSON or parquet); or the word grid: this project's"
-            " own pages."
+            " TextVQA, DocVQA, InfographicVQA or ChartQA as published (JSON or parquet); or the word"
+            " grid: this project's own pages."
         ),
     ] = None,
     fidelity_only: Annotated[
