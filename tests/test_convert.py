@@ -417,7 +417,7 @@ def test_a_part_under_another_name_is_refused_with_the_names_that_parts_have(
     for key, value in (("split.no", "x"), ("split.count", 2**16 - 1)):
         kind = STRING if value == "x" else GGUFValueType.UINT16
         keys = {"split.count": (3, GGUFValueType.UINT16)} | {key: (value, kind)}
-        with pytest.raises(SparseMMError, match=r"a part of a model|part 1 of 65535"):
+        with pytest.raises(SparseMMError, match=r"a part of a model|cannot read .*m-00002-of-65535\.gguf"):
             read_header(write_model(tmp_path / f"m-00001-of-{value}.gguf", keys=keys))  # type: ignore[arg-type]
 
 

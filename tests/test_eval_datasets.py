@@ -126,6 +126,11 @@ def test_the_projects_own_pages_are_read_and_looked_up() -> None:
         assert (lookup.metric, reading.metric) == ("exact_match", "cer")
         assert lookup.answers[0] in reading.answers[0].splitlines()
         assert lookup.answers[0].split()[0] in lookup.prompt
+        # up to three other keys of the page after the first, and that one after reading
+        keys = [each.answers[0] for each in (lookup, *lookup.later)]
+        assert len(set(keys)) == len(keys) == min(4, len(reading.answers[0].splitlines()))
+        assert set(keys) <= set(reading.answers[0].splitlines())
+        assert [each.name for each in reading.later] == [lookup.name]
     again = load("grid", n_pages=3, seed=40)
     assert summary(again) == summary(data)
     assert again.questions[0].image.tobytes() == data.questions[0].image.tobytes()  # type: ignore[union-attr]
@@ -164,6 +169,8 @@ def test_docvqa_json(tmp_path: Path) -> None:
     data = load(str(put(tmp_path / "val_v1.0.json", {"dataset_name": "docvqa", "data": rows})), n_pages=1)
     assert summary(data)[0] == ("DocVQA 49153", "Whose name?" + SHORT, "anls", ("A. B.", "AB"))
     assert data.questions[0].page == data.questions[1].page
+    # the first about an image is followed by the others
+    assert [[each.name for each in question.later] for question in data.questions] == [["DocVQA 49154"], []]
     assert data.questions[0].image == tmp_path / "documents" / "ab_1.png"
 
 

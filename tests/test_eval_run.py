@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,11 +14,12 @@ from PIL import Image
 
 from conftest import CommandLine
 from sparsemm_edge.convert import convert
+from sparsemm_edge.demo import DemoModel
 from sparsemm_edge.errors import SparseMMError
 from sparsemm_edge.evaluation.datasets import DataSet, Question
 from sparsemm_edge.evaluation.run import Evaluator, Job, Record, Results, run
 from sparsemm_edge.evaluation.settings import Setting
-from sparsemm_edge.runtime import Eviction, VisionModel
+from sparsemm_edge.runtime import Conversation, Eviction, VisionModel
 from test_generate import random_scores
 
 PROMPT = "What is written here? Answer briefly, in the words of the page itself."
@@ -120,9 +122,12 @@ def test_every_setting_answers_as_generate_does(
             stats = model.stats().kv
             n_new = model.stats().n_generated - (model.stats().n_generated == N_PREDICT)
             assert found.kept == pytest.approx(stats.positions_kept_mean - n_new)
+            # a slot takes the place of a position in every head that evicts, which these all do
+            n_places = min(each.budget or found.n_prompt, found.n_prompt)
             assert found.kv_bytes == pytest.approx(
-                stats.bytes_full * found.kept / (found.n_prompt + n_new), rel=1e-9
+                stats.bytes_full * n_places / (found.n_prompt + n_new), rel=1e-9
             )
+            assert found.kept <= n_places and (found.kept == found.n_prompt) == (n_places == found.n_prompt)
 
 
 def test_a_budget_over_the_prompt_agrees_in_everything(models: Callable[[str], Any]) -> None:
@@ -133,6 +138,142 @@ def test_a_budget_over_the_prompt_agrees_in_everything(models: Callable[[str], A
     assert (roomy.agreement, roomy.first_divergence) == (1, None)
     assert roomy.kl < 1e-3 < tight.kl
     assert roomy.kept == roomy.n_prompt
+
+
+# --- several questions over one cache
+
+LATER = ("And this?", "And what is below it?")
+
+
+def conversation(page: str, image: Any) -> Question:
+    """A question with two later ones."""
+    later = tuple(question(page, image, prompt) for prompt in LATER)
+    return replace(question(page, image), later=later)
+
+
+@pytest.mark.parametrize("name", ["llava", "qwen2vl"])
+def test_later_questions_are_answered_as_chat_answers_them(name: str, models: Callable[[str], Any]) -> None:
+    page = picture(models, 3, name)
+    settings = [FULL, setting("uniform", 24), setting("uniform", 48, cache_type="q4_0", vote="snapkv")]
+    job = replace(job_of(models, name=name), n_turns=3)
+    with Evaluator(job) as evaluator:
+        records = evaluator.answer(conversation("p", page), settings)
+    by_key: dict[str, list[Record]] = {}
+    for record in records:
+        by_key.setdefault(record.setting, []).append(record)
+    assert len({record.answer for record in records}) > 4  # they do differ
+    with VisionModel.load(job.model, job.mmproj, n_threads=1) as model:
+        for each in settings:
+            wanted = Eviction(enabled=False)
+            if each.policy != "full":
+                wanted = Eviction(True, each.policy, each.budget, each.window_of(0), vote=each.vote)
+            types = {"cache_type_k": each.cache_type, "cache_type_v": each.cache_type}
+            with Conversation(model, n_ctx=1024, eviction=wanted, **types) as chat:
+                for place, found in enumerate(by_key[each.key], 1):
+                    images = [page] if place == 1 else []
+                    answer = "".join(chat.ask((PROMPT, *LATER)[place - 1], images, n_predict=N_PREDICT))
+                    assert (found.place, found.answer) == (place, answer), each
+
+
+def test_a_later_question_evicts_again_or_nothing(models: Callable[[str], Any]) -> None:
+    again, keep = setting("uniform", 24), setting("uniform", 24, later="keep")
+    with Evaluator(replace(job_of(models), n_turns=2)) as evaluator:
+        records = evaluator.answer(conversation("p", picture(models, 3)), [again, keep])
+    found = {(record.setting, record.place): record for record in records}
+    first, second = (found[keep.key, place] for place in (1, 2))
+    assert replace(first, setting=again.key) == found[again.key, 1]
+    assert (first.kept, found[again.key, 2].kept) == (23, 23)  # and a slot for what was lost
+    assert second.kept == 23 + second.n_prompt - first.n_prompt > 24
+
+
+@pytest.mark.parametrize("name", ["llava", "qwen2vl"])
+def test_an_image_that_is_evicted_before_the_first_question_is_held_as_it_is(
+    name: str, models: Callable[[str], Any]
+) -> None:
+    page = picture(models, 3, name)
+    image = setting("uniform", 24, later="image")
+    with Evaluator(replace(job_of(models, name=name), n_turns=2, cross=True)) as evaluator:
+        records = evaluator.answer(conversation("p", page), [image])
+        (alone,) = evaluator.answer(question("p", page, LATER[0]), [image])[:1]
+    first, second, instead = records
+    n_image = first.n_prompt - (first.kept - 23)
+    assert 0 < n_image < first.n_prompt
+    assert second.kept == 23 + second.n_prompt - n_image
+    # whichever question comes first
+    assert (instead.answer, instead.n_prompt, instead.kept) == (alone.answer, alone.n_prompt, alone.kept)
+    assert instead.kl == pytest.approx(alone.kl, rel=0.01)
+
+
+@pytest.mark.parametrize("name", ["llava", "qwen2vl"])
+def test_a_question_in_the_place_of_another_is_as_if_it_had_been_the_first(
+    name: str, models: Callable[[str], Any]
+) -> None:
+    page = picture(models, 3, name)
+    roomy, tight = setting("uniform", 4000, 4), setting("uniform", 24, 4)
+    with Evaluator(replace(job_of(models, name=name), cross=True)) as evaluator:
+        alone = {
+            record.setting: record
+            for record in evaluator.answer(question("p", page, LATER[0]), [FULL, roomy])
+        }
+        short = replace(question("p", page, "Is it?"), later=(question("p", page, LATER[0]),))
+        records = evaluator.answer(short, [FULL, roomy, tight])
+    found = {record.setting: record for record in records if record.instead}
+    for each in (FULL, roomy):
+        assert found[each.key].answer == alone[each.key].answer
+        assert (found[each.key].n_prompt, found[each.key].kept) == (alone[each.key].n_prompt,) * 2
+    assert found[roomy.key].kl < 1e-3
+    # the question that is to be taken back was evicted in part
+    assert "longer than the window" in (found[tight.key].skipped or "")
+
+
+def test_what_was_kept_for_a_question_is_what_another_in_its_place_finds(
+    models: Callable[[str], Any],
+) -> None:
+    asked = replace(
+        question("p", picture(models, 3), "What?"), later=(question("p", picture(models, 3), LATER[0]),)
+    )
+    tight = setting("uniform", 80, 20)
+    with Evaluator(replace(job_of(models), cross=True)) as evaluator:
+        first, other = evaluator.answer(asked, [tight])
+    assert (other.error, other.skipped) == (None, None)
+    assert first.kept == 79
+    # nothing is evicted for the other one
+    assert other.kept - first.kept == other.n_prompt - first.n_prompt
+    assert other.answer != first.answer
+
+
+def test_what_is_asked_of_a_question_has_names_of_its_own(models: Callable[[str], Any]) -> None:
+    page = Path("p.png")
+    job = replace(job_of(models), n_turns=3, cross=True)
+    asked = job.asked(conversation("p", page))
+    assert [(each.place, each.instead) for each in asked] == [(1, False), (2, False), (3, False), (1, True)]
+    assert len({each.name for each in asked}) == 4
+    assert len(replace(job, n_turns=2).asked(conversation("p", page))) == 3
+    assert [each.name for each in job.asked(question("p", page, name="alone"))] == ["alone"]
+
+
+def test_a_conversation_is_gone_on_with_as_a_whole(
+    models: Callable[[str], Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    questions, path = [conversation(f"p{i}", picture(models, i)) for i in range(2)], tmp_path / "r.jsonl"
+    job = job_of(models)
+    first = evaluate(job, questions, [FULL, setting("uniform", 20)], path)
+    assert len(first) == 4
+    longer = evaluate(replace(job, n_turns=3), questions, [FULL, setting("uniform", 20)], path, resume=True)
+    assert len(longer) == 12
+    for key, record in first.items():
+        # the later questions need room as well, which a full cache allocates at once
+        assert replace(longer[key], kv_allocated=record.kv_allocated) == record
+
+
+def test_a_conversation_that_does_not_fit_fails_where_it_is_full(models: Callable[[str], Any]) -> None:
+    page = picture(models, 1)
+    later = tuple(question("p", page, prompt) for prompt in ("More?", "word " * 60, "And?"))
+    with Evaluator(replace(job_of(models), n_turns=4, n_ctx=260, cross=True)) as evaluator:
+        records = evaluator.answer(replace(question("p", page), later=later), [FULL])
+    # not where the second one is asked in the place of the first
+    assert [bool(record.error) for record in records] == [False, False, True, True, False]
+    assert "the context has 260" in (records[2].error or "")
 
 
 def test_an_image_is_encoded_once_and_a_prompt_read_twice(
@@ -244,6 +385,19 @@ def test_several_processes_find_what_one_does(models: Callable[[str], Any], tmp_
     assert evaluate(job_of(models), questions, settings, tmp_path / "2.jsonl", n_jobs=2) == alone
 
 
+def test_number_types_that_do_not_divide_a_head_are_refused_before_anything_is_run(
+    models: Callable[[str], Any],
+) -> None:
+    with Evaluator(job_of(models)) as evaluator:
+        settings = [setting("uniform", 24, cache_type=name) for name in ("f16", "q8_0", "q4_0")]
+        evaluator.check(settings)
+        evaluator._model.shape = replace(evaluator._model.shape, n_embd_head_k=80)
+        evaluator.check(settings[:1])
+        for each in settings[1:]:
+            with pytest.raises(SparseMMError, match=r"blocks of 32 numbers.* have 80"):
+                evaluator.check([each])
+
+
 # --- the commands
 
 
@@ -265,14 +419,38 @@ def test_eval_writes_a_table_a_plot_and_json(
     assert "1 of 3 questions failed" in printed and "none.png: no such file" in printed
     assert sorted(path.name for path in out.iterdir()) == ["eval.json", "eval.png", "results.jsonl"]
     report = json.loads((out / "eval.json").read_text())
-    # full, sparsemm with and without water-filling, top, uniform, pyramid, random
-    assert len(report["rows"]) == 1 + 2 * 2 + 2 + 2 + 2 + 2
+    # full in three types, sparsemm with and without water-filling, six more
+    assert len(report["rows"]) == 3 + 2 * 2 + 6 * 2
     assert len(report["failures"]) == 1
-    kept = {row["label"]: row["kept_share"] for row in report["rows"] if row["setting"]["retention"] == 50}
+    kept = {row["label"]: row["kv_share"] for row in report["rows"] if row["setting"]["retention"] == 50}
     assert kept["sparsemm"] == pytest.approx(kept["uniform"]) == pytest.approx(0.5, abs=0.01)
     assert kept["sparsemm, no water-filling"] < kept["sparsemm"]
     again = sparsemm("eval", *files, *options, "--resume", "--json").report
     assert len(again["rows"]) == len(report["rows"]) - 2  # without --water-fill both
+
+
+def test_the_demo_model_is_asked_in_turn_and_in_the_place_of_another(
+    tmp_path: Path, sparsemm: CommandLine
+) -> None:
+    demo = DemoModel()
+    files = ("-m", demo.model, "--mmproj", demo.mmproj, "--threads", 1, "--out", tmp_path / "out")
+    asked = ("--data", "grid", "--pages", 1, "--policies", "uniform", "--retention", 50, "--window", 16)
+    report = sparsemm("eval", *files, *asked, "--json").report
+    assert report["failures"] == report["skipped"] == []
+
+    def way(row: dict[str, Any]) -> tuple[str, str, int, bool]:
+        return row["first_task"], row["task"], row["place"], row["instead"]
+
+    full = {way(row): row["score"]["mean"] for row in report["rows"] if row["label"] == "full"}
+    first = [("lookup", "lookup", 1, False), ("reading", "reading", 1, False)]
+    later = [("lookup", "lookup", place, False) for place in (2, 3, 4)] + [("reading", "lookup", 2, False)]
+    instead = [("lookup", "lookup", 1, True), ("reading", "lookup", 1, True)]
+    assert set(full) == {*first, *later, *instead}
+    assert len(report["rows"]) == 2 * len(full)
+    # the same look-up, first and in the place of reading
+    assert full[instead[1]] == full[first[0]]
+    alone = sparsemm("eval", *files, *asked, "--resume", "--turns", 1, "--no-cross", "--json").report
+    assert alone["rows"] == [row for row in report["rows"] if way(row) in first]
 
 
 def test_eval_judges_fidelity_without_answers(
@@ -298,17 +476,16 @@ def test_eval_judges_fidelity_without_answers(
         (["--data", "nowhere"], "no data set at nowhere"),
         (["--data", "grid", "--policies", "best"], "unknown policy 'best'"),
         (["--data", "grid", "--retention", "five"], "--retention five: expected numbers"),
-        (["--data", "grid", "--water-fill", "maybe"], "expected yes, no or both"),
+        (["--data", "grid", "--water-fill", "maybe"], "--water-fill is 'maybe': expected yes, no or both"),
         (["--data", "grid", "--jobs", 0], "--jobs is 0"),
-        (["--data", "grid", "--pages", 0], "at least 1"),
+        (["--data", "grid", "--pages", 0], "--pages is 0"),
         (
             ["--data", "grid", "--pages", 1, "--cache-types", "q9", "--policies", "uniform"],
             "unknown cache type 'q9'",
         ),
-        (
-            ["--data", "grid", "--pages", 1, "--cache-types", "q4_0", "--policies", "uniform"],
-            "cannot hold q4_0",
-        ),
+        (["--data", "grid", "--residual", "maybe"], "--residual is 'maybe': expected yes, no or both"),
+        (["--data", "grid", "--later", "never"], "unknown rule for later questions 'never'"),
+        (["--data", "grid", "--turns", 0], "--turns is 0"),
         (["--data", "grid", "--pages", 1], "no head scores"),
         (["--data", "grid", "--pages", 1, "--jobs", 2], "no head scores"),
     ],

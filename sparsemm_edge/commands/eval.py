@@ -22,8 +22,8 @@ def evaluate(
         str | None,
         typer.Option(
             help="Questions: a folder with a JSONL file of image, question, answers, metric; OCRBench,"
-            " TextVQA, DocVQA or ChartQA as published (JSON or parquet); or the word grid: this project's"
-            " own pages."
+            " TextVQA, DocVQA, InfographicVQA or ChartQA as published (JSON or parquet); or the word"
+            " grid: this project's own pages."
         ),
     ] = None,
     fidelity_only: Annotated[
@@ -46,10 +46,34 @@ def evaluate(
         str | None, typer.Option(help="Mean head budgets in positions, instead of --retention.")
     ] = None,
     policies: Annotated[
-        str, typer.Option(help="Of sparsemm, top, uniform, pyramid, random, full.")
-    ] = "sparsemm,top,uniform,pyramid,random,full",
+        str,
+        typer.Option(
+            help="Of sparsemm, top, uniform, pyramid, random; paper, snapkv, pyramidkv: sparsemm, uniform and"
+            " pyramid as they were published; full: the full cache in f16, q8_0 and q4_0."
+        ),
+    ] = "sparsemm,top,uniform,pyramid,random,paper,snapkv,full",
+    votes: Annotated[
+        str, typer.Option(help="What ranks positions: mixkv, or snapkv, the window's attention alone.")
+    ] = "mixkv",
+    residual: Annotated[
+        str, typer.Option(help="A slot a head that stands for all that it lost: yes, no, or both.")
+    ] = "yes",
+    later: Annotated[
+        str,
+        typer.Option(
+            help="What later questions evict: again, anything once more; keep, nothing; image, nothing, nor"
+            " does the first one: the image is evicted before it."
+        ),
+    ] = "again",
+    turns: Annotated[
+        int, typer.Option(help="Most questions about an image that are asked in turn over one cache.")
+    ] = 4,
+    cross: Annotated[
+        bool,
+        typer.Option(help="Ask a second question also in the place of the first, which was evicted for."),
+    ] = True,
     window: Annotated[
-        str, typer.Option(help="Observation windows; at most half of the budget is used.")
+        str, typer.Option(help="Observation windows; at most a quarter of the budget is used.")
     ] = str(defaults.WINDOW),
     floor_ratio: Annotated[
         str, typer.Option(help="Shares of the budget that every head gets; the first is for all policies.")
@@ -81,8 +105,9 @@ def evaluate(
 ) -> None:
     """Measure how right answers stay over budgets and policies, and how close to the full cache's.
 
-    Lists are separated by commas. Every question is answered with the full cache and under every setting;
-    images are encoded and prompts read once. A prompt takes the memory of two full caches.
+    Lists are separated by commas. Every question is asked as the first about its image, with the full cache
+    and under every setting; the first about an image is followed by the others, as a chat would be. Images
+    are encoded and prompts read once. A prompt takes the memory of two full caches.
 
     \b
     Examples:
@@ -97,17 +122,17 @@ def evaluate(
 
     if (data is None) == (fidelity_only is None):
         raise SparseMMError("give --data with questions, or --fidelity-only with a folder of images")
-    fills = {"yes": (True,), "no": (False,), "both": (True, False)}
-    if water_fill not in fills:
-        raise SparseMMError(f"--water-fill is {water_fill!r}: expected yes, no or both")
     settings = settings_of(
         policies=_list("--policies", policies, str),
         budgets=_list("--budgets", budgets, int),
         retentions=_list("--retention", retention or ("" if budgets else "2.5,5,10,20,50"), float),
         windows=_list("--window", window, int),
         floor_ratios=_list("--floor-ratio", floor_ratio, float),
-        water_fills=fills[water_fill],
+        water_fills=_yes_or_no("--water-fill", water_fill),
         cache_types=_list("--cache-types", cache_types, str),
+        votes=_list("--votes", votes, str),
+        residuals=_yes_or_no("--residual", residual),
+        laters=_list("--later", later, str),
         n_random=random_seeds,
     )
     if fidelity_only is not None:
@@ -125,6 +150,8 @@ def evaluate(
         n_ctx=n_ctx,
         n_threads=threads or max(1, usable_cores() // jobs),
         chat_template=None if chat_template is None else read_template(chat_template),
+        n_turns=turns,
+        cross=cross,
     )
     try:
         out.mkdir(parents=True, exist_ok=True)
@@ -148,7 +175,12 @@ def evaluate(
         "n_pages": len({question.page for question in data_set.questions}),
         "seed": seed,
     }
-    found = report.make_report(results.records, settings, data_set, seed=seed)
+    found = report.make_report(
+        results.records,
+        settings,
+        [asked.name for question in data_set.questions for asked in job.asked(question)],
+        seed=seed,
+    )
     report.save_json(found, out / "eval.json", about=about)
     if found.rows:
         report.save_plot(
@@ -159,6 +191,13 @@ def evaluate(
     else:
         report.print_report(found)
         print(f"wrote {out / 'eval.json'}" + (f" and {out / 'eval.png'}" if found.rows else ""))
+
+
+def _yes_or_no(option: str, text: str) -> tuple[bool, ...]:
+    meant = {"yes": (True,), "no": (False,), "both": (True, False)}
+    if text not in meant:
+        raise SparseMMError(f"{option} is {text!r}: expected yes, no or both")
+    return meant[text]
 
 
 def _list(option: str, text: str | None, kind: Callable[[str], _T]) -> list[_T]:

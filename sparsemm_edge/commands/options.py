@@ -339,6 +339,7 @@ NUMBERS: dict[str, tuple[float, float]] = {
     "threads_batch": (1, MAX_THREADS),
     "top_k": (0, 2**31 - 1),
     "top_p": (0, 1),
+    "turns": (1, 1000),
     "window": (1, 1024),
 }
 """What every option that is a number may be, from and to, in all commands: beyond it something crashes, wraps

@@ -8,7 +8,7 @@ inside. What has columns for image, question and answers under the names that su
 import hashlib
 import re
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -27,6 +27,7 @@ GRID = "grid"
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".jfif", ".webp", ".avif", ".bmp", ".tif", ".tiff", ".gif")
 
 _SHORT_ANSWER = "\nAnswer the question using a single word or phrase."
+_GRID_TURNS = 4
 _DESCRIBE = "Describe the image in detail."
 
 
@@ -42,6 +43,7 @@ class Question:
         task: questions of a task are reported together.
         metric: one of metrics.METRICS; None: there are no answers to compare with.
         answers: the accepted ones.
+        later: questions about the same image that a user may ask after this one, in turn.
     """
 
     name: str
@@ -51,6 +53,7 @@ class Question:
     task: str
     metric: str | None = None
     answers: tuple[str, ...] = ()
+    later: tuple["Question", ...] = ()
 
     def open_image(self) -> Path | Image.Image:
         """The image as VisionModel.tokenize takes it.
@@ -63,11 +66,11 @@ class Question:
 
 @dataclass(frozen=True)
 class DataSet:
-    """What is asked.
+    """Questions that are each asked as the first one about their image; some have later ones.
 
     Attributes:
         name: where it came from, however much of it is taken.
-        questions: in order.
+        questions: all of them.
         n_predict: tokens that answers need at most.
         notes: what a person should know of what was left out, a line each.
     """
@@ -111,7 +114,7 @@ def load(source: str, *, images: Path | None = None, n_pages: int | None = None,
         seen.add(question.name)
     if found[0].task == _BY_COLUMNS:
         notes.append(f"{path}: no data set that is known; its answers are scored by {found[0].metric}")
-    return DataSet(str(path), found, n_predict=256, notes=tuple(notes))
+    return DataSet(str(path), _in_turn(found), n_predict=256, notes=tuple(notes))
 
 
 def images_only(folder: Path, prompt: str = _DESCRIBE, n_pages: int | None = None) -> DataSet:
@@ -129,7 +132,10 @@ def images_only(folder: Path, prompt: str = _DESCRIBE, n_pages: int | None = Non
 
 
 def grid(n_pages: int, seed: int = 0) -> DataSet:
-    """The project's own pages, held out from training: read each, and look one key up."""
+    """The project's own pages, held out from training: read each, and look one key up.
+
+    After the look-up up to three other keys are looked up in turn; after reading, one is.
+    """
     from sparsemm_edge.pages.grid import FIRST_TRAINING_SEED, READ_PROMPT, grid_page, lookup_prompt
 
     if not 0 <= seed <= FIRST_TRAINING_SEED - n_pages:
@@ -137,17 +143,29 @@ def grid(n_pages: int, seed: int = 0) -> DataSet:
             f"pages of seeds {seed} to {seed + n_pages - 1} were asked for: those from 0 to"
             f" {FIRST_TRAINING_SEED - 1} are held out from training"
         )
-    questions = []
+    questions: list[Question] = []
     for page_seed in range(seed, seed + n_pages):
         page = grid_page(page_seed)
-        key, line = page.lookups[np.random.default_rng(page_seed).integers(len(page.lookups))]
-        for task, prompt, metric, answer in (
-            ("lookup", lookup_prompt(key), "exact_match", line),
-            ("reading", READ_PROMPT, "cer", page.text),
-        ):
-            questions.append(
-                Question(f"{page.name}/{task}", page.name, page.image, prompt, task, metric, (answer,))
+        rng = np.random.default_rng(page_seed)
+        chosen = int(rng.integers(len(page.lookups)))
+        others = rng.permutation([i for i in range(len(page.lookups)) if i != chosen])[: _GRID_TURNS - 1]
+        lookups = [
+            Question(
+                f"{page.name}/lookup" + (f" {place}" if place > 1 else ""),
+                page.name,
+                page.image,
+                lookup_prompt(page.lookups[i][0]),
+                "lookup",
+                "exact_match",
+                (page.lookups[i][1],),
             )
+            for place, i in enumerate([chosen, *others], 1)
+        ]
+        reading = Question(
+            f"{page.name}/reading", page.name, page.image, READ_PROMPT, "reading", "cer", (page.text,)
+        )
+        questions.append(replace(lookups[0], later=tuple(lookups[1:])))
+        questions.append(replace(reading, later=(lookups[0],)))
     return DataSet(f"{GRID}, seeds from {seed}", tuple(questions), n_predict=96)
 
 
@@ -236,6 +254,15 @@ def _first_pages(questions: Iterator[Question], n_pages: int | None) -> Iterator
             continue
         pages.add(question.page)
         yield question
+
+
+def _in_turn(questions: Sequence[Question]) -> tuple[Question, ...]:
+    """The same, where the first question about each image has the others after it."""
+    pages: dict[str, list[Question]] = {}
+    for question in questions:
+        pages.setdefault(question.page, []).append(question)
+    first = {page[0].name: tuple(page[1:]) for page in pages.values()}
+    return tuple(replace(question, later=first.get(question.name, ())) for question in questions)
 
 
 # --- a folder of one's own

@@ -3,27 +3,41 @@
 import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import cached_property
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
 
 from sparsemm_edge.budgets import BY_SCORE
 from sparsemm_edge.errors import SparseMMError
-from sparsemm_edge.evaluation.datasets import DataSet
 from sparsemm_edge.evaluation.run import Record
-from sparsemm_edge.evaluation.settings import Setting
+from sparsemm_edge.evaluation.settings import Setting, labels, method_of
 from sparsemm_edge.files import atomic_path
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from rich.table import Table
 
 BASELINE = "uniform"
 """The policy that the others are compared with at equal bytes: what everybody does without head scores."""
 
 _N_RESAMPLES = 2000
-_TABLE_WIDTH = 180  # where there is no terminal to ask, as in a file
-_COLOURS = {"sparsemm": "C3", "top": "C1", "uniform": "C0", "pyramid": "C2", "random": "C7"}
-_OTHER_COLOURS = ("C4", "C5", "C6", "C8", "C9")  # of further lines of a policy
+_TABLE_WIDTH = 200  # where there is no terminal to ask, as in a file
+_COLOURS = {
+    "sparsemm": "C3",
+    "top": "C1",
+    "uniform": "C0",
+    "pyramid": "C2",
+    "random": "C7",
+    "paper": "C5",
+    "snapkv": "C9",
+    "pyramidkv": "C8",
+    "full": "black",
+}
+_OTHER_COLOURS = ("C4", "C6", "olive", "navy", "teal")  # of further lines of a policy
 _MARKERS = "osD^vPX*<>hp"
 
 
@@ -37,37 +51,65 @@ class Interval:
 
 
 @dataclass(frozen=True)
-class Row:
-    """One setting on one task; the seeds of `random` are one row.
+class Way:
+    """How a question was asked: questions of a task that were asked alike are reported together.
 
     Attributes:
-        task: the task.
+        first_task: the task of the first question of its conversation.
+        task: its own.
+        place: in the conversation, from 1.
+        instead: asked in the place of the first question, for which the cache was evicted.
+    """
+
+    first_task: str
+    task: str
+    place: int
+    instead: bool
+
+    @property
+    def words(self) -> str:
+        same = self.task == self.first_task
+        if self.instead:
+            return f"{self.task} in the place of {'another' if same else self.first_task}"
+        if self.place == 1:
+            return self.task
+        return f"{self.task} as question {self.place}" + ("" if same else f", after {self.first_task}")
+
+
+@dataclass(frozen=True)
+class Row:
+    """One setting, and questions of one task that were asked alike; the seeds of `random` are one row.
+
+    Attributes:
+        way: which questions, and how they were asked.
         setting: the setting, of the first seed.
         label: the setting but for its budget, in words.
         n_questions: answered questions.
         n_seeds: how often each was answered.
         score: 0 to 1; None without accepted answers.
         against_full: score - the full f16 cache's, on the same pages.
-        against_uniform: score - that of policy `uniform` at the same bytes, read off between its budgets;
-            None where it has none on both sides.
+        against: score - those of other labels at the same bytes, see _comparable, read off between their
+            budgets where there are some on both sides; and those of full caches of other types that take at
+            least these bytes.
         budget, window: in positions, means over the prompts; None for the full cache.
-        kept, kept_share: positions held after the prompt, mean over KV heads; of the prompt, 0 to 1.
-        kv_bytes, kv_share: K and V of these positions; of the whole prompt in a full f16 cache, 0 to 1.
-        kv_allocated: allocated for K and V then, room for the answer and padding included.
+        kept, kept_share: positions held when the answer began, mean over KV heads; of the sequence, 0 to 1.
+        kv_bytes, kv_share: K and V of these positions and of residual slots; of the whole sequence in a full
+            f16 cache, 0 to 1.
+        kv_allocated: allocated for K and V then, room for the answers and padding included.
         agreement: share of the tokens that equal the full cache's, 0 to 1.
         identical: share of the answers that equal the full cache's.
         first_divergence: place of the first token that differs, median over the answers that differ.
         kl: KL divergence of next-token distributions, nats.
     """
 
-    task: str
+    way: Way
     setting: Setting
     label: str
     n_questions: int
     n_seeds: int
     score: Interval | None
     against_full: Interval | None
-    against_uniform: Interval | None
+    against: dict[str, Interval]
     budget: float | None
     window: float | None
     kept: float
@@ -80,9 +122,20 @@ class Row:
     first_divergence: float | None
     kl: Interval
 
+    @property
+    def height(self) -> Interval:
+        """What is drawn: the score, or without accepted answers the share of the full cache's tokens."""
+        return self.score or self.agreement
+
+    @property
+    def asked_budget(self) -> str:
+        """The budget in the unit in which it was asked for."""
+        return _budget(self.setting)
+
     def figures(self) -> dict[str, Any]:
         """For JSON."""
-        return asdict(self)
+        figures = asdict(self)
+        return {**figures.pop("way"), **figures}
 
 
 @dataclass(frozen=True)
@@ -95,68 +148,95 @@ class Failure:
 
 
 @dataclass(frozen=True)
+class Skipped:
+    """Settings, by label and budget, that questions of one way cannot be asked under, and why."""
+
+    way: Way
+    settings: tuple[str, ...]
+    reason: str
+
+
+@dataclass(frozen=True)
 class Report:
     """What a run found.
 
     Attributes:
-        rows: by task, the full cache first, then in the settings' order.
-        n_questions: those that were asked, of all tasks.
+        rows: by way, the full cache first, then in the settings' order.
+        n_questions: those that were asked, of all ways.
         failures: those of them that are in none of the rows.
+        skipped: what has no row.
     """
 
     rows: tuple[Row, ...]
     n_questions: int
     failures: tuple[Failure, ...]
+    skipped: tuple[Skipped, ...] = ()
+
+    @cached_property
+    def threads(self) -> list[list[Way]]:
+        """The ways by the first question's task, in the order in which they were asked."""
+        found: dict[str, list[Way]] = {}
+        for way in dict.fromkeys(row.way for row in self.rows):
+            found.setdefault(way.first_task, []).append(way)
+        return [sorted(ways, key=lambda way: (way.instead, way.place)) for ways in found.values()]
+
+    def rows_of(self, way: Way) -> list[Row]:
+        return [row for row in self.rows if row.way == way]
 
 
 def make_report(
-    records: dict[tuple[str, str], Record], settings: Sequence[Setting], data: DataSet, *, seed: int = 0
+    records: dict[tuple[str, str], Record],
+    settings: Sequence[Setting],
+    asked: Sequence[str],
+    *,
+    seed: int = 0,
 ) -> Report:
     """Sum up the records of these settings.
 
     Args:
-        records: by question and setting key.
+        records: by name of what was asked and setting key.
         settings: those to report.
-        data: whose questions are reported, in its order.
+        asked: names of what is reported, in order.
         seed: of the bootstrap.
     """
     # in the data set's order, which a run in several processes does not keep
     chosen = [
-        records[question.name, setting.key]
-        for question in data.questions
-        for setting in settings
-        if (question.name, setting.key) in records
+        records[name, setting.key] for name in asked for setting in settings if (name, setting.key) in records
     ]
     failures = {
         record.question: Failure(record.question, record.page, record.error)
         for record in chosen
         if record.error is not None
     }
-    answered = [record for record in chosen if record.question not in failures]
+    by_way: dict[Way, list[Record]] = {}
+    for record in chosen:
+        if record.question not in failures:
+            by_way.setdefault(_way(record), []).append(record)
     rows: list[Row] = []
-    for task in dict.fromkeys(record.task for record in answered):
-        rows += _rows_of_task(task, [each for each in answered if each.task == task], settings, seed)
+    skipped: list[Skipped] = []
+    for way, found in by_way.items():
+        skipped += _skipped(way, found, settings)
+        without = {record.setting for record in found if record.skipped is not None}
+        answered = [record for record in found if record.setting not in without]
+        rows += _rows(way, answered, [each for each in settings if each.key not in without], seed)
     n_questions = len({record.question for record in chosen})
-    return Report(tuple(rows), n_questions, tuple(failures.values()))
+    return Report(tuple(rows), n_questions, tuple(failures.values()), tuple(skipped))
 
 
-def labels(settings: Sequence[Setting]) -> dict[Setting, str]:
-    """The settings but for their budgets, in words: the policy, and what differs among settings of it."""
+def _way(record: Record) -> Way:
+    return Way(record.first_task, record.task, record.place, record.instead)
 
-    def words(setting: Setting) -> str:
-        like = [each for each in settings if each.policy == setting.policy]
-        parts = [setting.policy]
-        if len({each.floor_ratio for each in like}) > 1:
-            parts.append(f"floor {setting.floor_ratio:g}")
-        if not setting.water_fill:
-            parts.append("no water-filling")
-        if len({each.window for each in like}) > 1:
-            parts.append(f"window {setting.window}")
-        if setting.cache_type != "f16":
-            parts.append(setting.cache_type)
-        return ", ".join(parts)
 
-    return {setting: words(setting) for setting in settings}
+def _skipped(way: Way, records: Sequence[Record], settings: Sequence[Setting]) -> list[Skipped]:
+    names = labels(settings)
+    by_key = {setting.key: setting for setting in settings}
+    found: dict[str, dict[str, None]] = {}
+    for record in records:
+        if record.skipped is not None:
+            setting = by_key[record.setting]
+            name = f"{names[setting]} at {_budget(setting)}"
+            found.setdefault(record.skipped, {})[name] = None
+    return [Skipped(way, tuple(under), reason) for reason, under in found.items()]
 
 
 # --- rows
@@ -186,7 +266,14 @@ def _interval(means: npt.NDArray[np.float64]) -> Interval:
     return Interval(float(means[0]), float(low), float(high))
 
 
-def _rows_of_task(task: str, records: list[Record], settings: Sequence[Setting], seed: int) -> list[Row]:
+def _budget(setting: Setting) -> str:
+    """A budget in the unit in which it was asked for."""
+    if setting.policy == "full":
+        return "100 %"
+    return f"{setting.retention:g} %" if setting.budget is None else str(setting.budget)
+
+
+def _rows(way: Way, records: list[Record], settings: Sequence[Setting], seed: int) -> list[Row]:
     pages = _Pages(records, seed)
     by_key: dict[str, list[Record]] = {}
     for record in records:
@@ -216,7 +303,7 @@ def _rows_of_task(task: str, records: list[Record], settings: Sequence[Setting],
         differs = [record.first_divergence for record in found if record.first_divergence is not None]
         rows.append(
             Row(
-                task=task,
+                way=way,
                 setting=setting,
                 label=names[setting],
                 n_questions=len({record.question for record in found}),
@@ -225,7 +312,7 @@ def _rows_of_task(task: str, records: list[Record], settings: Sequence[Setting],
                 against_full=_interval(scores[setting] - scores[full])
                 if scored and full in scores and setting != full
                 else None,
-                against_uniform=_against_baseline(setting, groups, scores) if scored else None,
+                against=_against(setting, groups, scores, names) if scored else {},
                 budget=mean([record.budget or 0 for record in found]) if evicts else None,
                 window=mean([record.window or 0 for record in found]) if evicts else None,
                 kept=mean([record.kept for record in found]),
@@ -246,29 +333,50 @@ def _kv_bytes(records: Sequence[Record]) -> float:
     return float(np.mean([record.kv_bytes for record in records]))
 
 
-def _against_baseline(
+def _against(
     setting: Setting,
     groups: dict[Setting, list[Record]],
     scores: dict[Setting, npt.NDArray[np.float64]],
-) -> Interval | None:
-    """Score - the baseline's at the same bytes, between whose budgets the score is taken to be linear."""
-    if setting.policy in ("full", BASELINE):
-        return None
-    like = (setting.window, setting.cache_type)
-    line = [
-        (_kv_bytes(groups[other]), other)
-        for other in groups
-        if other.policy == BASELINE and (other.window, other.cache_type) == like
-    ]
-    line.sort(key=lambda place: place[0])
+    names: dict[Setting, str],
+) -> dict[str, Interval]:
+    """Score - that of every other label at the same bytes, see Row.against."""
+    if setting.policy == "full":
+        return {}
+    lines: dict[str, list[tuple[float, Setting]]] = {}
+    for other in groups:
+        if names[other] != names[setting] and _comparable(setting, other):
+            lines.setdefault(names[other], []).append((_kv_bytes(groups[other]), other))
     n_bytes = _kv_bytes(groups[setting])
+    found = {}
+    for label, line in lines.items():
+        theirs = _at_bytes(n_bytes, sorted(line, key=lambda place: place[0]), scores)
+        if theirs is not None:
+            found[label] = _interval(scores[setting] - theirs)
+    for other in groups:
+        if other.policy == "full" and other != Setting("full") and n_bytes <= _kv_bytes(groups[other]):
+            found[names[other]] = _interval(scores[setting] - scores[other])
+    return found
+
+
+def _comparable(setting: Setting, other: Setting) -> bool:
+    """Whether the window, cache type and rule for later questions are the same, or only that rule is not."""
+    if (setting.window, setting.cache_type) != (other.window, other.cache_type):
+        return False
+    plain: dict[str, Any] = {"budget": None, "retention": None, "later": ""}
+    return setting.later == other.later or replace(setting, **plain) == replace(other, **plain)
+
+
+def _at_bytes(
+    n_bytes: float, line: list[tuple[float, Setting]], scores: dict[Setting, npt.NDArray[np.float64]]
+) -> npt.NDArray[np.float64] | None:
+    """The scores of a line at these bytes, taken to be linear between its budgets; None beyond them."""
+    # half a byte of tolerance: the same positions may be the same bytes but for rounding
     for (low, left), (high, right) in pairwise(line):
-        # half a byte of tolerance: the same positions may be the same bytes but for rounding
         if low - 0.5 <= n_bytes <= high + 0.5:
             at = min(max((n_bytes - low) / (high - low), 0.0), 1.0) if high > low else 0.0
-            return _interval(scores[setting] - ((1 - at) * scores[left] + at * scores[right]))
+            return (1 - at) * scores[left] + at * scores[right]
     if len(line) == 1 and abs(line[0][0] - n_bytes) <= 0.5:
-        return _interval(scores[setting] - scores[line[0][1]])
+        return scores[line[0][1]]
     return None
 
 
@@ -276,35 +384,35 @@ def _against_baseline(
 
 
 def print_report(report: Report) -> None:
-    """A table for each task, and the failures, on stdout."""
+    """Tables, and what has no row in them, on stdout.
+
+    For each task of first questions a table of all figures, and one of the scores of what was asked after
+    them; then what the first line of settings gains on the others.
+    """
     from rich.console import Console
-    from rich.table import Table
 
     console = Console()
     if not console.is_terminal:
         console.width = _TABLE_WIDTH
-    for task in dict.fromkeys(row.task for row in report.rows):
-        rows = [row for row in report.rows if row.task == task]
-        table = Table(title=f"{task}: {rows[0].n_questions} questions", title_justify="left")
-        table.add_column("policy")
-        for column in ("budget", "window", "kept", "K+V", "allocated"):
-            table.add_column(column, justify="right", no_wrap=True)
-        if rows[0].score:
-            table.add_column("score", justify="right")
-            table.add_column(f"- {BASELINE}", justify="right")
-        for column in ("tokens as full", "differs at", "KL"):
-            table.add_column(column, justify="right")
-        for row in rows:
-            table.add_row(*_cells(row))
-        console.print(table)
+    for ways in report.threads:
+        if ways[0].place == 1 and not ways[0].instead:
+            console.print(_first_table(report.rows_of(ways[0])))
+        if len(ways) > 1:
+            console.print(_later_table(report, ways))
+    gains = _gains_table(report)
+    if gains is not None:
+        console.print(gains)
     if report.rows:
         console.print(
-            "budget, kept: positions of a KV head, mean, and per cent of the prompt; K+V: of these positions"
-            f" and per cent of a full f16 cache; - {BASELINE}: difference to it at the same bytes; differs"
-            " at: median place of the first other token; [95 % confidence intervals over pages]",
+            "budget, kept: positions of a KV head, mean, and per cent of the sequence; K+V: of these"
+            " and of residual slots, and per cent of a full f16 cache; - a policy: difference to it at the"
+            " same bytes, to a full cache of another type at no more than its bytes; differs at: median"
+            " place of the first other token; [95 % confidence intervals over pages]",
             style="dim",
             highlight=False,
         )
+    for each in report.skipped:
+        print(f"{each.way.words}: not under {', '.join(each.settings)}: {each.reason}")
     if report.failures:
         n_failed = len(report.failures)
         print(f"{n_failed} of {report.n_questions} questions failed and are in no figure above:")
@@ -312,7 +420,72 @@ def print_report(report: Report) -> None:
             print(f"  {failure.question}: {failure.error}")
 
 
-def _cells(row: Row) -> list[str]:
+def _first_table(rows: list[Row]) -> "Table":
+    from rich.table import Table
+
+    table = Table(title=f"{rows[0].way.words}: {rows[0].n_questions} questions", title_justify="left")
+    table.add_column("policy")
+    for column in ("budget", "window", "kept", "K+V", "allocated"):
+        table.add_column(column, justify="right", no_wrap=True)
+    if rows[0].score:
+        for column in ("score", "- full", f"- {BASELINE}"):
+            table.add_column(column, justify="right")
+    for column in ("tokens as full", "differs at", "KL"):
+        table.add_column(column, justify="right")
+    for row in rows:
+        table.add_row(*_cells(row, rows))
+    return table
+
+
+def _later_table(report: Report, ways: list[Way]) -> "Table":
+    """Scores by place in the conversation: a row for each setting."""
+    from rich.table import Table
+
+    rows = {(row.way, row.setting): row for way in ways for row in report.rows_of(way)}
+    settings = dict.fromkeys(setting for _, setting in rows)
+    what = "score" if report.rows_of(ways[0])[0].score else "tokens as with the full cache"
+    title = f"{ways[0].first_task}, and what is asked after it: {what}, %"
+    table = Table(title=title, title_justify="left")
+    table.add_column("policy")
+    table.add_column("budget", justify="right", no_wrap=True)
+    for way in ways:
+        n_questions = max(row.n_questions for row in report.rows_of(way))
+        table.add_column(f"{way.words} ({n_questions})", justify="right")
+    for setting in settings:
+        found = [rows.get((way, setting)) for way in ways]
+        named = next(row for row in found if row is not None)
+        cells = ["" if row is None else _with_interval(row.height) for row in found]
+        table.add_row(named.label, named.asked_budget, *cells)
+    return table
+
+
+def _gains_table(report: Report) -> "Table | None":
+    """Differences of the first line of settings to all others at the same bytes; None if there is none."""
+    from rich.table import Table
+
+    subject = next((row.label for row in report.rows if row.setting.policy != "full"), None)
+    rows = [row for row in report.rows if row.label == subject and row.score]
+    others = list(dict.fromkeys(label for row in rows for label in row.against))
+    if not others:
+        return None
+    table = Table(title=f"{subject}, less the others at the same bytes", title_justify="left")
+    table.add_column("questions")
+    table.add_column("budget", justify="right", no_wrap=True)
+    for column in ("K+V", "score", "- full", *(f"- {label}" for label in others)):
+        table.add_column(column, justify="right")
+    for row in rows:
+        against = [row.against_full, *(row.against.get(label) for label in others)]
+        table.add_row(
+            row.way.words,
+            row.asked_budget,
+            f"{row.kv_share:.1%}",
+            f"{100 * row.height.mean:.1f}",
+            *("" if each is None else _with_interval(each, sign="+") for each in against),
+        )
+    return table
+
+
+def _cells(row: Row, rows: Sequence[Row]) -> list[str]:
     cells = [
         row.label,
         "-" if row.budget is None else f"{row.budget:.0f}",
@@ -323,9 +496,18 @@ def _cells(row: Row) -> list[str]:
     ]
     if row.score:
         cells.append(_with_interval(row.score))
-        cells.append(_with_interval(row.against_uniform, sign="+") if row.against_uniform else "")
+        for against in (row.against_full, _against_baseline(row, rows)):
+            cells.append("" if against is None else _with_interval(against, sign="+"))
     differs = "-" if row.first_divergence is None else f"{row.first_divergence:.0f}"
     return [*cells, f"{row.agreement.mean:.1%}", differs, f"{row.kl.mean:.3g}"]
+
+
+def _against_baseline(row: Row, rows: Sequence[Row]) -> Interval | None:
+    """The difference to the baseline with the same vote and slot, or else to any."""
+    baselines = [each for each in rows if each.setting.policy == BASELINE and each.label in row.against]
+    votes = (row.setting.vote, row.setting.residual)
+    baselines.sort(key=lambda each: (each.setting.vote, each.setting.residual) != votes)
+    return row.against[baselines[0].label] if baselines and row.setting.policy != BASELINE else None
 
 
 def _kib(n_bytes: float) -> str:
@@ -347,19 +529,23 @@ def as_json(report: Report, about: dict[str, Any]) -> dict[str, Any]:
     """What eval.json holds."""
     return {
         "format": "sparsemm-edge/eval",
-        "version": 1,
+        "version": 2,
         **about,
         "n_questions": report.n_questions,
         "rows": [row.figures() for row in report.rows],
         "failures": [asdict(failure) for failure in report.failures],
+        "skipped": [
+            {**asdict(each.way), "settings": each.settings, "reason": each.reason} for each in report.skipped
+        ],
     }
 
 
 def save_plot(report: Report, path: Path, *, title: str) -> None:
-    """Draw accuracy, or without accepted answers token agreement, over KV bytes: a panel for each task.
+    """Draw accuracy, or without accepted answers token agreement, over KV bytes.
 
-    A line for each policy and way of sharing, with 95 % confidence intervals over pages; the full f16 cache
-    is the dashed line.
+    A panel for each way of asking: a row of them is a conversation, first question to last, and then the
+    question in the place of the first. A line for each policy and way of sharing, with 95 % confidence
+    intervals over pages; the full f16 cache is the dashed line, of other types points.
 
     Raises:
         SparseMMError: the name does not end in .png, or the file cannot be written.
@@ -368,56 +554,62 @@ def save_plot(report: Report, path: Path, *, title: str) -> None:
         raise SparseMMError(f"the plot is a PNG picture: {path} must end in .png")
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
-    from matplotlib.ticker import FuncFormatter, NullLocator
 
-    tasks = list(dict.fromkeys(row.task for row in report.rows))
-    figure = Figure(figsize=(1 + 5.2 * max(1, len(tasks)), 4.8), layout="constrained")
+    threads = report.threads
+    if all(len(ways) == 1 for ways in threads):
+        threads = [[way for ways in threads for way in ways]]
+    n_rows, n_columns = len(threads), max(1, *(len(ways) for ways in threads))
+    figure = Figure(figsize=(1 + 4.6 * n_columns, 0.6 + 4.2 * n_rows), layout="constrained")
     FigureCanvasAgg(figure)
-    for axes, task in zip(figure.subplots(1, max(1, len(tasks)), squeeze=False)[0], tasks, strict=False):
-        rows = [row for row in report.rows if row.task == task]
-        ticks = set()
-        for number, label in enumerate(dict.fromkeys(row.label for row in rows)):
-            line = sorted((row for row in rows if row.label == label), key=lambda row: row.kv_share)
-            heights = [row.score or row.agreement for row in line]
-            means = np.array([height.mean for height in heights]) * 100
-            if line[0].setting == Setting("full"):
-                axes.axhline(means[0], color="black", linestyle="--", linewidth=1, label="full cache")
-                continue
-            below = means - np.array([height.low for height in heights]) * 100
-            above = np.array([height.high for height in heights]) * 100 - means
-            policy = line[0].setting.policy
-            shares = [row.kv_share * 100 for row in line]
-            ticks |= {round(share, 1) for share in shares if policy == BASELINE}
-            axes.errorbar(
-                shares,
-                means,
-                yerr=np.maximum([below, above], 0),
-                label=label,
-                marker=_MARKERS[number % len(_MARKERS)],
-                markersize=5,
-                capsize=2,
-                linewidth=2.2 if policy in BY_SCORE else 1.4,
-                color=_COLOURS[policy]
-                if _is_plain(line[0].setting, rows)
-                else _OTHER_COLOURS[number % len(_OTHER_COLOURS)],
-            )
-        axes.set_xscale("log")
-        if ticks:
-            axes.set_xticks(sorted(ticks))
-            axes.xaxis.set_minor_locator(NullLocator())
-        axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
-        axes.set_title(task, fontsize=10)
-        axes.set_xlabel("K and V, % of the full f16 cache")
-        axes.set_ylabel("score, %" if rows[0].score else "tokens as with the full cache, %")
-        axes.grid(alpha=0.3)
-        axes.legend(fontsize=8)
+    grid = figure.subplots(n_rows, n_columns, squeeze=False, sharey="row" if len(threads) > 1 else False)
+    for axes_of_thread, ways in zip(grid, threads, strict=True):
+        for axes, way in zip(axes_of_thread, ways, strict=False):
+            _draw(axes, report.rows_of(way))
+        for axes in axes_of_thread[len(ways) :]:
+            axes.set_visible(False)
+    grid[0][0].legend(fontsize=8)
     figure.suptitle(title, fontsize=10)
     with atomic_path(path) as part:
         figure.savefig(part, format="png", dpi=120)
 
 
-def _is_plain(setting: Setting, rows: Sequence[Row]) -> bool:
-    """Whether this is the first line of its policy, which has the policy's colour."""
-    return next(row.label for row in rows if row.setting.policy == setting.policy) == next(
-        row.label for row in rows if row.setting == setting
-    )
+def _draw(axes: "Axes", rows: list[Row]) -> None:
+    """A panel: heights over bytes, a line for each label."""
+    from matplotlib.ticker import FuncFormatter, NullLocator
+
+    ticks = set()
+    for number, label in enumerate(dict.fromkeys(row.label for row in rows)):
+        line = sorted((row for row in rows if row.label == label), key=lambda row: row.kv_share)
+        heights = [row.height for row in line]
+        means = np.array([height.mean for height in heights]) * 100
+        if line[0].setting == Setting("full"):
+            axes.axhline(means[0], color="black", linestyle="--", linewidth=1, label="full cache")
+            continue
+        below = means - np.array([height.low for height in heights]) * 100
+        above = np.array([height.high for height in heights]) * 100 - means
+        method = method_of(line[0].setting)
+        shares = [row.kv_share * 100 for row in line]
+        ticks |= {round(share, 1) for share in shares if method == BASELINE}
+        plain = method == "full" or label == next(
+            row.label for row in rows if method_of(row.setting) == method
+        )
+        axes.errorbar(
+            shares,
+            means,
+            yerr=np.maximum([below, above], 0),
+            label=label,
+            marker=_MARKERS[number % len(_MARKERS)],
+            markersize=5,
+            capsize=2,
+            linewidth=2.2 if method in BY_SCORE else 1.4,
+            color=_COLOURS[method] if plain else _OTHER_COLOURS[number % len(_OTHER_COLOURS)],
+        )
+    axes.set_xscale("log")
+    if ticks:
+        axes.set_xticks(sorted(ticks))
+        axes.xaxis.set_minor_locator(NullLocator())
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    axes.set_title(rows[0].way.words, fontsize=10)
+    axes.set_xlabel("K and V, % of the full f16 cache")
+    axes.set_ylabel("score, %" if rows[0].score else "tokens as with the full cache, %")
+    axes.grid(alpha=0.3)

@@ -11,6 +11,7 @@ from typing import Any, TextIO
 
 import numpy as np
 import numpy.typing as npt
+from gguf.constants import GGML_QUANT_SIZES
 
 from sparsemm_edge.budgets import BY_SCORE, FULL
 from sparsemm_edge.errors import SparseMMError
@@ -20,7 +21,7 @@ from sparsemm_edge.evaluation.settings import Setting
 from sparsemm_edge.gguf_metadata import POOL_KERNEL
 from sparsemm_edge.runtime import VisionModel
 from sparsemm_edge.runtime.eviction import HeadBudgetTable
-from sparsemm_edge.runtime.prompt import ImagePart, Prompt
+from sparsemm_edge.runtime.prompt import ImagePart, Prompt, TextPart
 from sparsemm_edge.runtime.session import Prefix, Session, cache_type
 from sparsemm_edge.scores import HeadScores, group_scores
 from sparsemm_edge.workers import in_processes
@@ -38,9 +39,11 @@ class Job:
         model, mmproj: GGUF files of the text model and its image encoder.
         scores: a head scores file; None: the model file's own scores.
         n_predict: most tokens of an answer.
-        n_ctx: most positions of prompt and answer; None: what the model was trained for.
+        n_ctx: most positions of prompts and answers; None: what the model was trained for.
         n_threads: threads of a process; None: the physical cores.
         chat_template: jinja text to use instead of the model's own template.
+        n_turns: most questions of a conversation; 1: no later ones.
+        cross: whether a second question is asked in the place of the first as well.
     """
 
     model: Path
@@ -50,6 +53,42 @@ class Job:
     n_ctx: int | None = None
     n_threads: int | None = None
     chat_template: str | None = None
+    n_turns: int = 1
+    cross: bool = False
+
+    def asked(self, question: Question) -> list["Asked"]:
+        """A question and what follows it, in the order in which it is asked."""
+        later = question.later[: self.n_turns - 1]
+        asked = [Asked(question)]
+        asked += [Asked(each, question, place) for place, each in enumerate(later, 2)]
+        if self.cross and question.later:
+            asked.append(Asked(question.later[0], question, instead=True))
+        return asked
+
+
+@dataclass(frozen=True)
+class Asked:
+    """A question, and what stands before it in the cache.
+
+    Attributes:
+        question: what is asked.
+        first: the first question of its conversation; None: it is that one itself.
+        place: in the conversation, from 1.
+        instead: asked in the place of `first`, for which the cache was evicted.
+    """
+
+    question: Question
+    first: Question | None = None
+    place: int = 1
+    instead: bool = False
+
+    @property
+    def name(self) -> str:
+        """Names it in files of results; nothing else that is asked has it."""
+        if self.first is None:
+            return self.question.name
+        where = f"in the place of {self.first.name}" if self.instead else f"{self.place} after"
+        return f"{self.question.name}, {where}" + ("" if self.instead else f" {self.first.name}")
 
 
 @dataclass(frozen=True)
@@ -57,25 +96,34 @@ class Record:
     """One question under one setting.
 
     Attributes:
-        question, page, task: the question's.
+        question: names what was asked, see Asked.name.
+        page, task: the question's.
         setting: its key.
+        place, instead: as in Asked.
+        first_task: the task of the conversation's first question.
         error: why there is no answer; the fields below are then empty.
+        skipped: why this setting cannot be asked it; likewise.
         answer: the text.
         score: 0 to 1; None without accepted answers.
-        n_prompt: the prompt's length in positions.
-        budget, window: as shared out for this prompt, in positions; None for the full cache.
-        kept: positions held after the prompt, mean over KV heads.
-        kv_bytes: K and V of these positions.
-        kv_full_bytes: K and V of the whole prompt in a full f16 cache.
-        kv_allocated: allocated for K and V, room for the answer included.
-        agreement, first_divergence, kl: see fidelity.Fidelity.
+        n_prompt: positions of the sequence when its answer began.
+        budget, window: as shared out for the first prompt, in positions; None for the full cache.
+        kept: positions held then, mean over KV heads.
+        kv_bytes: K and V of these positions, and of the slots that stand for those that were lost.
+        kv_full_bytes: K and V of the whole sequence in a full f16 cache.
+        kv_allocated: allocated for K and V, room for the answers included.
+        agreement, first_divergence, kl: see fidelity.Fidelity; of a later question against the full cache's
+            own conversation.
     """
 
     question: str
     page: str
     task: str
     setting: str
+    place: int = 1
+    instead: bool = False
+    first_task: str = ""
     error: str | None = None
+    skipped: str | None = None
     answer: str = ""
     score: float | None = None
     n_prompt: int = 0
@@ -91,23 +139,34 @@ class Record:
 
 
 @dataclass
+class _Answer:
+    """The full cache's: tokens, end token included, and [n, n_vocab] logits before each of them."""
+
+    tokens: list[int]
+    logits: npt.NDArray[np.float32]
+
+
+@dataclass
 class _Reading:
-    """One question's prompt while its settings are gone through.
+    """A first question's prompt, and what is asked after it, while the settings are gone through.
 
     Attributes:
+        asked: the first question, later ones, and the one in its place.
+        prompt: the first question's.
         embeddings: of the prompt's images.
-        n_predict: tokens that fit after the prompt.
-        full, full_logits: the full cache's answer, end token included, and the logits before each token.
+        n_ctx: room for all of it.
+        appended: the tokens of what is asked after it, by Asked.name.
+        full: the full cache's answers, likewise.
         prefix: the prompt but for its last tokens, None if it cannot be cut there.
         prefix_of: cache type, and how many tokens are left out, that `prefix` was read for.
     """
 
-    question: Question
+    asked: list[Asked]
     prompt: Prompt
     embeddings: list[npt.NDArray[np.float32]]
-    n_predict: int
-    full: list[int] = field(default_factory=list)
-    full_logits: npt.NDArray[np.float32] = field(default_factory=lambda: np.empty((0, 0), np.float32))
+    n_ctx: int = 0
+    appended: dict[str, npt.NDArray[np.int32]] = field(default_factory=dict)
+    full: dict[str, _Answer] = field(default_factory=dict)
     prefix: Prefix | None = None
     prefix_of: tuple[str, int] = ("", 0)
 
@@ -139,9 +198,15 @@ class Evaluator:
 
     def check(self, settings: Sequence[Setting]) -> None:
         """Raise SparseMMError if a setting cannot be run with this model, before anything is run."""
+        shape = self._model.shape
         for setting in settings:
-            if cache_type(setting.cache_type).name.startswith("Q4") and setting.policy != "full":
-                raise SparseMMError(f"a cache that evicts cannot hold {setting.cache_type}: f16 or q8_0")
+            block, _ = GGML_QUANT_SIZES[cache_type(setting.cache_type)]
+            if shape.n_embd_head_k % block or shape.n_embd_head_v % block:
+                raise SparseMMError(
+                    f"{setting.cache_type} holds blocks of {block} numbers, and the heads of"
+                    f" {self._job.model} have {shape.n_embd_head_k}: leave it out of --cache-types, and full"
+                    " out of --policies"
+                )
             if setting.policy in BY_SCORE and self._scores is None:
                 raise SparseMMError(
                     f"{self._job.model} holds no head scores: convert it first (sparsemm-edge convert), or"
@@ -149,26 +214,27 @@ class Evaluator:
                 )
             if setting.policy != "full":
                 n_prompt = 4096 if setting.budget is None else setting.budget + 1
-                setting.table(self._scores, self._model.shape, n_prompt)
+                setting.table(self._scores, shape, n_prompt)
 
     def answer(self, question: Question, settings: Sequence[Setting]) -> list[Record]:
-        """One question under all of these settings; if it fails, a record of the failure for each."""
+        """One question, and those that follow it, under all of these settings.
+
+        What fails is a record of the failure, for each setting if the question itself fails.
+        """
+        asked = self._job.asked(question)
         try:
-            text = self._model.chat_prompt(question.prompt, 1, self._job.chat_template)
-            with self._model.tokenize(text, [question.open_image()]) as prompt:
-                reading = _Reading(
-                    question, prompt, self._encode(question.page, prompt), self._n_predict(prompt)
-                )
-                reference = self._answer_full(reading)
+            with self._first_prompt(question) as prompt:
+                reading = _Reading(asked, prompt, self._encode(question.page, prompt))
+                reading.n_ctx = self._n_ctx(reading)
+                reference = self._converse(reading, _REFERENCE)
+                records = []
                 # those that share a prefix in a row, so that one at a time takes memory
-                return [
-                    reference if setting == _REFERENCE else self._answer_setting(reading, setting)
-                    for setting in sorted(settings, key=lambda each: (each.cache_type, _n_rest(each)))
-                ]
+                for setting in sorted(settings, key=lambda each: (each.cache_type, _n_rest(each))):
+                    records += reference if setting == _REFERENCE else self._converse(reading, setting)
+                return records
         except SparseMMError as error:
             return [
-                Record(question.name, question.page, question.task, setting.key, error=str(error))
-                for setting in settings
+                Record(**_identify(each, setting), error=str(error)) for setting in settings for each in asked
             ]
 
     def _read_scores(self) -> npt.NDArray[np.float64] | None:
@@ -188,63 +254,141 @@ class Evaluator:
             self._page = page
         return self._embeddings
 
-    def _n_predict(self, prompt: Prompt) -> int:
-        limit = self._job.n_ctx or self._model.n_ctx_train
-        if prompt.n_tokens >= limit:
-            raise SparseMMError(f"the prompt takes {prompt.n_tokens} positions, the context has {limit}")
-        return min(self._job.n_predict, limit - prompt.n_tokens)
+    def _n_ctx(self, reading: _Reading) -> int:
+        """Room for the prompt, the later ones and all answers, within the limit."""
+        limit, n_prompt = self._job.n_ctx or self._model.n_ctx_train, reading.prompt.n_tokens
+        if n_prompt >= limit:
+            raise SparseMMError(f"the prompt takes {n_prompt} positions, the context has {limit}")
+        # and a token that an answer which was cut off leaves for the next prompt
+        later = [len(self._in_turn(each)) + 1 for each in reading.asked if each.first is not None]
+        return min(n_prompt + sum(later) + self._job.n_predict * (1 + len(later)), limit)
+
+    def _appended(self, reading: _Reading, asked: Asked) -> npt.NDArray[np.int32]:
+        """The tokens of a later question, or of one in the place of the first: [n]."""
+        found = reading.appended.get(asked.name)
+        if found is None:
+            found = self._in_place(reading, asked) if asked.instead else self._in_turn(asked)
+            reading.appended[asked.name] = found
+        return found
+
+    def _in_turn(self, asked: Asked) -> npt.NDArray[np.int32]:
+        """What follows an answer, from what ends that."""
+        text = self._model.chat_prompt(asked.question.prompt, 0, self._job.chat_template, first=False)
+        with self._model.tokenize(text, first=False) as prompt:
+            return _text_tokens(prompt.parts)
+
+    def _in_place(self, reading: _Reading, asked: Asked) -> npt.NDArray[np.int32]:
+        """What follows the image where this question is the first."""
+        with self._first_prompt(asked.question) as prompt:
+            before, after = _at_image(prompt)
+            tokens = _text_tokens(after)
+            if not len(tokens) or not _same_parts(before, _at_image(reading.prompt)[0]):
+                raise SparseMMError("the chat template does not put the whole question after the image")
+            return tokens
+
+    def _first_prompt(self, question: Question) -> Prompt:
+        text = self._model.chat_prompt(question.prompt, 1, self._job.chat_template)
+        return self._model.tokenize(text, [question.open_image()])
 
     def _start(
-        self, reading: _Reading, setting: Setting, table: HeadBudgetTable | None, n_ubatch: int | None = None
+        self,
+        reading: _Reading,
+        setting: Setting,
+        table: HeadBudgetTable | None,
+        n_ubatch: int | None = None,
+        prompt: Prompt | None = None,
     ) -> Session:
+        longest = max((len(answer.tokens) - 1 for answer in reading.full.values()), default=0)
         return self._model.start_with(
-            reading.prompt,
+            prompt or reading.prompt,
             table,
-            n_ctx=reading.prompt.n_tokens + reading.n_predict,
+            n_ctx=reading.n_ctx,
             n_ubatch=n_ubatch,
             cache_type_k=setting.cache_type,
             cache_type_v=setting.cache_type,
             embeddings=reading.embeddings,
-            n_outputs=max(1, len(reading.full) - 1),
+            n_outputs=max(2, longest),
         )
 
-    def _answer_full(self, reading: _Reading) -> Record:
-        """The full cache's greedy answer as llama.cpp gives it; kept in `reading` for the others."""
-        with self._start(reading, _REFERENCE, None) as session:
-            session.read_prompt()
-            record = self._record(reading, _REFERENCE, session)
-            logits = [session.logits()]
-            tokens = self._greedy(session, reading, [int(logits[0].argmax())], logits)
-        reading.full, reading.full_logits = tokens, np.stack(logits)
-        return self._complete(record, reading, tokens, reading.full_logits)
+    def _converse(self, reading: _Reading, setting: Setting) -> list[Record]:
+        """All that is asked under one setting, over one cache.
 
-    def _answer_setting(self, reading: _Reading, setting: Setting) -> Record:
-        """Follow the full cache's answer for the distributions, and leave it where this cache would."""
-        table, prefix, n_ubatch = None, None, None
+        The full f16 cache goes first: its greedy answers are kept in `reading` for the others.
+        """
+        table, prefix, n_ubatch, prompt = None, None, None, reading.prompt
+        before, after = _at_image(prompt)
         if setting.policy != "full":
-            n_prompt = reading.prompt.n_tokens
-            table = HeadBudgetTable(
-                setting.table(self._scores, self._model.shape, n_prompt),
-                setting.window_of(n_prompt),
-                POOL_KERNEL,
-            )
+            table = self._table(reading.prompt.n_tokens, setting)
+            if setting.later == "image":
+                prompt = Prompt(before)
             prefix = self._prefix(reading, setting)
+            if prefix is not None and prompt.n_tokens - prefix.n_tokens < setting.window:
+                prefix = None  # a part of the window is in it
             n_ubatch = _n_rest(setting) if prefix else None
-        with self._start(reading, setting, table, n_ubatch) as session:
+        with self._start(reading, setting, table, n_ubatch, prompt) as session:
             session.read_prompt(prefix)
-            record = self._record(reading, setting, session)
-            first = session.logits()
-            rest = session.decode_all(np.array(reading.full[:-1], dtype=np.int32))
-            logits = np.concatenate([first[None], rest])
-            choices = logits.argmax(axis=1)
-            differs = np.flatnonzero(choices != np.array(reading.full))
-            tokens = reading.full
-            if differs.size:
-                place = int(differs[0])
-                tokens = [*reading.full[:place], int(choices[place])]
-                session.forget_reply(place)
-                tokens = self._greedy(session, reading, tokens)
-        return self._complete(record, reading, tokens, logits)
+            evicted = session.state() if reading.asked[-1].instead and table is not None else None
+            if prompt is not reading.prompt:
+                session.append(_text_tokens(after))
+            record, tokens = self._answer(session, reading, setting, reading.asked[0])
+            records = [record]
+            why_not = None
+            for asked in reading.asked[1:]:
+                try:
+                    if asked.instead:
+                        if evicted is not None:
+                            session.restore(evicted)
+                        record = self._ask_in_place(session, reading, setting, asked)
+                    elif why_not is None:
+                        self._read_later(session, reading, setting, asked, tokens)
+                        record, tokens = self._answer(session, reading, setting, asked)
+                    else:
+                        record = Record(**_identify(asked, setting), error=why_not)
+                except SparseMMError as error:
+                    why_not = str(error)
+                    record = Record(**_identify(asked, setting), error=why_not)
+                records.append(record)
+        return records
+
+    def _table(self, n_prompt: int, setting: Setting) -> HeadBudgetTable:
+        return HeadBudgetTable(
+            setting.table(self._scores, self._model.shape, n_prompt),
+            setting.window_of(n_prompt),
+            POOL_KERNEL,
+            vote=setting.vote,
+            residual=setting.residual,
+        )
+
+    def _read_later(
+        self, session: Session, reading: _Reading, setting: Setting, asked: Asked, tokens: list[int]
+    ) -> None:
+        """Append a question to the answer before it, `tokens`."""
+        # what ends a turn is in the question's text; what was cut off is not in the cache yet
+        pending = [] if self._model.ends_turn(tokens[-1]) else tokens[-1:]
+        appended = np.concatenate([np.array(pending, np.int32), self._appended(reading, asked)])
+        n_tokens = session.n_tokens + len(appended)
+        if n_tokens >= reading.n_ctx:
+            raise SparseMMError(
+                f"with this question the conversation takes {n_tokens} positions, the context has"
+                f" {reading.n_ctx}"
+            )
+        if setting.later != "again" and setting.policy != "full":
+            session.append(appended)
+        else:
+            session.read(Prompt([TextPart(appended)]))
+
+    def _ask_in_place(self, session: Session, reading: _Reading, setting: Setting, asked: Asked) -> Record:
+        """Take the first question back and ask another; what was kept of the image for the first one stays.
+
+        The cache is as it was when the first question had been read.
+        """
+        _, after = _at_image(reading.prompt)
+        n_pos = reading.prompt.n_pos - sum(part.n_pos for part in after)
+        if not session.truncate(n_pos, reading.prompt.n_tokens - sum(part.n_tokens for part in after)):
+            why_not = "the question that is taken back is longer than the window"
+            return Record(**_identify(asked, setting), skipped=why_not)
+        session.append(self._appended(reading, asked))
+        return self._answer(session, reading, setting, asked)[0]
 
     def _prefix(self, reading: _Reading, setting: Setting) -> Prefix | None:
         """The prompt but for its last tokens, read and not evicted; None if it cannot be cut there."""
@@ -259,15 +403,54 @@ class Evaluator:
                     reading.prefix = session.read_prefix(n_prefix) if session.takes_prefix else None
         return reading.prefix
 
+    def _answer(
+        self, session: Session, reading: _Reading, setting: Setting, asked: Asked
+    ) -> tuple[Record, list[int]]:
+        """Answer what was read last, and what the cache held before; tokens, end token included.
+
+        Afterwards the cache holds all of these tokens but the last.
+        """
+        held = self._held(reading, setting, session)
+        n_predict = min(self._job.n_predict, reading.n_ctx - session.n_tokens)
+        first = session.logits()
+        full = reading.full.get(asked.name)
+        if full is None:
+            rows = [first]
+            tokens = self._greedy(session, n_predict, [int(first.argmax())], rows)
+            full = reading.full[asked.name] = _Answer(tokens, np.stack(rows))
+            logits = full.logits
+        else:
+            # follow the full cache's answer for the distributions, and leave it where this cache would
+            followed = full.tokens[:n_predict]
+            rest = session.decode_all(np.array(followed[:-1], dtype=np.int32))
+            logits = np.concatenate([first[None], rest])
+            choices = logits.argmax(axis=1)
+            differs = np.flatnonzero(choices != np.array(followed))
+            tokens = followed
+            if differs.size:
+                place = int(differs[0])
+                tokens = [*followed[:place], int(choices[place])]
+                session.forget_reply(place)
+                tokens = self._greedy(session, n_predict, tokens)
+        ended = self._model.ends_turn(tokens[-1])
+        answer = self._model.text_of(tokens[:-1] if ended else tokens)
+        question, score = asked.question, None
+        if question.metric is not None:
+            # a model's reply often begins with a space that belongs to no answer
+            score = metrics.score(question.metric, answer.strip(), question.answers)
+        compared = fidelity.compare(full.tokens, tokens, full.logits[: len(logits)], logits)
+        record = Record(**_identify(asked, setting), **held, answer=answer, score=score, **asdict(compared))
+        return record, tokens
+
     def _greedy(
         self,
         session: Session,
-        reading: _Reading,
+        n_predict: int,
         tokens: list[int],
         logits: list[npt.NDArray[np.float32]] | None = None,
     ) -> list[int]:
         """Go on from the last of `tokens`, which is not decoded yet, to the end of the answer."""
-        while len(tokens) < reading.n_predict and not self._model.ends_turn(tokens[-1]):
+        while len(tokens) < n_predict and not self._model.ends_turn(tokens[-1]):
             session.decode(tokens[-1])
             found = session.logits()
             if logits is not None:
@@ -275,46 +458,65 @@ class Evaluator:
             tokens.append(int(found.argmax()))
         return tokens
 
-    def _record(self, reading: _Reading, setting: Setting, session: Session) -> dict[str, Any]:
-        """What the cache holds right after the prompt."""
-        stats, shape, n_prompt = session.kv_stats(), self._model.shape, reading.prompt.n_tokens
+    def _held(self, reading: _Reading, setting: Setting, session: Session) -> dict[str, Any]:
+        """What the cache holds right after a prompt."""
+        stats, shape, n_first = session.kv_stats(), self._model.shape, reading.prompt.n_tokens
         evicts = setting.policy != "full"
-        question = reading.question
+        n_places = stats.positions_kept_mean + session.n_residual() / (shape.n_layer * shape.n_head_kv)
         return {
-            "question": question.name,
-            "page": question.page,
-            "task": question.task,
-            "setting": setting.key,
-            "n_prompt": n_prompt,
-            "budget": setting.budget_of(n_prompt) if evicts else None,
-            "window": setting.window_of(n_prompt) if evicts else None,
+            "n_prompt": session.n_tokens,
+            "budget": setting.budget_of(n_first) if evicts else None,
+            "window": setting.window_of(n_first) if evicts else None,
             "kept": stats.positions_kept_mean,
-            "kv_bytes": stats.bytes_full * stats.positions_kept_mean / n_prompt,
-            "kv_full_bytes": shape.kv_bytes(n_prompt * shape.n_layer * shape.n_head_kv),
+            "kv_bytes": stats.bytes_full * n_places / session.n_tokens,
+            "kv_full_bytes": shape.kv_bytes(session.n_tokens * shape.n_layer * shape.n_head_kv),
             "kv_allocated": stats.bytes_now,
         }
 
-    def _complete(
-        self,
-        record: dict[str, Any],
-        reading: _Reading,
-        tokens: list[int],
-        logits: npt.NDArray[np.float32],
-    ) -> Record:
-        question = reading.question
-        ended = self._model.ends_turn(tokens[-1])
-        answer = self._model.text_of(tokens[:-1] if ended else tokens)
-        score = None
-        if question.metric is not None:
-            # a model's reply often begins with a space that belongs to no answer
-            score = metrics.score(question.metric, answer.strip(), question.answers)
-        compared = fidelity.compare(reading.full, tokens, reading.full_logits, logits)
-        return Record(**record, answer=answer, score=score, **asdict(compared))
+
+def _identify(asked: Asked, setting: Setting) -> dict[str, Any]:
+    """The fields of a record that say what it is of."""
+    first = asked.first or asked.question
+    return {
+        "question": asked.name,
+        "page": asked.question.page,
+        "task": asked.question.task,
+        "setting": setting.key,
+        "place": asked.place,
+        "instead": asked.instead,
+        "first_task": first.task,
+    }
 
 
 def _n_rest(setting: Setting) -> int:
     """Tokens of the prompt to read after the prefix; the window is among them, so that it can vote."""
     return max(_MIN_REST, setting.window)
+
+
+_Parts = Sequence[TextPart | ImagePart]
+
+
+def _at_image(prompt: Prompt) -> tuple[_Parts, _Parts]:
+    """The prompt up to the end of its last image, and what comes after."""
+    end = max(i for i, part in enumerate(prompt.parts) if isinstance(part, ImagePart)) + 1
+    return prompt.parts[:end], prompt.parts[end:]
+
+
+def _same_parts(parts: _Parts, others: _Parts) -> bool:
+    """Whether two beginnings of prompts with the same images are the same."""
+    return len(parts) == len(others) and all(
+        np.array_equal(part.tokens, other.tokens)
+        if isinstance(part, TextPart) and isinstance(other, TextPart)
+        else type(part) is type(other) and part.n_tokens == other.n_tokens
+        for part, other in zip(parts, others, strict=True)
+    )
+
+
+def _text_tokens(parts: _Parts) -> npt.NDArray[np.int32]:
+    """The tokens of a stretch of text: [n]."""
+    return np.concatenate(
+        [np.empty(0, dtype=np.int32), *(part.tokens for part in parts if isinstance(part, TextPart))]
+    )
 
 
 # --- results on disk
@@ -332,7 +534,7 @@ class Results:
         self.records: dict[tuple[str, str], Record] = {}
         head = {
             "format": "sparsemm-edge/eval-results",
-            "version": 1,
+            "version": 2,
             "model": _identity(job.model),
             "mmproj": _identity(job.mmproj),
             "scores": _identity(job.scores) if job.scores else None,
@@ -425,7 +627,7 @@ def run(
     work = [
         missing
         for _, group in groupby(data.questions, key=lambda question: question.page)
-        if (missing := _missing(list(group), settings, results))
+        if (missing := _missing(job, list(group), settings, results))
     ]
     with Progress(
         TextColumn("pages"),
@@ -445,10 +647,16 @@ _Page = list[tuple[Question, list[Setting]]]
 """The questions about one page, each with the settings that are still to be run."""
 
 
-def _missing(questions: list[Question], settings: Sequence[Setting], results: Results) -> _Page:
+def _missing(job: Job, questions: list[Question], settings: Sequence[Setting], results: Results) -> _Page:
+    """What is still to be run; a conversation is run as a whole."""
     found = []
     for question in questions:
-        left = [setting for setting in settings if (question.name, setting.key) not in results.records]
+        names = [asked.name for asked in job.asked(question)]
+        left = [
+            setting
+            for setting in settings
+            if any((name, setting.key) not in results.records for name in names)
+        ]
         if left:
             found.append((question, left))
     return found

@@ -7,9 +7,21 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from sparsemm_edge.budgets import BY_SCORE, MAX_WINDOW, POLICIES, head_budgets
+from sparsemm_edge import defaults
+from sparsemm_edge.budgets import BY_SCORE, MAX_WINDOW, POLICIES, VOTES, head_budgets, window_for
 from sparsemm_edge.errors import SparseMMError
 from sparsemm_edge.gguf_metadata import ModelShape
+
+LATER = ("again", "keep", "image")
+"""What a later question may evict: anything once more (`again`), or nothing (`keep`). Under `image` the first
+one evicts nothing either: the image was evicted before it, by the votes of its own last positions."""
+
+METHODS = {"paper": "sparsemm", "snapkv": "uniform", "pyramidkv": "pyramid"}
+"""Methods as they were published, and the policies that they share the budget out by."""
+
+_AS_PUBLISHED: dict[str, Any] = {"vote": "snapkv", "residual": False}
+_PAPERS_FLOOR_RATIO = 0.1
+_QUANTISED = ("q8_0", "q4_0")
 
 
 @dataclass(frozen=True)
@@ -25,6 +37,9 @@ class Setting:
         water_fill: whether what a head cannot use goes to the others.
         seed: of policy `random`.
         cache_type: the number type of K and V.
+        vote: how the positions of a head are ranked, one of budgets.VOTES.
+        residual: whether one place of a head that evicts stands for all that it lost.
+        later: what later questions of a conversation evict, one of LATER.
     """
 
     policy: str
@@ -35,6 +50,9 @@ class Setting:
     water_fill: bool = True
     seed: int = 0
     cache_type: str = "f16"
+    vote: str = defaults.VOTE
+    residual: bool = defaults.RESIDUAL
+    later: str = "again"
 
     @property
     def key(self) -> str:
@@ -49,11 +67,8 @@ class Setting:
         return max(2, round(self.retention / 100 * n_prompt))
 
     def window_of(self, n_prompt: int) -> int:
-        """The window for a prompt of this length: at most half of the budget.
-
-        A window must be smaller than the budget that it is a part of; what is left is chosen by attention.
-        """
-        return max(1, min(self.window, self.budget_of(n_prompt) // 2))
+        """The window for a prompt of this length, see budgets.window_for."""
+        return window_for(self.budget_of(n_prompt), self.window)
 
     def table(
         self, scores: npt.NDArray[np.float64] | None, shape: ModelShape, n_prompt: int
@@ -73,6 +88,7 @@ class Setting:
             budget=self.budget_of(n_prompt),
             window=self.window_of(n_prompt),
             floor_ratio=self.floor_ratio,
+            residual=self.residual,
             water_fill=self.water_fill,
             n_prompt=n_prompt,
             seed=self.seed,
@@ -88,26 +104,35 @@ def settings_of(
     floor_ratios: Sequence[float],
     water_fills: Sequence[bool],
     cache_types: Sequence[str] = ("f16",),
+    votes: Sequence[str] = (defaults.VOTE,),
+    residuals: Sequence[bool] = (defaults.RESIDUAL,),
+    laters: Sequence[str] = ("again",),
     n_random: int = 3,
 ) -> list[Setting]:
     """All combinations that differ, the full cache first.
 
     Floor ratios are swept for `sparsemm` and `top`, water-filling for `sparsemm`; `pyramid` and `random`
-    take the first floor ratio and are water-filled, `uniform` has no use for either. The full f16 cache is
-    always there: it is what fidelity compares with.
+    take the first floor ratio and are water-filled, `uniform` has no use for either. METHODS have their own
+    vote, residual slot and floor ratio. The full f16 cache is always there: it is what fidelity compares
+    with. Policy `full` is the full cache in other number types, which people shrink it to.
 
     Args:
-        policies: of budgets.POLICIES.
+        policies: of budgets.POLICIES and METHODS.
         budgets, retentions: mean head budgets in positions, or in per cent of the prompt; not both.
-        windows, floor_ratios, water_fills, cache_types: as in Setting.
+        windows, floor_ratios, water_fills, cache_types, votes, residuals, laters: as in Setting.
         n_random: seeds of policy `random`, from 0.
 
     Raises:
-        SparseMMError: an unknown policy, budgets in both units or in none, or a value out of its range.
+        SparseMMError: an unknown word, budgets in both units or in none, or a value out of its range.
     """
-    unknown = [policy for policy in policies if policy not in POLICIES]
-    if unknown:
-        raise SparseMMError(f"unknown policy {unknown[0]!r}: expected some of {', '.join(POLICIES)}")
+    for what, words, known in (
+        ("policy", policies, (*POLICIES, *METHODS)),
+        ("vote", votes, VOTES),
+        ("rule for later questions", laters, LATER),
+    ):
+        unknown = [word for word in words if word not in known]
+        if unknown:
+            raise SparseMMError(f"unknown {what} {unknown[0]!r}: expected some of {', '.join(known)}")
     if bool(budgets) == bool(retentions):
         raise SparseMMError("give budgets in positions or retentions in per cent, one of the two")
     for what, values, low, high in (
@@ -122,28 +147,72 @@ def settings_of(
                 raise SparseMMError(f"a {what} of {value} was asked for: it must be {low} to {high}")
     places: list[dict[str, Any]] = [{"budget": each} for each in budgets]
     places += [{"retention": float(each)} for each in retentions]
-    settings = []
+    ours = [{"vote": vote, "residual": residual} for vote in votes for residual in residuals]
+    full_types = ["f16", *(_QUANTISED if "full" in policies else ()), *cache_types]
+    settings = [Setting("full", cache_type=cache_type) for cache_type in full_types]
     for cache_type in cache_types:
-        settings.append(Setting("full", cache_type=cache_type))
-        for policy in policies:
+        for word in policies:
+            policy = METHODS.get(word, word)
             if policy == "full":
                 continue
+            published = word in METHODS
+            floors = floor_ratios if policy in BY_SCORE else floor_ratios[:1]
+            if policy == "uniform":
+                floors = [0.0]
+            elif published:
+                floors = [_PAPERS_FLOOR_RATIO]
             settings += [
                 Setting(
                     policy,
                     **place,
                     window=window,
-                    floor_ratio=0.0 if policy == "uniform" else float(floor_ratio),
+                    floor_ratio=float(floor_ratio),
                     water_fill=water_fill,
                     seed=seed,
                     cache_type=cache_type,
+                    **votes_by,
+                    later=later,
                 )
                 for window in windows
-                for floor_ratio in (floor_ratios if policy in BY_SCORE else floor_ratios[:1])
-                for water_fill in (water_fills if policy == "sparsemm" else (True,))
+                for floor_ratio in floors
+                for water_fill in (water_fills if word == "sparsemm" else (True,))
+                for votes_by in ([_AS_PUBLISHED] if published else ours)
+                for later in laters
                 for seed in (range(n_random) if policy == "random" else (0,))
                 for place in places
             ]
-    if "f16" not in cache_types:
-        settings.insert(0, Setting("full"))
     return list(dict.fromkeys(settings))
+
+
+def labels(settings: Sequence[Setting]) -> dict[Setting, str]:
+    """The settings but for their budgets, in words: the policy, and what differs among settings of it."""
+
+    def words(setting: Setting) -> str:
+        like = [each for each in settings if method_of(each) == method_of(setting)]
+        parts = [method_of(setting)]
+        if len({each.floor_ratio for each in like}) > 1:
+            parts.append(f"floor {setting.floor_ratio:g}")
+        if not setting.water_fill:
+            parts.append("no water-filling")
+        if len({each.window for each in like}) > 1:
+            parts.append(f"window {setting.window}")
+        if setting.policy != "full" and method_of(setting) not in METHODS:
+            parts += [] if setting.vote == defaults.VOTE else [setting.vote]
+            parts += [] if setting.residual else ["no residual"]
+        if len({each.later for each in like}) > 1:
+            parts.append(f"later {setting.later}")
+        if setting.cache_type != "f16":
+            parts.append(setting.cache_type)
+        return ", ".join(parts)
+
+    return {setting: words(setting) for setting in settings}
+
+
+def method_of(setting: Setting) -> str:
+    """The published method that a setting is, or else its policy."""
+    as_published = (setting.vote, setting.residual, setting.water_fill) == ("snapkv", False, True)
+    for method, policy in METHODS.items():
+        floor_ratio = 0.0 if policy == "uniform" else _PAPERS_FLOOR_RATIO
+        if as_published and (setting.policy, setting.floor_ratio) == (policy, floor_ratio):
+            return method
+    return setting.policy

@@ -168,6 +168,18 @@ def heads_positions(memory: int, layer: int, head_kv: int) -> npt.NDArray[np.int
     return positions
 
 
+def heads_n_lost(memory: int, layer: int, head_kv: int) -> int:
+    """How many positions the residual slot of one KV head stands for, 0 if it has none.
+
+    Raises:
+        SparseMMError: not an evicting cache, or no such layer or head.
+    """
+    n = int(llama._lib.llama_memory_heads_residual(memory, layer, head_kv, None, None))
+    if n < 0:
+        raise SparseMMError(f"no evicting cache, or no KV head {head_kv} in layer {layer}")
+    return n
+
+
 def heads_residual(
     memory: int, layer: int, head_kv: int, n_embd_head_k: int, n_embd_head_v: int
 ) -> tuple[int, npt.NDArray[np.float32], npt.NDArray[np.float32]] | None:

@@ -129,7 +129,7 @@ class Session:
             on_phase: called with "image" and "prompt" when read_prompt begins to encode an image, and to run
                 the text model.
             embeddings: of the prompt's images in order, see VisionModel.encode_image; None: encode them.
-            n_outputs: most tokens that one decode_all appends.
+            n_outputs: most tokens that one decode_all appends; append needs 2.
             least_ubatch: tokens computed at a time at least, whatever n_ubatch and the prompt's length.
         """
         self.image_ms = 0.0
@@ -256,24 +256,49 @@ class Session:
         self.n_prompt_calls = self._n_calls
         self._after_prompt = (self._n_past, self.n_tokens)
 
+    def append(self, tokens: npt.NDArray[np.int32]) -> None:
+        """Read a later prompt of text that evicts nothing; needs n_outputs of 2."""
+        # llama.cpp takes it for the end of a prompt only where the last token alone asks for logits
+        self._decode_tokens(tokens, n_outputs=2)
+        llama.llama_synchronize(self.context)
+        self._after_prompt = (self._n_past, self.n_tokens)
+
     def forget_reply(self, n_keep: int = 0) -> None:
-        """Drop what was decoded since read_prompt, but for the first n_keep tokens of it."""
-        n_past, n_tokens = (place + n_keep for place in self._after_prompt)
+        """Drop what was decoded since the last prompt, but for the first n_keep tokens of it."""
+        n_past, n_tokens = self._after_prompt
         library.forget_errors()
-        if not llama.llama_memory_seq_rm(self._memory(), 0, n_past, -1):
+        if not self.truncate(n_past + n_keep, n_tokens + n_keep):
             raise library.failure("llama.cpp cannot drop the reply")
-        self._n_past, self.n_tokens = n_past, n_tokens
+
+    def truncate(self, n_past: int, n_tokens: int) -> bool:
+        """Drop the end of the sequence, up to the observation window of its last prompt.
+
+        Args:
+            n_past: the next position then.
+            n_tokens: places in the KV cache that the sequence would take then.
+
+        Returns:
+            Whether every head held all of that end; if not, nothing was dropped.
+        """
+        memory = self._memory()
+        if library.heads_stats(memory) is not None:
+            done = library.heads_truncate(memory, n_tokens)
+        else:
+            done = bool(llama.llama_memory_seq_rm(memory, 0, n_past, -1))
+        if done:
+            self._n_past, self.n_tokens = n_past, n_tokens
+        return done
 
     def decode(self, token: int) -> None:
         """Append one token; afterwards logits() are those of the token after it."""
-        self._decode_tokens(np.array([token], dtype=np.int32), output=True)
+        self._decode_tokens(np.array([token], dtype=np.int32), n_outputs=1)
         llama.llama_synchronize(self.context)
 
     def decode_all(self, tokens: npt.NDArray[np.int32]) -> npt.NDArray[np.float32]:
         """Append tokens at once, which evicts nothing: the logits after each of them, [n, n_vocab]."""
         if not len(tokens):
             return np.empty((0, self._model.n_vocab), dtype=np.float32)
-        self._decode_tokens(tokens, output=True, all_outputs=True)
+        self._decode_tokens(tokens, n_outputs=len(tokens))
         llama.llama_synchronize(self.context)
         pointer = llama.llama_get_logits(self.context)
         return np.ctypeslib.as_array(pointer, shape=(len(tokens), self._model.n_vocab)).copy()
@@ -296,6 +321,17 @@ class Session:
             [self.kept_positions(layer, head) for head in range(shape.n_head_kv)]
             for layer in range(shape.n_layer)
         ]
+
+    def n_residual(self) -> int:
+        """How many KV heads have a slot that stands for what they lost, of all layers."""
+        shape, memory = self._model.shape, self._memory()
+        if library.heads_stats(memory) is None:
+            return 0
+        return sum(
+            library.heads_n_lost(memory, layer, head) > 0
+            for layer in range(shape.n_layer)
+            for head in range(shape.n_head_kv)
+        )
 
     def kv_stats(self) -> KVStats:
         """What the KV cache takes now and took at most."""
@@ -399,7 +435,7 @@ class Session:
         n_images = 0
         for part, is_last in _with_last(self._prompt.parts):
             if isinstance(part, TextPart):
-                self._decode_tokens(part.tokens, output=is_last)
+                self._decode_tokens(part.tokens, n_outputs=int(is_last))
                 continue
             embeddings = self._encode(part, n_images)
             n_images += 1
@@ -467,12 +503,11 @@ class Session:
         if llama.llama_state_seq_set_data(self.context, pointer, len(state), 0) != len(state):
             raise library.failure("llama.cpp cannot restore the KV cache")
 
-    def _decode_tokens(
-        self, tokens: npt.NDArray[np.int32], *, output: bool, all_outputs: bool = False
-    ) -> None:
+    def _decode_tokens(self, tokens: npt.NDArray[np.int32], *, n_outputs: int) -> None:
+        """Append tokens, the last n_outputs of which ask for logits."""
         positions = np.arange(self._n_past, self._n_past + len(tokens), dtype=np.int32)
         outputs = np.zeros(len(tokens), dtype=np.int8)
-        outputs[0 if all_outputs else -1 :] = output
+        outputs[max(len(tokens) - n_outputs, 0) :] = 1
         self._decode(
             llama.llama_batch(
                 n_tokens=len(tokens),
