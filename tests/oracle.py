@@ -437,6 +437,14 @@ class Conversation:
         positions = torch.zeros((3, 1, 1) if self.oracle.is_qwen else (1, 1), dtype=torch.int64)
         self._append(embeds, positions + self.next_pos, 1)
 
+    def truncate(self, n: int) -> None:
+        """Drop all but the first n positions; those that go are text. What was lost stays in the slots."""
+        self.cache.crop(n - self.n)
+        self.next_pos -= self.n - n
+        self.n = n
+        self.held = [[head[head < n] for head in heads] for heads in self.held]
+        self.generated = [position for position in self.generated if position < n]
+
     @torch.no_grad()
     def _append(self, embeds: torch.Tensor, position_ids: torch.Tensor, n_pos: int) -> None:
         oracle = self.oracle

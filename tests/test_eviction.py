@@ -23,7 +23,7 @@ from sparsemm_edge.runtime import VisionModel, library
 from sparsemm_edge.runtime.eviction import HeadBudgetTable
 from sparsemm_edge.runtime.library import llama
 from sparsemm_edge.runtime.prompt import Prompt
-from sparsemm_edge.runtime.session import KVStats, Session
+from sparsemm_edge.runtime.session import KVStats, Session, SessionState
 
 TEXT = "The quick brown fox jumps over the lazy dog; 3 apples and 14 pears cost $7.50, no? " * 2
 QUESTION = "What is written here? Answer briefly, in the words of the page itself."
@@ -271,6 +271,65 @@ def test_a_later_prompt_evicts_again_among_what_a_head_holds(
     """Three turns with 20 generated tokens between them; each turn ends in an eviction."""
     stats = three_turns(model, oracle, window, n_reply=20, vote=vote, residual=residual)
     assert stats.n_evictions == 3
+
+
+@pytest.mark.parametrize(("vote", "residual"), [WAYS[0], WAYS[3]])
+def test_a_sequence_can_be_cut_back_into_the_window_and_no_further(
+    model: VisionModel, oracle: Oracle, vote: str, residual: bool
+) -> None:
+    """Cut, told something else, cut after that, told again: the heads hold and say what the oracle's do."""
+    text, images = ask(model.path.parent.name, "image")
+    ids = oracle.tokenizer.encode(TURNS[0], add_special_tokens=False)
+    window = 8
+    with model.tokenize(text, images) as prompt:
+        table = random_table(model, 48, window, prompt.n_tokens, residual=residual)
+        evict_by(model, table, window, 0, vote, residual)
+        talk = oracle.conversation(window, vote=vote, residual=residual)
+        expected = talk.read(oracle.prompt(text, images), table)
+        with Session(model, prompt, n_ctx=prompt.n_tokens + 128) as session:
+            session.read_prompt()
+            talk.keep(session.kept())
+            n, n_past = session.n_tokens, session._n_past
+            assert len(expected.kept[0][0]) < n
+
+            def cut(n_left: int) -> bool:
+                return session.truncate(n_past - (n - n_left), n_left)
+
+            for n_left in (n - 3, n - window):
+                session.decode(ids[0])
+                assert cut(n_left)
+                talk.truncate(n_left)
+                for token in ids[:6]:
+                    session.decode(token)
+                    talk.say(token)
+                assert relative_error(session.logits()[None], talk.logits[None]) < 1e-2
+                for heads, expected_heads in zip(session.kept(), talk.held, strict=True):
+                    assert all(map(np.array_equal, heads, expected_heads))
+            slots_alike(oracle, slots_of(session), talk.slots)
+
+            held, state = session.kept(), session.state()
+            assert not cut(n - window - 1), "some head lost what would become the end"
+            assert not cut(0)
+            for heads, before in zip(session.kept(), held, strict=True):
+                assert all(map(np.array_equal, heads, before))
+
+            session.restore(state)
+            assert cut(n - window + 2) and not cut(n - window - 1)
+
+
+def test_a_state_of_before_the_slots_is_refused_in_one_line(llava: VisionModel) -> None:
+    with llava.tokenize(ask("llava", "text")[0]) as prompt:
+        evict_by(llava, FORTY, 8, 0, "mixkv", True)
+        with Session(llava, prompt, n_ctx=prompt.n_tokens + 8) as session:
+            session.read_prompt()
+            kept, state = session.kept(), session.state()
+            assert state.data.tobytes().count(b"hed2") == 1
+            old = np.frombuffer(state.data.tobytes().replace(b"hed2", b"heds"), np.uint8)
+            with pytest.raises(SparseMMError, match="was saved by an older version") as refusal:
+                session.restore(SessionState(state.n_past, state.n_tokens, old.copy()))
+            assert "\n" not in str(refusal.value)
+            for heads, before in zip(session.kept(), kept, strict=True):
+                assert all(map(np.array_equal, heads, before))
 
 
 @pytest.mark.parametrize(
