@@ -1,13 +1,16 @@
 """The command line: sparsemm-edge COMMAND. The commands are in commands/."""
 
+import io
+import logging
+import os
 import signal
 import sys
+from contextlib import suppress
 from types import FrameType
-from typing import Annotated
+from typing import Annotated, Any, NoReturn
 
 import typer
 
-from sparsemm_edge import __version__
 from sparsemm_edge.commands.bench import bench
 from sparsemm_edge.commands.chat import chat
 from sparsemm_edge.commands.convert import convert
@@ -18,16 +21,20 @@ from sparsemm_edge.commands.generate import generate
 from sparsemm_edge.commands.inspect import inspect
 from sparsemm_edge.commands.kept import kept
 from sparsemm_edge.commands.mmproj import mmproj
+from sparsemm_edge.commands.options import checked
 from sparsemm_edge.commands.profile import profile
 from sparsemm_edge.commands.score import score
 from sparsemm_edge.commands.scores import scores
+from sparsemm_edge.commands.serve import serve
 from sparsemm_edge.errors import SparseMMError
+
+_UsageError: Any = typer.BadParameter.__bases__[0]  # typer has no name of its own for it
 
 # Rich's boxes would break a one-line error into a picture, and help texts hold examples to be copied.
 app = typer.Typer(
     name="sparsemm-edge",
     no_args_is_help=True,
-    add_completion=False,
+    add_completion=True,
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
 )
@@ -35,7 +42,9 @@ app = typer.Typer(
 
 def _print_version(wanted: bool) -> None:
     if wanted:
-        typer.echo(f"sparsemm-edge {__version__}")
+        from sparsemm_edge.versions import versions
+
+        print("\n".join(versions()))
         raise typer.Exit()
 
 
@@ -43,15 +52,17 @@ def _print_version(wanted: bool) -> None:
 def _app(
     version: Annotated[
         bool,
-        typer.Option("--version", help="Print the version and exit.", callback=_print_version, is_eager=True),
+        typer.Option(
+            "--version", help="Print what is installed, and exit.", callback=_print_version, is_eager=True
+        ),
     ] = False,
 ) -> None:
     """Visual-head KV-cache eviction for llama.cpp: same answers about images, a fraction of the cache."""
 
 
-for _command in (score, convert, mmproj, inspect, generate, chat, fit, profile, bench, kept, demo):
-    app.command()(_command)
-app.command("eval")(evaluate)
+for _command in (score, convert, mmproj, inspect, generate, chat, serve, fit, profile, bench, kept, demo):
+    app.command()(checked(_command))
+app.command("eval")(checked(evaluate))
 app.add_typer(scores, name="scores")
 
 
@@ -65,13 +76,55 @@ def main() -> None:
     SIGTERM ends it as Ctrl-C does, so that no process and no half-written file is left: exit status 143.
     """
     before = signal.signal(signal.SIGTERM, _terminate)
+    _take_any_text()
+    notes = logging.StreamHandler(sys.stderr)
+    notes.setFormatter(logging.Formatter("note: %(message)s"))
+    logger = logging.getLogger("sparsemm_edge")
+    logger.addHandler(notes)
     try:
-        app()
+        status = app(standalone_mode=False)  # typer's own errors are pictures of several lines
+        sys.stdout.flush()
+        sys.exit(status if isinstance(status, int) else 0)
     except SparseMMError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+        _refuse(str(error))
+    except _UsageError as error:
+        message = error.format_message()
+        if "\n" in message:  # a command without arguments: its help
+            print(message, file=sys.stderr)
+            sys.exit(2)
+        _refuse(f"{message} ({error.ctx.command_path} --help)" if error.ctx else message)
+    except typer.Abort:
+        sys.exit(1)
+    except OSError as error:  # of what is read and written elsewhere, errors say more
+        where = f"{error.filename}" if error.filename is not None else "the output"
+        _leave_stdout()
+        _refuse(f"cannot use {where}: {error.strerror or error}")
     finally:
+        logger.removeHandler(notes)
         signal.signal(signal.SIGTERM, before)
+
+
+def _refuse(message: str) -> NoReturn:
+    print(f"error: {' '.join(message.splitlines())}", file=sys.stderr)
+    sys.exit(2)
+
+
+def _take_any_text() -> None:
+    """Print replacements for what the terminal's encoding does not have, and read bytes that are no text.
+
+    Such bytes, and those of arguments, are refused where text is needed (files.check_text).
+    """
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper) and stream.errors in ("strict", "surrogateescape"):
+            stream.reconfigure(errors="replace")
+    if isinstance(sys.stdin, io.TextIOWrapper) and sys.stdin.errors == "strict":
+        sys.stdin.reconfigure(errors="surrogateescape")
+
+
+def _leave_stdout() -> None:
+    """Let nothing more be written there: a full disk, or a reader that is gone, would fail again at exit."""
+    with suppress(OSError, ValueError):  # which is no file
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 if __name__ == "__main__":

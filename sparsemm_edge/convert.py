@@ -3,18 +3,18 @@
 The copy differs from the original in the `sparsemm.*` keys only; stock llama.cpp loads it and ignores them.
 """
 
+import re
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from gguf import GGUFReader, GGUFWriter
-from gguf.scripts.gguf_new_metadata import copy_with_new_metadata
 
 from sparsemm_edge import defaults
 from sparsemm_edge.budgets import VOTES, head_budgets, window_for
 from sparsemm_edge.errors import SparseMMError
 from sparsemm_edge.files import atomic_path
-from sparsemm_edge.gguf_header import GGUFHeader, read_header
+from sparsemm_edge.gguf_copy import Progress, copy_with_fields
+from sparsemm_edge.gguf_header import read_header
 from sparsemm_edge.gguf_metadata import PREFIX, ModelShape, SparseMMMetadata, check_supported, model_shape
 from sparsemm_edge.scores import HeadScores, group_scores
 
@@ -43,11 +43,12 @@ def convert(
     n_prompt: int = 2944,
     seed: int = 0,
     force: bool = False,
+    progress: Progress = lambda done, total: None,
 ) -> Converted:
     """Copy a GGUF model, adding head budgets; those of an already converted file are replaced.
 
     Args:
-        model: the text model's GGUF file.
+        model: the text model's GGUF file; of a split model the first one, all parts become one file.
         scores: a head-scores file of this model (see HeadScores.load). Every policy needs it: its scores are
             stored too, so that a runtime can share out another budget.
         out: the file to write; `<model's stem>.sparsemm.gguf` beside the model if None.
@@ -55,12 +56,13 @@ def convert(
         vote: how the positions of a head are ranked, one of budgets.VOTES.
         budget, floor_ratio, policy, residual, water_fill, n_prompt, seed: see head_budgets.
         force: replace `out` if it exists.
+        progress: told how many bytes of how many are copied.
 
     Raises:
         SparseMMError: the model or the scores cannot be read or do not go together, the model is not
             supported, an argument is out of its range, or `out` exists or cannot be written.
     """
-    out = out or model.with_name(f"{model.stem}.sparsemm.gguf")
+    out = out or model.with_name(f"{re.sub('-00001-of-[0-9]{5}$', '', model.stem)}.sparsemm.gguf")
     header = read_header(model)
     shape = model_shape(header)
     check_supported(header, shape)
@@ -106,21 +108,5 @@ def convert(
         residual=residual,
     )
     with atomic_path(out) as part:
-        _copy(header, part, metadata)
+        copy_with_fields(header, part, metadata.fields(), PREFIX, progress)
     return Converted(out, shape, metadata)
-
-
-def _copy(header: GGUFHeader, target: Path, metadata: SparseMMMetadata) -> None:
-    """Copy keys and tensors with gguf's own code, which shows a progress bar on stderr."""
-    old = [key for key in header.fields if key.startswith(PREFIX)]
-    try:
-        reader = GGUFReader(header.path)
-        writer = GGUFWriter(target, arch=header.value("general.architecture"))
-        writer.data_alignment = reader.alignment
-        # Added here and not handed to copy_with_new_metadata, which drops the item type of new arrays:
-        # u32 would be written as i32.
-        for key, field in metadata.fields().items():
-            writer.add_key_value(key, field.value, field.type, field.item_type)
-        copy_with_new_metadata(reader, writer, {}, old)
-    except (ValueError, KeyError, IndexError) as error:
-        raise SparseMMError(f"{header.path}: gguf cannot copy this file: {error}") from error

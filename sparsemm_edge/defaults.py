@@ -1,4 +1,4 @@
-"""What `convert` and `generate` take when nothing is said. Imports nothing: the CLI starts at once."""
+"""What `convert` and `generate` take when nothing is said, and at most. Imports nothing."""
 
 BUDGET = 256
 """Mean head budget in positions, observation window included."""
@@ -20,3 +20,12 @@ FLOOR_RATIO = 0.1
 
 N_CTX = 8192
 """Most positions of a chat."""
+
+IMAGE_CACHE = 256
+"""MiB of images that a chat or a server keeps encoded."""
+
+MAX_THREADS = 512
+"""More than llama.cpp has room for (GGML_MAX_N_THREADS) end in a crash."""
+
+MAX_POSITIONS = 2**24
+"""More than any model is trained for; llama.cpp takes some fifty bytes a position beside K and V."""

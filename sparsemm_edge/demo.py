@@ -14,6 +14,7 @@ from sparsemm_edge.errors import SparseMMError
 from sparsemm_edge.evaluation.metrics import edit_distance
 from sparsemm_edge.kept_map import save_kept_map
 from sparsemm_edge.pages.grid import FIRST_TRAINING_SEED, READ_PROMPT, SIZE, grid_page, lookup_prompt
+from sparsemm_edge.pictures import open_picture
 from sparsemm_edge.plot import save_head_map
 
 if TYPE_CHECKING:
@@ -116,12 +117,13 @@ def run(
 def show(report: dict[str, Any]) -> None:
     """Print the answers side by side, wrong characters marked, and what they took."""
     from rich import box
-    from rich.console import Console
     from rich.table import Table
 
-    console = Console(highlight=False)
+    from sparsemm_edge.commands.output import console as output
+
+    console = output()
     drawn = "" if report["seed"] is None else f", drawn from seed {report['seed']}"
-    console.print(f"page: {report['page']}{drawn}", markup=False)
+    print(f"page: {report['page']}{drawn}")
     for question in report["questions"]:
         runs = question["runs"]
         names = [_HEADINGS[run["policy"]].format(run["budget"]) for run in runs]
@@ -144,7 +146,7 @@ def show(report: dict[str, Any]) -> None:
         console.print(table)
     for name, key in (("head budgets", "head_map"), ("what the heads kept of the page", "kept_map")):
         if report[key]:
-            console.print(f"{name}: {report[key]}", markup=False)
+            print(f"{name}: {report[key]}")
 
 
 def marked(said: str, true: str) -> "Text":
@@ -169,9 +171,7 @@ def _draw(seed: int | None) -> tuple[int, Image.Image, list[Question]]:
 
 
 def _open(path: Path) -> Image.Image:
-    from sparsemm_edge.runtime.prompt import read_image
-
-    return Image.fromarray(read_image(path)).resize((SIZE, SIZE), Image.Resampling.LANCZOS)
+    return open_picture(path).resize((SIZE, SIZE), Image.Resampling.LANCZOS)
 
 
 def _ask(

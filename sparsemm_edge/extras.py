@@ -17,3 +17,16 @@ def needs_torch() -> Iterator[None]:
         raise SparseMMError(
             f"scoring needs {error.name}, which is not installed: pip install 'sparsemm-edge[score]'"
         ) from error
+
+
+@contextmanager
+def needs_server() -> Iterator[None]:
+    """Around an import of `sparsemm_edge.server`: what is missing is named, with how to get it."""
+    try:
+        yield
+    except ModuleNotFoundError as error:
+        if (error.name or "").partition(".")[0] not in ("fastapi", "uvicorn", "pydantic", "starlette"):
+            raise
+        raise SparseMMError(
+            f"serving needs {error.name}, which is not installed: pip install 'sparsemm-edge[serve]'"
+        ) from error

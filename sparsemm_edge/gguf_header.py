@@ -6,6 +6,7 @@ strings of arrays, reads no tensor data, and knows afterwards that all tensor da
 """
 
 import mmap
+import re
 import reprlib
 import struct
 from dataclasses import dataclass, replace
@@ -26,7 +27,7 @@ from sparsemm_edge.errors import SparseMMError
 _MAGIC = b"GGUF"
 _VERSIONS = (2, 3)
 _MAX_DIMS = 4  # GGML_MAX_DIMS
-_DTYPES = {
+DTYPES = {
     GGUFValueType.UINT8: "<u1",
     GGUFValueType.INT8: "<i1",
     GGUFValueType.UINT16: "<u2",
@@ -61,11 +62,15 @@ class GGUFTensor:
     """One entry of the list of tensors.
 
     Attributes:
+        path: the file that holds it; another than the header's for a later part of a split model.
+        entry: the bytes of that file that list it, but for where its data is.
         shape: GGUF's order, fastest dimension first.
         type: how its numbers are stored.
         start, end: the bytes of the file that hold its data.
     """
 
+    path: Path
+    entry: slice
     shape: tuple[int, ...]
     type: GGMLQuantizationType
     start: int
@@ -74,17 +79,23 @@ class GGUFTensor:
 
 @dataclass(frozen=True)
 class GGUFHeader:
-    """The keys and tensors of one GGUF file.
+    """The keys and tensors of one GGUF file, or of a model that is split into several.
 
     Attributes:
-        path: the file.
-        fields: by key, in the file's order.
+        path: the file, the first one of several.
+        version: of the format.
+        fields: by key, in the file's order; those of the first of several files.
+        entries: the bytes of that file that hold each key, its type and its value.
         tensors: by name, in the file's order.
+        alignment: in bytes, of the tensors' data.
     """
 
     path: Path
+    version: int
     fields: dict[str, GGUFField]
+    entries: dict[str, slice]
     tensors: dict[str, GGUFTensor]
+    alignment: int
 
     def value(self, key: str, default: Any = None) -> Any:
         """The value of a key, or the default if the file does not have it."""
@@ -95,10 +106,42 @@ class GGUFHeader:
 def read_header(path: Path) -> GGUFHeader:
     """Read a GGUF file's keys and list of tensors, and check that the file holds all of their data.
 
+    The first part of a split model is read with its other parts.
+
     Raises:
         SparseMMError: the file cannot be read, is no GGUF (of version 2 or 3, little-endian), is cut short,
-            or holds a tensor of a type that gguf does not know.
+            or holds a tensor of a type that gguf does not know; or it is a later part of a split model, or a
+            part is missing.
     """
+    header = _read_file(path)
+    n_parts = header.value("split.count", 0)
+    if not isinstance(n_parts, int) or n_parts < 2:
+        return header
+    names, tensors = _part_names(header, n_parts), dict(header.tensors)
+    for name in names[1:]:
+        for tensor, listed in _read_file(path.with_name(name)).tensors.items():
+            if tensor in tensors:
+                raise SparseMMError(f"{path.with_name(name)}: {path.name} has the tensor {shown(tensor)} too")
+            tensors[tensor] = listed
+    return replace(header, tensors=tensors)
+
+
+def _part_names(header: GGUFHeader, n_parts: int) -> list[str]:
+    """The file names of a split model's parts, of which the header is of the first."""
+    path, part = header.path, header.value("split.no", 0)
+    what = f"part {part + 1} of {n_parts} of a split model" if isinstance(part, int) else "a part of a model"
+    found = re.fullmatch(r"(.*-)(\d{5})(-of-\d{5}\.gguf)", path.name)
+    if found is None or not isinstance(part, int) or n_parts > 99_999:
+        raise SparseMMError(
+            f"{path}: {what}: expected a name such as model-00001-of-{n_parts:05}.gguf, which names the rest"
+        )
+    if part != 0:
+        raise SparseMMError(f"{path}: {what}: give its first part, {found[1]}00001{found[3]}")
+    return [f"{found[1]}{number + 1:05}{found[3]}" for number in range(n_parts)]
+
+
+def _read_file(path: Path) -> GGUFHeader:
+    """One file's part of read_header."""
     try:
         with path.open("rb") as file:
             magic = file.read(len(_MAGIC))
@@ -148,25 +191,29 @@ class _Walk:
         n_tensors, n_fields = self.number("<u8"), self.number("<u8")
 
         fields: dict[str, GGUFField] = {}
+        entries: dict[str, slice] = {}
         for _ in range(n_fields):
-            key = self.text()
+            start = self.offset
+            key = self.name()
             if key in fields:
                 raise SparseMMError(f"{self.path}: damaged GGUF file: the key {shown(key)} is there twice")
             fields[key] = self.field(self.type(key))
+            entries[key] = slice(start, self.offset)
 
         listed: dict[str, GGUFTensor] = {}  # start and end count from where the data section starts
         for _ in range(n_tensors):
-            name = self.text()
+            start = self.offset
+            name = self.name()
             if name in listed:
                 raise SparseMMError(
                     f"{self.path}: damaged GGUF file: the tensor {shown(name)} is there twice"
                 )
-            listed[name] = self.tensor(name)
+            listed[name] = self.tensor(name, start)
 
         alignment = GGUF_DEFAULT_ALIGNMENT
         if "general.alignment" in fields:
             alignment = fields["general.alignment"].value
-            if not isinstance(alignment, int) or alignment < 1:
+            if not isinstance(alignment, int) or alignment < 1 or alignment & (alignment - 1):
                 raise SparseMMError(f"{self.path}: damaged GGUF file: general.alignment is {alignment!r}")
         start = -(-self.offset // alignment) * alignment
         tensors = {
@@ -179,7 +226,7 @@ class _Walk:
                     f"{self.path}: the file is cut short: the data of {shown(name)} ends at byte"
                     f" {tensor.end}, the file has {self.size}"
                 )
-        return GGUFHeader(self.path, fields, tensors)
+        return GGUFHeader(self.path, version, fields, entries, tensors, alignment)
 
     def take(self, n_bytes: int) -> int:
         """Step over n_bytes and return where they start."""
@@ -196,10 +243,17 @@ class _Walk:
         start = self.take(np.dtype(dtype).itemsize)
         return np.frombuffer(self.data, dtype, 1, start)[0].item()
 
-    def text(self) -> str:
+    def bytes(self) -> bytes:
         length = self.number("<u8")
         start = self.take(length)
-        return self.data[start : start + length].decode("utf-8", "replace")
+        return self.data[start : start + length]
+
+    def text(self) -> str:
+        return self.bytes().decode("utf-8", "replace")
+
+    def name(self) -> str:
+        """A key, or a tensor's name: bytes that are no text stay apart from each other."""
+        return self.bytes().decode("utf-8", "surrogateescape")
 
     def type(self, key: str) -> GGUFValueType:
         number = self.number("<u4")
@@ -211,14 +265,14 @@ class _Walk:
             ) from error
 
     def field(self, kind: GGUFValueType) -> GGUFField:
-        if kind in _DTYPES:
-            return GGUFField(kind, None, self.number(_DTYPES[kind]))
+        if kind in DTYPES:
+            return GGUFField(kind, None, self.number(DTYPES[kind]))
         if kind == GGUFValueType.STRING:
             return GGUFField(kind, None, self.text())
         item_type = self.type("array")
         length = self.number("<u8")
-        if item_type in _DTYPES:
-            dtype = np.dtype(_DTYPES[item_type])
+        if item_type in DTYPES:
+            dtype = np.dtype(DTYPES[item_type])
             start = self.take(length * dtype.itemsize)
             return GGUFField(kind, item_type, np.frombuffer(self.data, dtype, length, start).copy())
         if item_type != GGUFValueType.STRING:
@@ -228,8 +282,8 @@ class _Walk:
             self.take(unpack(self.data, self.take(8))[0])
         return GGUFField(kind, item_type, None)
 
-    def tensor(self, name: str) -> GGUFTensor:
-        """One entry of the tensor list; start and end count from where the data section starts."""
+    def tensor(self, name: str, entry: int) -> GGUFTensor:
+        """An entry of the tensor list, which starts at `entry`; start and end count from the data section."""
         n_dims = self.number("<u4")
         if n_dims > _MAX_DIMS:
             raise SparseMMError(
@@ -237,6 +291,7 @@ class _Walk:
             )
         shape = tuple(self.number("<u8") for _ in range(n_dims))
         number = self.number("<u4")
+        listed = slice(entry, self.offset)
         offset = self.number("<u8")
         if number not in list(GGMLQuantizationType):
             raise SparseMMError(
@@ -245,4 +300,5 @@ class _Walk:
             )
         kind = GGMLQuantizationType(number)
         block, n_bytes = GGML_QUANT_SIZES[kind]
-        return GGUFTensor(shape, kind, offset, offset + prod(shape) // block * n_bytes)
+        end = offset + prod(shape) // block * n_bytes
+        return GGUFTensor(self.path, listed, shape, kind, offset, end)

@@ -155,20 +155,31 @@ def read_metadata(path: Path) -> SparseMMMetadata | None:
     return sparsemm_metadata(read_header(path))
 
 
-def model_shape(header: GGUFHeader) -> ModelShape:
-    """The shape of the text model that a header describes.
+def text_architecture(header: GGUFHeader) -> str:
+    """The architecture of the text model that a header describes.
 
     Raises:
-        SparseMMError: the file is an image encoder (mmproj), lacks a key, or its layers differ in heads.
+        SparseMMError: the file is no text model: an image encoder (mmproj), an adapter, or something else.
     """
-    path = header.path
-    arch = header.value("general.architecture")
+    path, arch = header.path, header.value("general.architecture")
     if not isinstance(arch, str):
         raise SparseMMError(f"{path}: general.architecture is missing, so this is no model")
     if arch == "clip":
         raise SparseMMError(
             f"{path}: this is an image encoder (mmproj); head budgets belong to the text model it goes with"
         )
+    if header.value("general.type") == "adapter":
+        raise SparseMMError(f"{path}: this is an adapter (LoRA); head budgets belong to the model it changes")
+    return arch
+
+
+def model_shape(header: GGUFHeader) -> ModelShape:
+    """The shape of the text model that a header describes.
+
+    Raises:
+        SparseMMError: the file is an image encoder (mmproj), lacks a key, or its layers differ in heads.
+    """
+    path, arch = header.path, text_architecture(header)
 
     def count(key: str, default: int | None = None) -> int:
         """A positive whole number, or a list of the same one for every layer."""
@@ -208,11 +219,6 @@ def check_supported(header: GGUFHeader, shape: ModelShape) -> None:
     if arch not in SUPPORTED_ARCHITECTURES:
         supported = ", ".join(sorted(SUPPORTED_ARCHITECTURES))
         raise SparseMMError(f"{path}: unsupported architecture {reprlib.repr(arch)}; supported: {supported}")
-    n_parts = header.value("split.count", 1)
-    if n_parts not in (0, 1):  # llama-gguf-split --merge leaves 0
-        raise SparseMMError(
-            f"{path}: one of {n_parts} parts of a split model; join them with llama-gguf-split --merge first"
-        )
     for key, what in (
         ("attention.sliding_window", "a sliding window"),
         ("attention.kv_lora_rank", "latent attention (MLA)"),

@@ -10,7 +10,6 @@ different things to different readers, `clip.vision.feature_layer` states which 
 counted from 0 = the input of the first layer.
 """
 
-import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,7 +20,7 @@ import numpy as np
 from gguf.utility import LocalTensor, SafetensorsLocal
 
 from sparsemm_edge.errors import SparseMMError
-from sparsemm_edge.files import atomic_path
+from sparsemm_edge.files import atomic_path, read_json
 
 OUTTYPES = ("f16", "f32")
 
@@ -172,10 +171,7 @@ def _read_json(hf_dir: Path, name: str) -> dict[str, Any]:
     path = hf_dir / name
     if not path.is_file():
         raise SparseMMError(f"{hf_dir} has no {name}; expected the folder of a Hugging Face LLaVA checkpoint")
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise SparseMMError(f"cannot read {path} as JSON: {error}") from error
+    value = read_json(path)
     if not isinstance(value, dict):
         raise SparseMMError(f"{path} holds a JSON {type(value).__name__}, expected an object")
     return value
@@ -207,12 +203,18 @@ def _read_tower(hf_dir: Path, config: dict[str, Any]) -> _Tower:
     if not isinstance(vision, dict):
         raise SparseMMError(f"{path}: vision_config is missing")
     model_type = vision.get("model_type", "clip_vision_model")
-    if model_type not in _TOWER_DEFAULTS:
+    if not isinstance(model_type, str) or model_type not in _TOWER_DEFAULTS:
         raise SparseMMError(
             f"{path}: the vision tower is {model_type!r}, supported are {', '.join(_TOWER_DEFAULTS)}; "
             "for Pixtral use llama.cpp's convert_hf_to_gguf.py --mmproj"
         )
     vision = _TOWER_DEFAULTS[model_type] | vision
+    for key, default in _TOWER_DEFAULTS[model_type].items():
+        value = vision[key]
+        if isinstance(default, int) and not (_is_number(value) and isinstance(value, int) and value >= 1):
+            raise SparseMMError(f"{path}: {key} of the vision tower is {value!r}, expected a whole number")
+        if isinstance(default, float) and not (_is_number(value) and value > 0):
+            raise SparseMMError(f"{path}: {key} of the vision tower is {value!r}, expected a number")
 
     # SigLIP has no class token: dropping the first token, as "default" does, would drop a patch
     strategy = config.get("vision_feature_select_strategy", "default")
@@ -222,7 +224,7 @@ def _read_tower(hf_dir: Path, config: dict[str, Any]) -> _Tower:
             f"{path}: vision_feature_select_strategy is {strategy!r}, but llama.cpp reads a {model_type} "
             f"only as {expected!r} (all patches, no class token)"
         )
-    if vision["hidden_act"] not in _USE_GELU:
+    if not isinstance(vision["hidden_act"], str) or vision["hidden_act"] not in _USE_GELU:
         raise SparseMMError(
             f"{path}: hidden_act of the vision tower is {vision['hidden_act']!r}, "
             f"supported are {', '.join(_USE_GELU)}"
@@ -239,7 +241,9 @@ def _read_tower(hf_dir: Path, config: dict[str, Any]) -> _Tower:
 
     n_layer = vision["num_hidden_layers"]
     stated = config.get("vision_feature_layer", -2)
-    stated = [stated] if isinstance(stated, int) else list(stated)
+    stated = stated if isinstance(stated, list) else [stated]
+    if not all(isinstance(layer, int) and not isinstance(layer, bool) for layer in stated):
+        raise SparseMMError(f"{path}: vision_feature_layer is {stated}, expected whole numbers")
     layers = tuple(layer if layer >= 0 else n_layer + 1 + layer for layer in stated)
     if not layers or min(layers) < 0 or not 1 <= max(layers) <= n_layer:
         raise SparseMMError(f"{path}: vision_feature_layer {stated} does not fit a tower of {n_layer} layers")
@@ -261,17 +265,22 @@ def _read_tower(hf_dir: Path, config: dict[str, Any]) -> _Tower:
     )
 
 
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < 1e9
+
+
 def _read_image_statistics(hf_dir: Path) -> tuple[list[float], list[float]]:
     """Mean and standard deviation per colour channel, from whichever file this transformers wrote."""
     for name in ("preprocessor_config.json", "processor_config.json"):
         if (hf_dir / name).is_file():
             value = _read_json(hf_dir, name)
             value = value.get("image_processor", value)
-            if "image_mean" in value and "image_std" in value:
-                mean = [float(x) for x in value["image_mean"]]
-                std = [float(x) for x in value["image_std"]]
-                if len(mean) == len(std) == 3:
-                    return mean, std
+            both = [
+                value.get(key) if isinstance(value, dict) else None for key in ("image_mean", "image_std")
+            ]
+            if all(isinstance(each, list) and len(each) == 3 and all(map(_is_number, each)) for each in both):
+                mean, std = ([float(number) for number in each] for each in both if each)
+                return mean, std
     raise SparseMMError(
         f"{hf_dir} has no preprocessor_config.json with image_mean and image_std of three channels; "
         "without them the tower would see wrong colours"
@@ -425,6 +434,12 @@ def _add_metadata(
     writer.add_array("clip.vision.feature_layer", list(tower.feature_layers))
     if config["model_type"] == "llava_next":
         pinpoints = config.get("image_grid_pinpoints", _NEXT_PINPOINTS)
+        if not isinstance(pinpoints, list) or not all(
+            isinstance(pair, list) and len(pair) == 2 and all(map(_is_number, pair)) for pair in pinpoints
+        ):
+            raise SparseMMError(
+                f"{hf_dir / 'config.json'}: image_grid_pinpoints is no list of pairs of numbers"
+            )
         # transformers writes (height, width), clip.cpp reads (width, height)
         writer.add_array(
             "clip.vision.image_grid_pinpoints",

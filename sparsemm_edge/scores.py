@@ -15,7 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 from sparsemm_edge.errors import SparseMMError
-from sparsemm_edge.files import atomic_path
+from sparsemm_edge.files import atomic_path, decode_text, parse_json, read_bytes
 
 FORMAT = "sparsemm-edge/head-scores"
 VERSION = 1
@@ -130,14 +130,8 @@ class HeadScores:
         Raises:
             SparseMMError: naming the file and what is wrong with it.
         """
-        try:
-            data = path.read_bytes()
-        except OSError as error:
-            raise SparseMMError(f"cannot read {path}: {error.strerror}") from error
-        try:
-            content = json.loads(data)
-        except (ValueError, RecursionError) as error:  # bad JSON, or bytes that are no text
-            raise SparseMMError(f"{path}: not a JSON file ({error})") from error
+        data = read_bytes(path)
+        content = parse_json(decode_text(data, str(path)), str(path))
         if not isinstance(content, dict):
             raise SparseMMError(f"{path}: expected a JSON object, found {type(content).__name__}")
         sha256 = hashlib.sha256(data).hexdigest()
@@ -177,6 +171,7 @@ class HeadScores:
                 f"{where}: n_layer x n_head is {content['n_layer']} x {content['n_head']},"
                 f" but scores are {scores.shape[0]} x {scores.shape[1]}"
             )
+        _check_provenance(content, where)
         return cls(
             model=content["model"],
             scores=scores,
@@ -214,6 +209,26 @@ class HeadScores:
         )
 
 
+def _check_provenance(content: dict[str, Any], where: str) -> None:
+    """Raise SparseMMError unless what `scores show` reads of a file's other entries can be shown."""
+
+    def is_number(value: Any) -> bool:
+        return isinstance(value, int | float) and not isinstance(value, bool)
+
+    if not is_number(content.get("character_accuracy", 0)):
+        raise SparseMMError(
+            f"{where}: character_accuracy is {content['character_accuracy']!r}, expected a number"
+        )
+    steps = content.get("convergence", [])
+    for step in steps if isinstance(steps, list) else [steps]:
+        if not isinstance(step, dict) or not all(
+            is_number(step.get(key)) for key in ("n_pages", "spearman", "top_overlap")
+        ):
+            raise SparseMMError(
+                f"{where}: convergence holds {step!r}, expected n_pages, spearman and top_overlap"
+            )
+
+
 def _shape(n_layer: int, n_head: int, n_head_kv: int | None) -> str:
     kv = "" if n_head_kv is None else f" ({n_head_kv} KV heads)"
     return f"{n_layer} layers x {n_head} heads{kv}"
@@ -228,6 +243,6 @@ def _table(rows: list[list[Any]], where: str) -> npt.NDArray[np.float64]:
         if len(row) != len(rows[0]):
             raise SparseMMError(f"{where}: rows of {len(rows[0])} and {len(row)} scores in one table")
     try:
-        return np.array(rows, dtype=np.float64).reshape(len(rows), -1)
+        return np.array(rows, dtype=np.float64).reshape(len(rows), len(rows[0]) if rows else 0)
     except OverflowError as error:
         raise SparseMMError(f"{where}: a score is too large for a number") from error

@@ -15,7 +15,9 @@ import llama_cpp.mtmd_cpp as mtmd
 import numpy as np
 from PIL import Image
 
-MARKER = "<__media__>"
+from sparsemm_edge.runtime.prompt import image_marker
+
+MARKER = image_marker()
 
 _silent = lib.llama_log_callback(lambda level, text, user_data: None)
 lib.llama_log_set(_silent, ctypes.c_void_p(None))
@@ -59,6 +61,7 @@ class Native:
         mparams.print_timings = False
         mparams.n_threads = n_threads
         mparams.warmup = False
+        mparams.media_marker = MARKER.encode()
         self.mtmd = mtmd.mtmd_init_from_file(str(mmproj).encode(), self.model, mparams)
         if not self.mtmd:
             raise RuntimeError(f"mtmd cannot load {mmproj}")

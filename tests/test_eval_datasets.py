@@ -89,6 +89,17 @@ def test_a_line_that_is_wrong_is_named(line: str, said: str, tmp_path: Path) -> 
         load(str(tmp_path))
 
 
+def test_a_question_may_hold_what_unicode_calls_a_line_end(tmp_path: Path) -> None:
+    put(tmp_path / "a.png", png("red"))
+    question = "One?\u2028Two?\u0085Three?\x0b\x0c"
+    line = {"image": "a.png", "question": question, "answers": ["red"], "metric": "exact_match"}
+    text = "\ufeff\n" + json.dumps(line, ensure_ascii=False).replace("\\u000b", "\x0b").replace("\\f", "\x0c")
+    put(tmp_path / "q.jsonl", text + "\r\n")
+    assert summary(load(str(tmp_path))) == [("2: a.png", question, "exact_match", ("red",))]
+    put(tmp_path / "q.jsonl", text.encode("utf-16"))
+    assert summary(load(str(tmp_path)))[0][1] == question
+
+
 def test_a_folder_of_images_needs_no_questions(tmp_path: Path) -> None:
     for name in ("b.jpg", "a.PNG", "notes.txt"):
         put(tmp_path / name, b"")
@@ -97,6 +108,7 @@ def test_a_folder_of_images_needs_no_questions(tmp_path: Path) -> None:
         ("a.PNG", "What is it?", None),
         ("b.jpg", "What is it?", None),
     ]
+    assert data.notes == (f"{tmp_path}: skipped, as they are no image files: notes.txt",)
     assert len(images_only(tmp_path, n_pages=1).questions) == 1
     with pytest.raises(SparseMMError, match="holds no images"):
         images_only(put(tmp_path / "empty" / "x.txt", b"").parent)
@@ -162,6 +174,13 @@ def test_docvqa_json(tmp_path: Path) -> None:
     assert data.questions[0].image == tmp_path / "documents" / "ab_1.png"
 
 
+def test_a_question_without_a_number_gets_one(tmp_path: Path) -> None:
+    row = {"questionId": 7, "question": "?", "image": "a.png", "docId": 1, "answers": ["x"]}
+    rows = [row, {key: value for key, value in row.items() if key != "questionId"}]
+    data = load(str(put(tmp_path / "val.json", rows)))
+    assert [question.name for question in data.questions] == ["DocVQA 7", "DocVQA 1"]
+
+
 def test_chartqa_json(tmp_path: Path) -> None:
     put(tmp_path / "png" / "41.png", png("red"))
     rows = [{"imgname": "41.png", "query": "How many food items?", "label": "14"}]
@@ -193,6 +212,24 @@ def test_chartqa_json(tmp_path: Path) -> None:
             ("DocVQA 337", "what?" + SHORT, "anls", ("1/8/93", "1/8")),
         ),
         (
+            {
+                "questionId": "98313",
+                "question": "what?",
+                "answers": ["pinterest"],
+                "answer_type": ["single span"],
+                "image_url": "https://x",
+                "operation/reasoning": [""],
+                "ocr": "{}",
+                "data_split": "val",
+            },
+            ("InfographicVQA 98313", "what?" + SHORT, "anls", ("pinterest",)),
+        ),
+        (
+            {"id": 1, "question": "what?", "answers": [{"answer": f"{n}"} for n in range(10)]},
+            ("questions 0", "what?" + SHORT, "vqa_accuracy", tuple(map(str, range(10)))),
+        ),
+        ({"query": "what?", "answer": "14"}, ("questions 0", "what?" + SHORT, "anls", ("14",))),
+        (
             {"type": "human_test", "question": "what?", "answer": "14"},
             ("ChartQA 0", "what?" + SHORT, "relaxed_accuracy", ("14",)),
         ),
@@ -208,6 +245,73 @@ def test_parquet_holds_the_images(row: dict[str, Any], expected: tuple[Any, ...]
     assert summary(data) == [expected]
     opened = data.questions[0].open_image()
     assert isinstance(opened, Image.Image) and opened.getpixel((0, 0)) == (255, 0, 0)
+
+
+def rows(colour: str, *answers: Any) -> list[dict[str, Any]]:
+    """Questions of DocVQA about pictures of one colour."""
+    image = {"bytes": png(colour), "path": None}
+    return [
+        {"questionId": f"{colour} {n}", "docId": n, "question": "?", "answers": answer, "image": image}
+        for n, answer in enumerate(answers)
+    ]
+
+
+@pytest.mark.parametrize("folder", [".", "data", "DocVQA"])
+@pytest.mark.parametrize("unanswered", [None, [], [""], "no such column"])
+def test_the_part_with_answers_is_taken_and_named(folder: str, unanswered: Any, tmp_path: Path) -> None:
+    tests = rows("red", unanswered, unanswered)
+    if isinstance(unanswered, str):
+        tests = [{key: value for key, value in row.items() if key != "answers"} for row in tests]
+    parquet(tmp_path / folder / "test-00000-of-00001.parquet", tests)
+    for shard in range(2):
+        shards = rows("blue" if shard else "green", ["a"])
+        parquet(tmp_path / folder / f"validation-{shard:05}-of-00002.parquet", shards)
+    parquet(tmp_path / folder / "train-00000-of-00001.parquet", rows("white", ["b"]))
+    put(tmp_path / "README.md", "a data set")
+    put(tmp_path / "dataset_infos.json", {})
+    data = load(str(tmp_path))
+    assert [question.name for question in data.questions] == ["DocVQA green 0", "DocVQA blue 0"]
+    (note,) = data.notes
+    assert "the validation part is taken, not test, training (without answers: test)" in note
+
+
+def test_a_test_part_with_answers_comes_first_and_parts_without_any_are_refused(tmp_path: Path) -> None:
+    parquet(tmp_path / "val-0.parquet", rows("red", ["a"]))
+    parquet(tmp_path / "test-0.parquet", rows("blue", None, ["b"]))
+    with pytest.raises(SparseMMError, match="row 0: answers is None"):
+        load(str(tmp_path))
+    parquet(tmp_path / "test-0.parquet", rows("blue", ["b"]))
+    assert [question.name for question in load(str(tmp_path)).questions] == ["DocVQA blue 0"]
+    for name in ("val-0.parquet", "test-0.parquet"):
+        parquet(tmp_path / name, rows("red", None))
+    with pytest.raises(SparseMMError, match="none of its parts holds answers: test, validation"):
+        load(str(tmp_path))
+    for name in ("one", "two"):
+        parquet(tmp_path / "several" / name / "val-0.parquet", rows("red", ["a"]))
+    with pytest.raises(SparseMMError, match="several data sets: say which of one, two is meant"):
+        load(str(tmp_path / "several"))
+
+
+def test_infographicvqa_json_and_its_parts(tmp_path: Path) -> None:
+    put(tmp_path / "infographicsvqa_images" / "1.jpeg", png("red"))
+    row = {"questionId": 1, "question": "what?", "image_local_name": "1.jpeg", "ocr_output_file": "1.json"}
+    for part, answers in (("test", {}), ("val", {"answers": ["x"]}), ("train", {"answers": ["y"]})):
+        put(tmp_path / f"infographicsVQA_{part}_v1.0.json", {"data": [row | answers]})
+    data = load(str(tmp_path))
+    assert summary(data) == [("InfographicVQA 1", "what?" + SHORT, "anls", ("x",))]
+    assert data.questions[0].image == tmp_path / "infographicsvqa_images" / "1.jpeg"
+    assert len(data.notes) == 1
+
+
+def test_a_layout_that_is_not_known_is_read_by_its_columns_and_that_is_said(tmp_path: Path) -> None:
+    put(tmp_path / "images" / "1.png", png("red"))
+    rows = [{"file_name": "1.png", "query": "what?", "answer": "x", "more": 1}]
+    data = load(str(put(tmp_path / "questions.json", rows)))
+    assert summary(data) == [("questions 0", "what?" + SHORT, "anls", ("x",))]
+    assert data.questions[0].image == tmp_path / "images" / "1.png"
+    assert data.notes == (
+        f"{tmp_path / 'questions.json'}: no data set that is known; its answers are scored by anls",
+    )
 
 
 def test_questions_about_the_same_image_share_its_page_over_files(tmp_path: Path) -> None:
@@ -234,8 +338,8 @@ def test_what_is_no_data_set_is_named(tmp_path: Path) -> None:
     put(tmp_path / "empty" / "a.txt", "")
     for source, said in (
         ("nowhere", "no data set at .*nowhere"),
-        (tmp_path / "x.parquet", "keys a: not the layout of ChartQA, DocVQA, OCRBench, TextVQA"),
-        (tmp_path / "broken", "cannot be read as parquet"),
+        (tmp_path / "x.parquet", "keys a: not the layout of ChartQA, DocVQA, InfographicVQA, OCRBench"),
+        (tmp_path / "broken", "cannot be read as Parquet"),
         (tmp_path / "x.json", "keys a: not the layout of"),
         (tmp_path / "text.json", "not a JSON file"),
         (tmp_path / "two", "holds 2 .jsonl files"),

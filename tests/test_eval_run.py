@@ -478,7 +478,7 @@ def test_eval_judges_fidelity_without_answers(
         (["--data", "grid", "--retention", "five"], "--retention five: expected numbers"),
         (["--data", "grid", "--water-fill", "maybe"], "--water-fill is 'maybe': expected yes, no or both"),
         (["--data", "grid", "--jobs", 0], "--jobs is 0"),
-        (["--data", "grid", "--pages", 0], "at least 1"),
+        (["--data", "grid", "--pages", 0], "--pages is 0"),
         (
             ["--data", "grid", "--pages", 1, "--cache-types", "q9", "--policies", "uniform"],
             "unknown cache type 'q9'",

@@ -14,7 +14,7 @@ from conftest import CommandLine
 from sparsemm_edge.convert import convert
 from sparsemm_edge.errors import SparseMMError
 from sparsemm_edge.gguf_metadata import read_model_shape
-from sparsemm_edge.runtime import Eviction, GenerationStats, VisionModel, library
+from sparsemm_edge.runtime import Eviction, GenerationStats, Sampling, VisionModel, library
 from sparsemm_edge.runtime.chat_template import read_template, render
 from sparsemm_edge.runtime.library import llama
 from sparsemm_edge.scores import HeadScores
@@ -327,13 +327,13 @@ def test_a_converted_file_evicts_the_image_in_llama_cpp_pythons_chat_handler(
 
 def test_the_same_seed_gives_the_same_text(loaded: Any) -> None:
     model = loaded("llava")
-    texts = [answer(model, "x", n_predict=24, temperature=1.0, seed=seed)[0] for seed in (1, 1, 2)]
+    texts = [answer(model, "x", n_predict=24, sampling=Sampling(1.0, seed))[0] for seed in (1, 1, 2)]
     assert texts[0] == texts[1] != texts[2]
 
 
 def test_pieces_never_end_within_a_character(loaded: Any) -> None:
     model = loaded("llava")
-    pieces = list(model.generate("x", n_predict=64, temperature=2.0, seed=3))
+    pieces = list(model.generate("x", n_predict=64, sampling=Sampling(2.0, seed=3)))
     data = b"".join(model.piece(token) for token in model.stats().tokens)
     assert "".join(pieces) == data.decode("utf-8", "replace")
 
@@ -412,16 +412,16 @@ def test_llama_cpp_is_silent_unless_asked(llava: Any, sparsemm: CommandLine) -> 
         (["--policy", "best"], "unknown policy 'best'"),
         (["--budget", 64], "no head scores"),
         (["--policy", "uniform", "--budget", 8, "--window", 8], "larger than the window"),
-        (["--policy", "uniform", "--budget", 0], "larger than the window"),
+        (["--policy", "uniform", "--budget", 0], "--budget is 0"),
         (["--scores", "nowhere.json"], "nowhere.json"),
         (["--scores", "OTHERSCORES"], "do not fit the model"),
         (["--chat-template", "nowhere.jinja"], "nowhere.jinja"),
         (["--chat-template", "{{ 1 }}"], "chat template"),
-        (["-n", 0], "n_predict"),
-        (["--n-ubatch", 0], "n_ubatch"),
-        (["--threads", 0], "n_threads"),
-        (["--temp", -1], "temperature"),
-        (["--seed", -1], "seed"),
+        (["-n", 0], "--n-predict is 0: it must be 1 to"),
+        (["--n-ubatch", 0], "--n-ubatch is 0"),
+        (["--threads", 0], "--threads is 0"),
+        (["--temp", -1], "--temp is -1"),
+        (["--seed", -2], "seed"),
     ],
 )
 def test_bad_input_is_one_clear_line(

@@ -82,12 +82,10 @@ def test_a_person_sees_shape_policy_table_and_savings(converted: Path, sparsemm:
 
 def test_a_file_without_metadata_is_said_to_hold_none(converted: Path, sparsemm: CommandLine) -> None:
     model = converted.with_name("tiny.gguf")
-    encoder = write_model(converted.with_name("mmproj.gguf"), arch="clip", tensors={})
-    for path in (model, encoder):
-        done = sparsemm("inspect", path)
-        assert (done.status, done.err) == (0, "")
-        assert done.out.startswith(f"{path} holds no sparsemm metadata")
-        assert sparsemm("inspect", path, "--json").report["sparsemm"] is None
+    done = sparsemm("inspect", model)
+    assert (done.status, done.err) == (0, "")
+    assert done.out.startswith(f"{model} holds no sparsemm metadata")
+    assert sparsemm("inspect", model, "--json").report["sparsemm"] is None
     refusal = sparsemm("inspect", model, "--plot", converted.with_name("map.png")).refusal
     assert refusal == f"error: {model} holds no sparsemm metadata, so there is no head map to draw"
 
@@ -214,3 +212,10 @@ def write_with_metadata(
     writer.write_tensors_to_file()
     writer.close()
     return path
+
+
+def test_what_is_no_text_model_is_named_as_what_it_is(tmp_path: Path, sparsemm: CommandLine) -> None:
+    mmproj = write_model(tmp_path / "mmproj.gguf", arch="clip")
+    assert "this is an image encoder (mmproj)" in sparsemm("inspect", mmproj).refusal
+    keys = {"general.type": ("adapter", GGUFValueType.STRING)}
+    assert "adapter (LoRA)" in sparsemm("inspect", write_model(tmp_path / "lora.gguf", keys=keys)).refusal  # type: ignore[arg-type]

@@ -15,7 +15,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoImageProcessor, LlavaForConditionalGeneration
 
-from models import TestModel, sample_image
+from models import ROOT, TestModel, sample_image
 from native import Native
 from sparsemm_edge.errors import SparseMMError
 from sparsemm_edge.mmproj import convert_mmproj
@@ -291,6 +291,13 @@ def drop_tensor(hf_dir: Path, config: dict[str, Any]) -> None:
         (set_key("vision_feature_layer", [3, 1]), "not in ascending order"),
         (set_key("projector_hidden_act", "relu"), "llama.cpp computes gelu"),
         (set_vision_key("hidden_size", 96), "config.json implies"),
+        (set_vision_key("hidden_size", "96"), "hidden_size of the vision tower is '96'"),
+        (set_vision_key("image_size", 0), "image_size of the vision tower is 0"),
+        (set_vision_key("layer_norm_eps", None), "layer_norm_eps of the vision tower is None"),
+        (set_vision_key("hidden_act", []), "hidden_act of the vision tower is []"),
+        (set_vision_key("model_type", {}), "the vision tower is {}"),
+        (set_key("vision_feature_layer", ["x"]), "vision_feature_layer is ['x']"),
+        (set_key("vision_feature_layer", None), "vision_feature_layer is [None]"),
         (remove("model.safetensors"), "has no *.safetensors"),
         (remove("processor_config.json"), "has no preprocessor_config.json"),
         (cut_short, "cut short"),
@@ -327,3 +334,17 @@ def test_an_existing_file_is_replaced_only_by_force(models: Any, tmp_path: Path)
 def test_a_folder_without_config_is_no_checkpoint(tmp_path: Path) -> None:
     with pytest.raises(SparseMMError, match=r"has no config\.json"):
         convert_mmproj(tmp_path, tmp_path / "mmproj.gguf")
+
+
+@pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16"])
+def test_a_configuration_may_have_a_byte_order_mark(encoding: str, tmp_path: Path) -> None:
+    demo, marked = ROOT / "models" / "demo", tmp_path / "marked"
+    marked.mkdir()
+    for file in demo.iterdir():
+        if file.suffix == ".json":
+            (marked / file.name).write_text(file.read_text(encoding="utf-8"), encoding=encoding)
+        else:
+            (marked / file.name).symlink_to(file)
+    plain = convert_mmproj(demo, tmp_path / "plain.gguf")
+    same = convert_mmproj(marked, tmp_path / "marked.gguf")
+    assert (plain.image_size, plain.n_layer, plain.size) == (same.image_size, same.n_layer, same.size)

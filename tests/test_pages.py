@@ -114,6 +114,17 @@ def test_a_folder_of_images_with_chunks_and_boxes(tmp_path: Path, name: str) -> 
     assert open_pages(str(tmp_path), 1).n_pages == 1
 
 
+def test_a_description_may_have_a_mark_and_line_ends_of_unicode(tmp_path: Path) -> None:
+    image_file(tmp_path)
+    record = OWN | {"chunks": [{"text": "a\u2028b", "box": [1, 2, 10, 12]}]}
+    text = json.dumps(record, ensure_ascii=False)
+    for name, content in (("p.jsonl", text), ("p.json", f"[{text}]")):
+        for encoding in ("utf-8-sig", "utf-16"):
+            (tmp_path / name).write_text(content, encoding=encoding)
+            assert open_pages(str(tmp_path), 9).page(0).chunks[0].text == "a\u2028b"
+        (tmp_path / name).unlink()
+
+
 def test_synthdog_chunks_get_the_box_around_their_corners(tmp_path: Path) -> None:
     image_file(tmp_path)
     (tmp_path / "metadata.jsonl").write_text(json.dumps(SYNTHDOG))
@@ -184,7 +195,7 @@ def test_pages_that_cannot_be_read_are_one_line(tmp_path: Path, content: object,
 def test_an_image_that_is_none_is_named_with_its_page(tmp_path: Path) -> None:
     (tmp_path / "a.png").write_text("not a picture")
     (tmp_path / "pages.json").write_text(json.dumps([OWN]))
-    with pytest.raises(SparseMMError, match="page 1: cannot read its image"):
+    with pytest.raises(SparseMMError, match=r"page 1, .*a\.png: not an image that can be read"):
         open_pages(str(tmp_path), 9).page(0)
 
 

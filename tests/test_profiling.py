@@ -11,7 +11,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -203,7 +203,7 @@ def test_a_worker_that_cannot_start_is_a_failed_setting(
 
 
 def test_a_worker_does_not_outlive_who_asked(small: Path) -> None:
-    job = {"task": {**vars(Task(str(small), n_prompt=1500, n_threads=1))}, "n_rounds": 0}
+    job = {"task": asdict(Task(str(small), n_prompt=1500, n_threads=1)), "n_rounds": 0}
     job["settings"] = [vars(full())]
     worker = subprocess.Popen(
         [sys.executable, "-m", "sparsemm_edge.profiling.worker"],

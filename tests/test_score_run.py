@@ -254,6 +254,15 @@ def test_what_is_no_scorable_checkpoint_is_said_in_one_line(tmp_path: Path) -> N
         load(checkpoint(), device="abacus")
 
 
+@pytest.mark.parametrize(("encoding", "said"), [("utf-8-sig", "a byte order mark"), ("utf-16", "UTF-16")])
+def test_an_encoding_that_transformers_does_not_read_is_named(
+    encoding: str, said: str, tmp_path: Path
+) -> None:
+    (tmp_path / "config.json").write_text('{"model_type": "llava"}', encoding=encoding)
+    with pytest.raises(SparseMMError, match=rf"config\.json is .*{said}.*save it as plain UTF-8"):
+        load(str(tmp_path))
+
+
 def test_a_model_without_chat_template_takes_a_whole_prompt(tmp_path: Path) -> None:
     model = load(_copy(tmp_path, without="chat_template.jinja"))
     page = open_pages("grid", 1).page(0).image

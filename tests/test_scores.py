@@ -97,6 +97,11 @@ def test_grouping_sums_neighbouring_query_heads() -> None:
         (OWN | {"scores": [[1, 2, 3, 4], [1, 2, float("inf"), 4]]}, "layer 1, head 2 is not finite"),
         (OWN | {"scores": [[-0.5, 2, 3, 4], [1, 2, 3, 4]]}, r"layer 0, head 0 is negative \(-0.5\)"),
         (OWN | {"scores": [[0] * 4] * 2}, "all scores are zero"),
+        (OWN | {"scores": [], "n_layer": 0}, "scores are 0 x 0"),
+        (OWN | {"scores": [[], []], "n_head": 0}, "expected a table"),
+        (OWN | {"character_accuracy": {}}, "character_accuracy is {}, expected a number"),
+        (OWN | {"convergence": [{"n_pages": 3, "spearman": 0.5}]}, "convergence holds"),
+        (OWN | {"convergence": "x"}, "convergence holds 'x'"),
         ({"0-0": [1.0], "0-1": [1.0], "1-0": [1.0]}, "head 1-1 of 2 x 2 is missing"),
         ({"0-0": [1.0], "0-1": 1.0}, "every head needs a list"),
         ({"0-0": [1.0], "0-1": []}, "every head needs a list"),
@@ -112,6 +117,14 @@ def test_a_bad_file_is_one_line_that_names_it(tmp_path: Path, content: object, r
         HeadScores.load(path)
     assert str(path) in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16", "utf-16-le"])
+def test_scores_may_have_a_byte_order_mark(encoding: str, tmp_path: Path) -> None:
+    plain = write(tmp_path / "scores.json", OWN)
+    marked = tmp_path / "marked.json"
+    marked.write_text(plain.read_text(), encoding=encoding)
+    assert np.array_equal(HeadScores.load(marked).scores, HeadScores.load(plain).scores)
 
 
 def test_a_file_that_is_not_there(tmp_path: Path) -> None:

@@ -7,7 +7,7 @@ import typer
 
 from sparsemm_edge import defaults
 from sparsemm_edge.commands import options
-from sparsemm_edge.commands.output import print_figures, print_json
+from sparsemm_edge.commands.output import print_figures, print_json, progress_bar
 
 
 def convert(
@@ -61,21 +61,23 @@ def convert(
     from sparsemm_edge.convert import convert as convert_model
     from sparsemm_edge.inspection import figures
 
-    done = convert_model(
-        model,
-        scores,
-        out,
-        budget=budget,
-        window=window,
-        floor_ratio=floor_ratio,
-        policy=policy,
-        vote=vote,
-        residual=residual,
-        water_fill=water_fill,
-        n_prompt=n_prompt,
-        seed=seed,
-        force=force,
-    )
+    with progress_bar("copying", of_bytes=True) as progress:
+        done = convert_model(
+            model,
+            scores,
+            out,
+            budget=budget,
+            window=window,
+            floor_ratio=floor_ratio,
+            policy=policy,
+            vote=vote,
+            residual=residual,
+            water_fill=water_fill,
+            n_prompt=n_prompt,
+            seed=seed,
+            force=force,
+            progress=progress,
+        )
     report = figures(done.shape, done.metadata)
     if as_json:
         print_json({"path": str(done.path), "sparsemm": report})

@@ -1,5 +1,6 @@
 """`sparsemm-edge eval`."""
 
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, TypeVar
@@ -21,8 +22,8 @@ def evaluate(
         str | None,
         typer.Option(
             help="Questions: a folder with a JSONL file of image, question, answers, metric; OCRBench,"
-            " TextVQA, DocVQA or ChartQA as published (JSON or parquet); or the word grid: this project's"
-            " own pages."
+            " TextVQA, DocVQA, InfographicVQA or ChartQA as published (JSON or parquet); or the word"
+            " grid: this project's own pages."
         ),
     ] = None,
     fidelity_only: Annotated[
@@ -116,19 +117,11 @@ def evaluate(
     from sparsemm_edge.evaluation import datasets, report
     from sparsemm_edge.evaluation.run import Job, Results, run
     from sparsemm_edge.evaluation.settings import settings_of
+    from sparsemm_edge.resources import usable_cores
     from sparsemm_edge.runtime.chat_template import read_template
-    from sparsemm_edge.runtime.model import usable_cores
 
     if (data is None) == (fidelity_only is None):
         raise SparseMMError("give --data with questions, or --fidelity-only with a folder of images")
-    for name, value in (
-        ("--jobs", jobs),
-        ("--n-predict", n_predict),
-        ("--n-ctx", n_ctx),
-        ("--turns", turns),
-    ):
-        if value is not None and value < 1:
-            raise SparseMMError(f"{name} is {value}: it must be at least 1")
     settings = settings_of(
         policies=_list("--policies", policies, str),
         budgets=_list("--budgets", budgets, int),
@@ -147,6 +140,8 @@ def evaluate(
     else:
         assert data is not None
         data_set = datasets.load(data, images=images, n_pages=pages, seed=seed)
+    for note in data_set.notes:
+        print(f"note: {note}", file=sys.stderr)
     job = Job(
         model=model,
         mmproj=mmproj,
@@ -167,6 +162,11 @@ def evaluate(
         run(job, data_set, settings, results, n_jobs=jobs, show_progress=not as_json)
     finally:
         results.close()
+    errors = [record.error for record in results.records.values()]
+    if errors and errors[0] is not None and None not in errors:
+        raise SparseMMError(
+            f"no question could be answered: {errors[0]} (all are in {out / 'results.jsonl'})"
+        )
 
     about = {
         "model": model.name,

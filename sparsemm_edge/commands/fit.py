@@ -1,5 +1,6 @@
 """`sparsemm-edge fit`."""
 
+import os
 import re
 from pathlib import Path
 from typing import Annotated, Any
@@ -54,14 +55,14 @@ def fit(
         model=model,
         mmproj=mmproj,
         image_sizes=tuple(_size(text) for text in image or []),
-        n_text=_at_least_one("--n-text", n_text),
-        n_predict=_at_least_one("--n-predict", n_predict),
-        n_ctx=None if n_ctx is None else _at_least_one("--n-ctx", n_ctx),
+        n_text=n_text,
+        n_predict=n_predict,
+        n_ctx=n_ctx,
         cache_type=cache_type,
-        budget=None if budget is None else _at_least_one("--budget", budget),
+        budget=budget,
         window=window,
         max_tail=kv_max_tail,
-        n_ubatch=None if n_ubatch is None else _at_least_one("--n-ubatch", n_ubatch),
+        n_ubatch=n_ubatch,
         scores=scores,
         memory=None if memory is None else _bytes(memory),
     )
@@ -111,16 +112,15 @@ def _show(found: dict[str, Any]) -> None:
 
 def _size(text: str) -> tuple[int, int]:
     """Width and height of an image: of a file, or as written."""
-    found = re.fullmatch(r"(\d+)[xX](\d+)", text)
+    found = re.fullmatch(r"(\d{1,9})[xX](\d{1,9})", text)
     if found is None:
-        if not Path(text).exists():
+        if not os.path.exists(text):
             raise SparseMMError(
                 f"--image is {text!r}: expected an image file, or a size in pixels such as 672x336"
             )
-        from sparsemm_edge.runtime.prompt import read_image
+        from sparsemm_edge.pictures import open_picture
 
-        height, width, _ = read_image(text).shape
-        return width, height
+        return open_picture(text).size
     width, height = int(found[1]), int(found[2])
     if not (1 <= width <= 2**15 and 1 <= height <= 2**15):
         raise SparseMMError(f"--image is {text!r}: a side must be 1 to {2**15} pixels")
@@ -129,13 +129,8 @@ def _size(text: str) -> tuple[int, int]:
 
 def _bytes(text: str) -> int:
     """8G, 500M, ... in bytes."""
-    found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT])(?:i?B)?", text.strip(), re.IGNORECASE)
-    if found is None or not float(found[1]):
-        raise SparseMMError(f"--memory is {text!r}: expected a number and a unit, such as 8G or 1500M")
-    return round(float(found[1]) * _UNITS[found[2].upper()])
-
-
-def _at_least_one(option: str, value: int) -> int:
-    if value < 1:
-        raise SparseMMError(f"{option} is {value}: it must be at least 1")
-    return value
+    found = re.fullmatch(r"(\d{1,9}(?:\.\d+)?)\s*([KMGT])(?:i?B)?", text.strip(), re.IGNORECASE)
+    n_bytes = 0 if found is None else round(float(found[1]) * _UNITS[found[2].upper()])
+    if not n_bytes:
+        raise SparseMMError(f"--memory is {text[:80]!r}: expected a number and a unit, such as 8G or 1500M")
+    return n_bytes

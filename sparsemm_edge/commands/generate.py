@@ -10,32 +10,21 @@ from sparsemm_edge.commands import options
 from sparsemm_edge.commands.output import print_json
 
 
+@options.grouped
 def generate(
-    model: options.Model,
-    prompt: Annotated[str, typer.Option("--prompt", "-p", help="What to ask.")],
-    mmproj: options.OptionalMmproj = None,
+    loaded: options.Loaded,
+    asked: options.Asked,
+    framed: options.Framed,
+    sampled: options.Sampled,
+    evicted: options.Evicted,
     image: options.Images = None,
     n_predict: Annotated[int, typer.Option("--n-predict", "-n", help="Most tokens to generate.")] = 256,
-    temp: options.Temperature = 0.0,
-    seed: options.SamplingSeed = 0,
-    n_ctx: Annotated[
-        int | None, typer.Option(help="Most positions of prompt and reply [default: what they need].")
-    ] = None,
+    n_ctx: options.NCtx = None,
     n_ubatch: Annotated[
         int | None, typer.Option(help="Prompt tokens computed at a time [default: the whole prompt].")
     ] = None,
-    threads: options.Threads = None,
     cache_type_k: options.CacheTypeK = "f16",
     cache_type_v: options.CacheTypeV = "f16",
-    budget: options.Budget = None,
-    policy: options.Policy = None,
-    window: options.Window = None,
-    scores: options.Scores = None,
-    vote: options.Vote = None,
-    residual: options.Residual = None,
-    kv_max_tail: options.KvMaxTail = None,
-    evict: options.Evict = True,
-    chat_template: options.ChatTemplate = None,
     save_session: Annotated[
         Path | None, typer.Option(help="Write question and answer to this file, to go on from later.")
     ] = None,
@@ -53,39 +42,35 @@ def generate(
       sparsemm-edge generate -m llava.gguf --scores llava.head-scores.json --budget 128 -p "Hello"
       sparsemm-edge generate -m llava.sparsemm.gguf --load-session page.session -p "And what is below it?"
     """
-    from sparsemm_edge.runtime import Eviction, VisionModel
-    from sparsemm_edge.runtime.chat_template import read_template
+    from sparsemm_edge.image_urls import open_image
 
-    template = None if chat_template is None else read_template(chat_template)
+    question, frame = asked.text(), framed.arguments()
+    images = [open_image(each) for each in image or []]
+    sampling = sampled.sampling()
     text = ""
-    with VisionModel.load(model, mmproj, n_threads=threads, show_log=verbose) as loaded:
-        for piece in loaded.generate(
-            prompt,
-            image or [],
+    with loaded.load(show_log=verbose) as model:
+        for piece in model.generate(
+            question,
+            images,
             n_predict=n_predict,
-            temperature=temp,
-            seed=seed,
+            sampling=sampling,
             n_ctx=n_ctx,
             n_ubatch=n_ubatch,
             cache_type_k=cache_type_k,
             cache_type_v=cache_type_v,
-            chat_template=template,
-            eviction=Eviction(evict, policy, budget, window, scores, kv_max_tail, vote, residual),
+            **frame,
+            eviction=evicted.eviction(),
             save_session=save_session,
             load_session=load_session,
         ):
             text += piece
             if not as_json:
                 print(piece, end="", flush=True)
-        stats = loaded.stats()
+        stats = model.stats()
     if as_json:
         print_json(stats.figures(text))
     else:
         print()
-        kv, per_token = stats.kv, stats.timings.decode_ms_per_token
-        print(
-            f"[KV cache {kv.bytes_now / 2**20:.1f} MiB of {kv.bytes_full / 2**20:.1f} MiB unevicted;"
-            f" {kv.positions_kept_mean:.0f} of {kv.n_positions} positions a head"
-            + (f"; {per_token:.1f} ms a token]" if per_token is not None else "]"),
-            file=sys.stderr,
-        )
+        per_token = stats.timings.decode_ms_per_token
+        speed = f"; {per_token:.1f} ms a token" if per_token is not None else ""
+        print(f"[KV cache {stats.kv.in_words()}{speed}]", file=sys.stderr)

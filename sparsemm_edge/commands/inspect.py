@@ -6,7 +6,7 @@ from typing import Annotated
 import typer
 
 from sparsemm_edge.commands import options
-from sparsemm_edge.commands.output import print_figures, print_json
+from sparsemm_edge.commands.output import console, print_figures, print_json
 from sparsemm_edge.errors import SparseMMError
 
 
@@ -24,10 +24,11 @@ def inspect(
       sparsemm-edge inspect llava-7b.sparsemm.gguf --plot head-map.png
     """
     from sparsemm_edge.gguf_header import read_header
-    from sparsemm_edge.gguf_metadata import model_shape, sparsemm_metadata
+    from sparsemm_edge.gguf_metadata import model_shape, sparsemm_metadata, text_architecture
     from sparsemm_edge.inspection import figures, kv_bytes
 
     header = read_header(model)
+    text_architecture(header)
     metadata = sparsemm_metadata(header)
     if metadata is None:
         if plot:
@@ -58,7 +59,6 @@ def inspect(
 
 def _print_kv_bytes(saved: dict[str, dict[int, int]]) -> None:
     """KV bytes per policy and prompt length, as MiB and as a share of the full cache."""
-    from rich.console import Console
     from rich.table import Table
 
     full = saved["full"]
@@ -68,4 +68,4 @@ def _print_kv_bytes(saved: dict[str, dict[int, int]]) -> None:
         table.add_column(f"{n_prompt} positions", justify="right")
     for row, cells in saved.items():
         table.add_row(row, *(f"{size / 2**20:.1f} MiB {size / full[n]:7.1%}" for n, size in cells.items()))
-    Console().print(table)
+    console().print(table)

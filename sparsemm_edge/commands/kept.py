@@ -8,23 +8,24 @@ import typer
 from sparsemm_edge.commands import options
 
 
+@options.grouped
 def kept(
-    model: options.Model,
-    mmproj: options.Mmproj,
-    image: Annotated[Path, typer.Option(help="The image.")],
-    prompt: Annotated[str, typer.Option("--prompt", "-p", help="What is asked about it.")],
+    loaded: options.Loaded,
+    evicted: options.Evicted,
+    image: Annotated[str, typer.Option(help="The image, a file or a URL.")],
+    asked: options.Asked,
+    framed: options.Framed,
     out: Annotated[Path, typer.Option(help="The picture to write (PNG).")] = Path("kept.png"),
     view: Annotated[
         str,
         typer.Option(help="all: heads that keep a position; layer: the same by layer; head: single heads."),
     ] = "all",
-    budget: options.Budget = None,
-    policy: options.Policy = None,
-    window: options.Window = None,
-    scores: options.Scores = None,
-    vote: options.Vote = None,
-    residual: options.Residual = None,
-    threads: options.Threads = None,
+    n_ubatch: Annotated[
+        int | None, typer.Option(help="Prompt tokens computed at a time [default: the whole prompt].")
+    ] = None,
+    cache_type_k: options.CacheTypeK = "f16",
+    cache_type_v: options.CacheTypeV = "f16",
+    verbose: options.Verbose = False,
 ) -> None:
     """Draw what the heads keep of an image after a prompt, next to the map of heads.
 
@@ -32,31 +33,47 @@ def kept(
     Example:
       sparsemm-edge kept -m llava.sparsemm.gguf --mmproj mmproj.gguf --image page.png -p "What is the total?"
     """
-    from PIL import Image
-
     from sparsemm_edge.errors import SparseMMError
+    from sparsemm_edge.image_urls import open_image
     from sparsemm_edge.kept_map import check_picture, save_kept_map
-    from sparsemm_edge.runtime import Eviction, VisionModel
-    from sparsemm_edge.runtime.prompt import read_image
 
     check_picture(out, view)
-    page = Image.fromarray(read_image(image))
-    eviction = Eviction(True, policy, budget, window, scores, vote=vote, residual=residual)
+    question, frame = asked.text(), framed.arguments()
+    page = open_image(image)
+    if loaded.mmproj is None:
+        raise SparseMMError("what is kept of an image is drawn: give the model's image encoder with --mmproj")
     with (
-        VisionModel.load(model, mmproj, n_threads=threads) as loaded,
-        loaded.tokenize(loaded.chat_prompt(prompt, 1), [page]) as tokenized,
+        loaded.load(show_log=verbose) as model,
+        model.tokenize(
+            model.chat_prompt(
+                question,
+                1,
+                frame["chat_template"],
+                system=frame["system"],
+                template_options=frame["template_options"],
+            ),
+            [page],
+        ) as tokenized,
     ):
-        grid = loaded.image_grid(tokenized)
-        with loaded.start(tokenized, n_predict=1, eviction=eviction) as session:
+        grid = model.image_grid(tokenized)
+        with model.start(
+            tokenized,
+            n_predict=1,
+            n_ubatch=n_ubatch,
+            cache_type_k=cache_type_k,
+            cache_type_v=cache_type_v,
+            eviction=evicted.eviction(),
+        ) as session:
             session.read_prompt()
             stats = session.kv_stats()
             if stats.n_evictions == 0:
                 raise SparseMMError(
                     f"nothing is evicted from this prompt of {tokenized.n_tokens} positions:"
-                    f" {model} holds no head budgets, or the budget is larger (--budget, --policy, --scores)"
+                    f" {loaded.model} holds no head budgets, or the budget is larger"
+                    " (--budget, --policy, --scores)"
                 )
             held = session.kept()
     mean, share = stats.positions_kept_mean, stats.positions_kept_mean / tokenized.n_tokens
-    title = f"{prompt}: {mean:.0f} of {tokenized.n_tokens} positions kept ({share:.1%}), mean over heads"
+    title = f"{question}: {mean:.0f} of {tokenized.n_tokens} positions kept ({share:.1%}), mean over heads"
     save_kept_map(page, held, grid, out, view=view, title=title)
     print(f"wrote {out}")

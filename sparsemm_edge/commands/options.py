@@ -1,9 +1,29 @@
-"""Options that several commands have, each with one name and one help text."""
+"""Options that several commands have, each with one name and one help text, and the groups that they come in.
 
+A command takes a group as one parameter; @grouped makes its options the command's own:
+
+    @grouped
+    def generate(loaded: options.Loaded, sampled: options.Sampled, n_predict: ... = 256) -> None:
+        with loaded.load() as model: ...
+"""
+
+import functools
+import inspect
+import sys
+import typing
+from collections.abc import Callable
+from dataclasses import MISSING, dataclass, fields, is_dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any, TypedDict
 
 import typer
+
+from sparsemm_edge.defaults import MAX_POSITIONS, MAX_THREADS, N_CTX
+from sparsemm_edge.errors import SparseMMError, check_within
+from sparsemm_edge.files import check_text, decode_text, read_text
+
+if TYPE_CHECKING:
+    from sparsemm_edge.runtime import Eviction, Loading, Sampling, VisionModel
 
 _MMPROJ = "Its image encoder, a GGUF file."
 
@@ -11,21 +31,30 @@ Model = Annotated[Path, typer.Option("--model", "-m", help="The text model, a GG
 Mmproj = Annotated[Path, typer.Option(help=_MMPROJ)]
 OptionalMmproj = Annotated[Path | None, typer.Option(help=_MMPROJ)]
 Images = Annotated[
-    list[Path] | None, typer.Option(help="Image that the question is about; may be given several times.")
+    list[str] | None,
+    typer.Option(
+        metavar="FILE", help="Image that the question is about, or its URL; may be given several times."
+    ),
 ]
-
-# How an answer is sampled.
-Temperature = Annotated[float, typer.Option(help="0: the likeliest token; above: sample.")]
-SamplingSeed = Annotated[int, typer.Option(help="Seed for sampling.")]
 ChatTemplate = Annotated[
-    str | None, typer.Option(help="Jinja text or file to use instead of the model's chat template.")
+    str | None,
+    typer.Option(help="Instead of the model's own: one of llama.cpp's by name, jinja text, or a file of it."),
 ]
 
 # How llama.cpp runs.
-Threads = Annotated[int | None, typer.Option(help="Threads [default: the physical cores].")]
+Threads = Annotated[
+    int | None, typer.Option("--threads", "-t", help="Threads [default: the physical cores].")
+]
 Verbose = Annotated[bool, typer.Option("--verbose", help="Show llama.cpp's log.")]
+NCtx = Annotated[
+    int | None,
+    typer.Option("--n-ctx", "-c", help="Most positions of prompt and reply [default: what they need]."),
+]
 CacheTypeK = Annotated[str, typer.Option(help="Numbers of K: f16, f32, bf16, q8_0 or q4_0.")]
 CacheTypeV = Annotated[str, typer.Option(help="Numbers of V: f16, f32, bf16, q8_0 or q4_0.")]
+ImageCache = Annotated[
+    int, typer.Option(help="MiB of images that stay encoded, so that one that comes again is not.")
+]
 NUbatchCompared = Annotated[
     int | None,
     typer.Option(help="Prompt tokens computed at a time [default: 512; evicted: the whole prompt]."),
@@ -60,6 +89,306 @@ KvMaxTail = Annotated[
 ]
 Evict = Annotated[bool, typer.Option("--evict/--no-evict", help="Evict, or keep the whole cache.")]
 
+NCtxOfChat = Annotated[
+    int | None,
+    typer.Option(
+        "--n-ctx",
+        "-c",
+        help=f"Most positions of a conversation [default: {N_CTX}, or what the model was trained for if that"
+        " is less].",
+    ),
+]
+
 # What is written.
 AsJson = Annotated[bool, typer.Option("--json", help="Print the figures as one JSON object.")]
 Force = Annotated[bool, typer.Option("--force", help="Replace the file to write if it exists.")]
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """The model, and how llama.cpp loads it."""
+
+    model: Model
+    mmproj: OptionalMmproj = None
+    threads: Threads = None
+    threads_batch: Annotated[
+        int | None,
+        typer.Option("--threads-batch", "-tb", help="Threads that read prompts [default: --threads]."),
+    ] = None
+    n_gpu_layers: Annotated[
+        int | None,
+        typer.Option(
+            "--n-gpu-layers",
+            "-ngl",
+            help="Layers on the GPU of a build that has one; -1: all [default: all].",
+        ),
+    ] = None
+    mmproj_offload: Annotated[
+        bool,
+        typer.Option(
+            "--mmproj-offload/--no-mmproj-offload", help="Run the image encoder on the GPU, or not."
+        ),
+    ] = True
+    lora: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="FILE",
+            help="LoRA adapter over the text model, FILE or FILE=SCALE; may be given several times.",
+        ),
+    ] = None
+    image_min_tokens: Annotated[
+        int | None, typer.Option(help="Least tokens of an image, where its size decides (Qwen-VL).")
+    ] = None
+    image_max_tokens: Annotated[int | None, typer.Option(help="Most tokens of an image, likewise.")] = None
+    mmap: Annotated[bool, typer.Option("--mmap/--no-mmap", help="Map the model file, or read it.")] = True
+    mlock: Annotated[
+        bool, typer.Option("--mlock", help="Keep the weights in memory, as far as the system lets.")
+    ] = False
+
+    def loading(self, *, image_cache: int = 0) -> "Loading":
+        from sparsemm_edge.runtime.loading import Loading, Lora
+
+        return Loading(
+            n_threads_batch=self.threads_batch,
+            n_gpu_layers=self.n_gpu_layers,
+            mmproj_offload=self.mmproj_offload,
+            loras=tuple(map(Lora.parse, self.lora or ())),
+            image_min_tokens=self.image_min_tokens,
+            image_max_tokens=self.image_max_tokens,
+            mmap=self.mmap,
+            mlock=self.mlock,
+            image_cache=image_cache,
+        )
+
+    def load(self, *, show_log: bool = False, image_cache: int = 0) -> "VisionModel":
+        from sparsemm_edge.runtime import VisionModel
+
+        return VisionModel.load(
+            self.model,
+            self.mmproj,
+            n_threads=self.threads,
+            show_log=show_log,
+            loading=self.loading(image_cache=image_cache),
+        )
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What is asked."""
+
+    prompt: Annotated[
+        str | None, typer.Option("--prompt", "-p", help="What to ask; - reads it from stdin.")
+    ] = None
+    file: Annotated[
+        Path | None, typer.Option("--file", "-f", help="What to ask, a text file, instead of --prompt.")
+    ] = None
+
+    def text(self, default: str | None = None) -> str:
+        """The question; without the line end that a file or a pipe ends with."""
+        if self.prompt is not None and self.file is not None:
+            raise SparseMMError("give what to ask with -p or with -f, not both")
+        if self.file is not None:
+            return _without_last_line_end(read_text(self.file))
+        if self.prompt == "-":
+            return _without_last_line_end(decode_text(sys.stdin.buffer.read(), "what to ask, on stdin,"))
+        found = default if self.prompt is None else self.prompt
+        if found is None:
+            raise SparseMMError("what to ask is missing: give -p TEXT, -p - to read stdin, or -f FILE")
+        check_text(found, "what to ask")
+        return found
+
+
+@dataclass(frozen=True)
+class Framed:
+    """What is written around a question."""
+
+    system: Annotated[
+        str | None, typer.Option(help="What the model is told before everything: text, or @FILE.")
+    ] = None
+    chat_template: ChatTemplate = None
+    chat_template_kwargs: Annotated[
+        str | None,
+        typer.Option(help="What else the template is told, such as '{\"enable_thinking\": false}'."),
+    ] = None
+
+    def arguments(self) -> "Frame":
+        """What generate() and others are told of it."""
+        from sparsemm_edge.runtime.chat_template import read_template, read_template_options
+
+        system, template, options = self.system, self.chat_template, self.chat_template_kwargs
+        if system is not None and system.startswith("@"):
+            system = _without_last_line_end(read_text(Path(system[1:])))
+        elif system is not None:
+            check_text(system, "--system")
+        return {
+            "system": system,
+            "chat_template": None if template is None else read_template(template),
+            "template_options": None if options is None else read_template_options(options),
+        }
+
+
+class Frame(TypedDict):
+    system: str | None
+    chat_template: str | None
+    template_options: dict[str, Any] | None
+
+
+@dataclass(frozen=True)
+class Evicted:
+    """How the cache evicts."""
+
+    budget: Budget = None
+    policy: Policy = None
+    window: Window = None
+    scores: Scores = None
+    vote: Vote = None
+    residual: Residual = None
+    kv_max_tail: KvMaxTail = None
+    evict: Evict = True
+
+    def eviction(self) -> "Eviction":
+        from sparsemm_edge.runtime import Eviction
+
+        return Eviction(
+            self.evict,
+            self.policy,
+            self.budget,
+            self.window,
+            self.scores,
+            self.kv_max_tail,
+            self.vote,
+            self.residual,
+        )
+
+
+@dataclass(frozen=True)
+class Sampled:
+    """How an answer is sampled, and what it must look like. The defaults are runtime.Sampling's."""
+
+    temp: Annotated[float, typer.Option(help="0: the likeliest token; above: sample.")] = 0.0
+    seed: Annotated[int, typer.Option(help="Seed for sampling; -1: another one each time.")] = 0
+    top_k: Annotated[int, typer.Option(help="Sample from so many likeliest tokens; 0: all.")] = 40
+    top_p: Annotated[float, typer.Option(help="Sample from the likeliest with this probability.")] = 0.95
+    min_p: Annotated[float, typer.Option(help="Sample from those with this share of the likeliest's.")] = 0.05
+    repeat_penalty: Annotated[
+        float, typer.Option(help="Divides the logits of the last 64 tokens; 1: none.")
+    ] = 1.0
+    presence_penalty: Annotated[
+        float, typer.Option(help="Subtracted from the logits of the last 64 tokens.")
+    ] = 0.0
+    frequency_penalty: Annotated[float, typer.Option(help="The same, as often as a token is there.")] = 0.0
+    stop: Annotated[
+        list[str] | None,
+        typer.Option(metavar="TEXT", help="Text that ends the answer before it; may be given several times."),
+    ] = None
+    json_schema: Annotated[
+        str | None, typer.Option(help="JSON schema of the answer: the text or a file.")
+    ] = None
+    grammar_file: Annotated[Path | None, typer.Option(help="Grammar of the answer, a GBNF file.")] = None
+
+    def sampling(self) -> "Sampling":
+        from sparsemm_edge.runtime import Sampling
+
+        schema = self.json_schema
+        if schema is not None and not schema.lstrip().startswith("{"):
+            schema = read_text(Path(schema))
+        return Sampling(
+            temperature=self.temp,
+            seed=self.seed,
+            top_k=self.top_k,
+            top_p=self.top_p,
+            min_p=self.min_p,
+            repeat_penalty=self.repeat_penalty,
+            presence_penalty=self.presence_penalty,
+            frequency_penalty=self.frequency_penalty,
+            stop=tuple(self.stop or ()),
+            grammar=None if self.grammar_file is None else read_text(self.grammar_file),
+            json_schema=schema,
+        )
+
+
+NUMBERS: dict[str, tuple[float, float]] = {
+    "budget": (1, 2**31 - 1),
+    "draws": (1, 1000),
+    "floor_ratio": (0, 1),
+    "frequency_penalty": (-100, 100),
+    "image_cache": (0, 2**20),
+    "image_max_tokens": (1, MAX_POSITIONS),
+    "image_min_tokens": (1, MAX_POSITIONS),
+    "jobs": (1, 64),
+    "kv_max_tail": (1, 2**31 - 1),
+    "layers": (1, 1000),
+    "max_new_tokens": (1, MAX_POSITIONS),
+    "min_p": (0, 1),
+    "n_ctx": (1, MAX_POSITIONS),
+    "n_gpu_layers": (-1, 2**31 - 1),
+    "n_predict": (1, MAX_POSITIONS),
+    "n_prompt": (1, 2**31 - 1),
+    "n_text": (1, MAX_POSITIONS),
+    "n_ubatch": (1, MAX_POSITIONS),
+    "pages": (1, 10**6),
+    "port": (0, 2**16 - 1),
+    "presence_penalty": (-100, 100),
+    "random_seeds": (1, 1000),
+    "repeat_penalty": (0.01, 100),
+    "rounds": (1, 1000),
+    "seed": (-1, 2**32 - 1),
+    "share": (0, 1),
+    "temp": (0, 1000),
+    "threads": (1, MAX_THREADS),
+    "threads_batch": (1, MAX_THREADS),
+    "top_k": (0, 2**31 - 1),
+    "top_p": (0, 1),
+    "turns": (1, 1000),
+    "window": (1, 1024),
+}
+"""What every option that is a number may be, from and to, in all commands: beyond it something crashes, wraps
+round or takes all memory. What is narrower is refused where it is known."""
+
+
+def checked(command: Callable[..., None]) -> Callable[..., None]:
+    """Let a command refuse numbers that are not within NUMBERS."""
+
+    @functools.wraps(command)
+    def run(**given: Any) -> None:
+        for name, value in given.items():
+            if isinstance(value, int | float) and not isinstance(value, bool):
+                check_within(f"--{name.replace('_', '-')}", value, *NUMBERS[name])
+        command(**given)
+
+    return run
+
+
+def _without_last_line_end(text: str) -> str:
+    return text.removesuffix("\n").removesuffix("\r")
+
+
+def grouped(command: Callable[..., None]) -> Callable[..., None]:
+    """Let typer see the options of a command's groups in place of the groups.
+
+    A group is a parameter whose type is a dataclass of options.
+    """
+    hints = typing.get_type_hints(command, include_extras=True)
+    groups: dict[str, Any] = {name: kind for name, kind in hints.items() if is_dataclass(kind)}
+    shown: list[inspect.Parameter] = []
+    for parameter in inspect.signature(command).parameters.values():
+        if parameter.name not in groups:
+            shown.append(parameter.replace(annotation=hints[parameter.name]))
+            continue
+        of_group = typing.get_type_hints(groups[parameter.name], include_extras=True)
+        for field in fields(groups[parameter.name]):
+            default = parameter.empty if field.default is MISSING else field.default
+            kind = of_group[field.name]
+            shown.append(inspect.Parameter(field.name, parameter.kind, default=default, annotation=kind))
+
+    @functools.wraps(command)
+    def run(**given: Any) -> None:
+        for name, kind in groups.items():
+            given[name] = kind(**{field.name: given.pop(field.name) for field in fields(kind)})
+        command(**given)
+
+    # a parameter without a default may follow one with a default here: all are given by name
+    keyword = [parameter.replace(kind=inspect.Parameter.KEYWORD_ONLY) for parameter in shown]
+    run.__signature__ = inspect.Signature(keyword)  # type: ignore[attr-defined]
+    run.__annotations__ = {parameter.name: parameter.annotation for parameter in shown}
+    return run

@@ -1,10 +1,42 @@
 """What several commands print."""
 
 import json
-from collections.abc import Sequence
-from typing import Any
+import os
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
 
-from sparsemm_edge.errors import SparseMMError
+from sparsemm_edge.defaults import MAX_POSITIONS
+from sparsemm_edge.errors import SparseMMError, check_within
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+_WIDTH = 500  # of what goes to a file or a pipe: no table is as wide, and no line is cut
+
+
+def console(*, stderr: bool = False) -> "Console":
+    """Where text and tables go: as wide as the terminal, and where there is none, as they are."""
+    from rich.console import Console
+
+    made = Console(stderr=stderr, markup=False, highlight=False)
+    if not made.is_terminal and "COLUMNS" not in os.environ:
+        made.width = _WIDTH
+    return made
+
+
+@contextmanager
+def progress_bar(what: str, *, of_bytes: bool = False) -> Iterator[Callable[[int, int], None]]:
+    """A bar on stderr, on a terminal only, that is gone when the work ends: call it with done and total."""
+    from rich.progress import BarColumn, DownloadColumn, MofNCompleteColumn, Progress, TextColumn
+    from rich.progress import TimeRemainingColumn as Left
+
+    done = DownloadColumn() if of_bytes else MofNCompleteColumn()
+    columns = (TextColumn(what), BarColumn(), done, Left())
+    err = console(stderr=True)
+    with Progress(*columns, console=err, transient=True, disable=not err.is_terminal) as bar:
+        task = bar.add_task(what, total=None)
+        yield lambda done, total: bar.update(task, completed=done, total=total)
 
 
 def print_json(content: dict[str, Any]) -> None:
@@ -35,17 +67,15 @@ def print_figures(report: dict[str, Any]) -> None:
 def print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
     """A table of figures, the first column left, the others right."""
     from rich import box
-    from rich.console import Console
     from rich.table import Table
 
-    table = Table(
-        title=title, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False, collapse_padding=True
-    )
+    print(title)  # a table would break its title where it ends itself
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, collapse_padding=True)
     for index, column in enumerate(columns):
         table.add_column(column, justify="right" if index else "left", no_wrap=index == 0)
     for row in rows:
         table.add_row(*row)
-    Console(markup=False).print(table)
+    console().print(table)
 
 
 def whole_numbers(option: str, text: str) -> list[int]:
@@ -56,9 +86,11 @@ def whole_numbers(option: str, text: str) -> list[int]:
     """
     numbers = []
     for part in text.split(",") if text.strip() else []:
-        if not part.strip().isdecimal() or int(part) < 1:
+        try:
+            numbers.append(int(part))
+        except ValueError as error:
             raise SparseMMError(
-                f"{option} is {text!r}: expected positive whole numbers and commas, such as 64,256"
-            )
-        numbers.append(int(part))
+                f"{option} is {text[:80]!r}: expected positive whole numbers and commas, such as 64,256"
+            ) from error
+        check_within(f"a number of {option}", numbers[-1], 1, MAX_POSITIONS)
     return numbers

@@ -1,6 +1,7 @@
 """`sparsemm-edge profile`."""
 
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Annotated
 
 import typer
@@ -9,19 +10,23 @@ from sparsemm_edge.commands import options
 from sparsemm_edge.commands.output import print_json, print_table, whole_numbers
 
 
+@options.grouped
 def profile(
-    model: options.Model,
-    mmproj: options.OptionalMmproj = None,
+    loaded: options.Loaded,
+    asked: options.Asked,
+    framed: options.Framed,
     image: options.Images = None,
-    prompt: Annotated[str, typer.Option("--prompt", "-p", help="What to ask.")] = "What does the image show?",
     budgets: Annotated[
         str, typer.Option(help="Budgets to evict to, such as 64,256 [default: the file's].", show_default="")
     ] = "",
     n_predict: Annotated[int, typer.Option("--n-predict", "-n", help="Tokens to decode.")] = 32,
     n_ubatch: options.NUbatchCompared = None,
     scores: options.Scores = None,
+    policy: options.Policy = None,
     window: options.Window = None,
-    threads: options.Threads = None,
+    vote: options.Vote = None,
+    residual: options.Residual = None,
+    kv_max_tail: options.KvMaxTail = None,
     out: Annotated[Path, typer.Option(help="Folder of the report.")] = Path("sparsemm-profile"),
     as_json: options.AsJson = False,
 ) -> None:
@@ -33,6 +38,7 @@ def profile(
     Example:
       sparsemm-edge profile -m llava.sparsemm.gguf --mmproj mmproj.gguf --image page.png --budgets 64,256
     """
+    from sparsemm_edge.image_urls import image_file
     from sparsemm_edge.profiling import profile_report, report
     from sparsemm_edge.profiling.jobs import Task
     from sparsemm_edge.profiling.machine import in_words
@@ -40,18 +46,25 @@ def profile(
     from sparsemm_edge.profiling.progress import Progress
 
     wanted = whole_numbers("--budgets", budgets)
+    question, frame, loading = asked.text("What does the image show?"), framed.arguments(), loaded.loading()
     report.make_folder(out)
-    task = Task(
-        model=str(model),
-        mmproj=None if mmproj is None else str(mmproj),
-        images=tuple(str(path) for path in image or []),
-        prompt=prompt,
-        n_predict=n_predict,
-        n_threads=threads,
-        scores=None if scores is None else str(scores),
-        window=window,
-    )
-    with Progress() as progress:
+    with TemporaryDirectory() as folder, Progress() as progress:
+        task = Task(
+            model=str(loaded.model),
+            mmproj=None if loaded.mmproj is None else str(loaded.mmproj),
+            images=tuple(str(image_file(each, Path(folder))) for each in image or []),
+            prompt=question,
+            **frame,
+            n_predict=n_predict,
+            n_threads=loaded.threads,
+            loading=loading,
+            scores=None if scores is None else str(scores),
+            policy=policy,
+            window=window,
+            max_tail=kv_max_tail,
+            vote=vote,
+            residual=residual,
+        )
         content = measure(task, wanted, progress, n_ubatch=n_ubatch)
     profile_report.write(out, content)
     if as_json:

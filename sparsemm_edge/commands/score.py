@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from sparsemm_edge.commands import options
-from sparsemm_edge.commands.output import print_json
+from sparsemm_edge.commands.output import print_json, progress_bar
 
 
 def score(
@@ -67,9 +67,6 @@ def score(
       sparsemm-edge score llava-hf/llava-1.5-7b-hf --out llava.scores.json --dtype bfloat16
       sparsemm-edge score path/to/checkpoint --data my-pages --pages 300 --jobs 2
     """
-    from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
     from sparsemm_edge.commands.scores import figures, print_convergence, print_figures
     from sparsemm_edge.extras import needs_torch
     from sparsemm_edge.pages.readers import page_size
@@ -79,16 +76,14 @@ def score(
         from sparsemm_edge.scoring.run import score as score_heads
 
     job = Job(model, data, pages, seed, page_size(size), prompt, max_new_tokens, device, dtype)
-    columns = (TextColumn("reading pages"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=Console(stderr=True)) as bar:
-        task = bar.add_task("pages", total=None)
+    with progress_bar("reading pages") as progress:
         report = score_heads(
             job,
             out,
             n_jobs=jobs,
             resume=resume,
             force=force,
-            progress=lambda done, total: bar.update(task, completed=done, total=total),
+            progress=progress,
         )
     for warning in report.warnings:
         print(f"warning: {warning}", file=sys.stderr)

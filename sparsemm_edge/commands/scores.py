@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from sparsemm_edge.commands import options
-from sparsemm_edge.commands.output import print_json, print_table
+from sparsemm_edge.commands.output import print_json, print_table, progress_bar
 
 if TYPE_CHECKING:
     from sparsemm_edge.scores import HeadScores
@@ -76,6 +76,7 @@ def compare(file: ScoresFile, other: ScoresFile, as_json: options.AsJson = False
 
 
 @scores.command()
+@options.checked
 def knockout(
     model: Annotated[
         str, typer.Argument(metavar="HF_MODEL", help="The scored checkpoint.", show_default=False)
@@ -103,9 +104,6 @@ def knockout(
     Example:
       sparsemm-edge scores knockout path/to/checkpoint --scores scores.json
     """
-    from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
     from sparsemm_edge.extras import needs_torch
     from sparsemm_edge.pages.readers import open_pages, page_size
     from sparsemm_edge.scores import HeadScores
@@ -117,9 +115,7 @@ def knockout(
     loaded = HeadScores.load(file)
     source = open_pages(data, pages, seed=seed, size=page_size(size))
     reader = load(model, device=device, dtype=dtype)
-    columns = (TextColumn("reading pages"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=Console(stderr=True)) as bar:
-        task = bar.add_task("pages", total=None)
+    with progress_bar("reading pages") as progress:
         result = run(
             reader,
             loaded,
@@ -129,7 +125,7 @@ def knockout(
             n_draws=draws,
             seed=seed,
             max_new_tokens=max_new_tokens,
-            progress=lambda done, total: bar.update(task, completed=done, total=total),
+            progress=progress,
         )
     n_silenced, n_heads = result.n_heads
     mean = sum(result.random) / len(result.random)

@@ -1,14 +1,15 @@
 """Questions about images: the project's own pages, a folder of one's own, and published data sets.
 
-Published ones are read in the layouts in which they are downloaded: OCRBench, TextVQA, DocVQA and ChartQA, as
-the authors' JSON with a folder of images, or as Hugging Face parquet files with the images inside.
+Published ones are read in the layouts in which they are downloaded: OCRBench, TextVQA, DocVQA, InfographicVQA
+and ChartQA, as the authors' JSON with a folder of images, or as Hugging Face parquet files with the images
+inside. What has columns for image, question and answers under the names that such data sets use is read, too.
 """
 
 import hashlib
-import io
-import json
+import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -17,12 +18,13 @@ from PIL import Image
 
 from sparsemm_edge.errors import SparseMMError
 from sparsemm_edge.evaluation.metrics import check_question
-from sparsemm_edge.files import read_text
+from sparsemm_edge.files import read_json, read_json_lines, read_parquet
+from sparsemm_edge.pictures import open_picture
 
 GRID = "grid"
 """The name that stands for the project's own pages (pages/grid.py) where a data set's path is expected."""
 
-IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".gif")
+IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".jfif", ".webp", ".avif", ".bmp", ".tif", ".tiff", ".gif")
 
 _SHORT_ANSWER = "\nAnswer the question using a single word or phrase."
 _GRID_TURNS = 4
@@ -59,13 +61,7 @@ class Question:
         Raises:
             SparseMMError: the bytes are not an image.
         """
-        if not isinstance(self.image, bytes):
-            return self.image
-        try:
-            with Image.open(io.BytesIO(self.image)) as opened:
-                return opened.convert("RGB")
-        except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-            raise SparseMMError(f"{self.page}: not an image that can be read ({error})") from error
+        return open_picture(self.image, self.page) if isinstance(self.image, bytes) else self.image
 
 
 @dataclass(frozen=True)
@@ -76,11 +72,13 @@ class DataSet:
         name: where it came from, however much of it is taken.
         questions: all of them.
         n_predict: tokens that answers need at most.
+        notes: what a person should know of what was left out, a line each.
     """
 
     name: str
     questions: tuple[Question, ...]
     n_predict: int
+    notes: tuple[str, ...] = ()
 
 
 def load(source: str, *, images: Path | None = None, n_pages: int | None = None, seed: int = 0) -> DataSet:
@@ -88,7 +86,8 @@ def load(source: str, *, images: Path | None = None, n_pages: int | None = None,
 
     Args:
         source: `grid`, the project's own pages; a folder that holds one JSONL file and its images; or a
-            JSONL, JSON or parquet file, or a folder of parquet files.
+            JSONL, JSON or parquet file, or a folder of parquet files. Of a folder with several parts (test,
+            validation, train) the first one with answers is taken.
         images: the folder of the images, if they are not beside the file as published.
         n_pages: the first images only, with all questions about them; None: all, and 200 of `grid`.
         seed: of `grid`: its pages are those of seeds from here on.
@@ -103,7 +102,7 @@ def load(source: str, *, images: Path | None = None, n_pages: int | None = None,
     path = Path(source)
     if not path.exists():
         raise SparseMMError(f"no data set at {path}: expected a file, a folder, or the word {GRID}")
-    files = _files(path)
+    files, notes = _files(path)
     reader = {".jsonl": _read_jsonl, ".json": _read_json, ".parquet": _read_parquet}[files[0].suffix.lower()]
     found = tuple(_first_pages(reader(files, images), n_pages))
     if not found:
@@ -113,18 +112,23 @@ def load(source: str, *, images: Path | None = None, n_pages: int | None = None,
         if question.name in seen:
             raise SparseMMError(f"{path}: two questions have the name {question.name}")
         seen.add(question.name)
-    return DataSet(str(path), _in_turn(found), n_predict=256)
+    if found[0].task == _BY_COLUMNS:
+        notes.append(f"{path}: no data set that is known; its answers are scored by {found[0].metric}")
+    return DataSet(str(path), _in_turn(found), n_predict=256, notes=tuple(notes))
 
 
 def images_only(folder: Path, prompt: str = _DESCRIBE, n_pages: int | None = None) -> DataSet:
     """All images of a folder with the same prompt and no accepted answers: what fidelity needs."""
     if not folder.is_dir():
         raise SparseMMError(f"{folder} is not a folder of images")
-    files = sorted(file for file in folder.iterdir() if file.suffix.lower() in IMAGE_SUFFIXES)[:n_pages]
+    entries = sorted(each for each in folder.iterdir() if not each.name.startswith("."))
+    files = [each for each in entries if each.suffix.lower() in IMAGE_SUFFIXES and each.is_file()]
     if not files:
         raise SparseMMError(f"{folder} holds no images ({', '.join(IMAGE_SUFFIXES)})")
-    questions = tuple(Question(file.name, file.name, file, prompt, "images") for file in files)
-    return DataSet(str(folder), questions, n_predict=128)
+    questions = tuple(Question(file.name, file.name, file, prompt, "images") for file in files[:n_pages])
+    skipped = [each.name + "/" * each.is_dir() for each in entries if each not in files]
+    notes = (f"{folder}: skipped, as they are no image files: {_listed(skipped)}",) if skipped else ()
+    return DataSet(str(folder), questions, n_predict=128, notes=notes)
 
 
 def grid(n_pages: int, seed: int = 0) -> DataSet:
@@ -165,20 +169,82 @@ def grid(n_pages: int, seed: int = 0) -> DataSet:
     return DataSet(f"{GRID}, seeds from {seed}", tuple(questions), n_predict=96)
 
 
-def _files(path: Path) -> list[Path]:
-    """The file, or the files of a folder: one JSONL file, one JSON file, or all parquet files."""
-    suffixes = (".jsonl", ".parquet", ".json")
+_SUFFIXES = (".jsonl", ".parquet", ".json")
+_PARTS = {"test": ("test",), "validation": ("validation", "valid", "val", "dev"), "training": ("train",)}
+_N_LOOKED_AT = 16  # rows that tell whether a part has answers
+
+
+def _files(path: Path) -> tuple[list[Path], list[str]]:
+    """The file, or the files of a folder, all of one kind and of one part; and what was left out."""
     if path.is_file():
-        if path.suffix.lower() not in suffixes:
-            raise SparseMMError(f"{path}: expected a file that ends in {', '.join(suffixes)}")
-        return [path]
-    for suffix in suffixes:
-        files = sorted(file for file in path.iterdir() if file.suffix.lower() == suffix)
-        if len(files) > 1 and suffix != ".parquet":
-            raise SparseMMError(f"{path} holds {len(files)} {suffix} files: say which of them is meant")
-        if files:
+        if path.suffix.lower() not in _SUFFIXES:
+            raise SparseMMError(f"{path}: expected a file that ends in {', '.join(_SUFFIXES)}")
+        return [path], []
+    files, notes = _answered_part(_files_of_a_kind(path))
+    if len(files) > 1 and (suffix := files[0].suffix.lower()) != ".parquet":
+        raise SparseMMError(f"{path} holds {len(files)} {suffix} files: say which of them is meant")
+    return files, notes
+
+
+def _files_of_a_kind(path: Path) -> list[Path]:
+    """The files of a folder, or of the one folder in it that holds parquet files, as Hugging Face's do."""
+    for suffix in _SUFFIXES:
+        if files := _with_suffix(path, suffix):
             return files
-    raise SparseMMError(f"{path} holds no data set: expected a file that ends in {', '.join(suffixes)}")
+        if suffix == ".parquet":
+            folders = [
+                each for each in sorted(path.iterdir()) if each.is_dir() and _with_suffix(each, suffix)
+            ]
+            if len(folders) > 1:
+                names = _listed([folder.name for folder in folders])
+                raise SparseMMError(f"{path} holds several data sets: say which of {names} is meant")
+            if folders:
+                return _with_suffix(folders[0], suffix)
+    raise SparseMMError(f"{path} holds no data set: expected a file that ends in {', '.join(_SUFFIXES)}")
+
+
+def _with_suffix(folder: Path, suffix: str) -> list[Path]:
+    return sorted(file for file in folder.iterdir() if file.suffix.lower() == suffix and file.is_file())
+
+
+def _answered_part(files: list[Path]) -> tuple[list[Path], list[str]]:
+    """Of files whose names tell parts of a data set, those of the first part with answers."""
+    parts: dict[str | None, list[Path]] = {}
+    for file in files:
+        words = re.split(r"[^a-z]+", file.stem.lower())
+        part = next((part for part, names in _PARTS.items() if any(name in words for name in names)), None)
+        parts.setdefault(part, []).append(file)
+    if None in parts or len(parts) < 2:
+        return files, []
+    unanswered: list[str] = []
+    for part in _PARTS:
+        if part not in parts:
+            continue
+        if any(_is_answered(row) for row in islice(_rows(parts[part][0]), _N_LOOKED_AT)):
+            others = ", ".join(str(each) for each in parts if each != part)
+            note = f"{parts[part][0].parent}: the {part} part is taken, not {others}"
+            if unanswered:
+                note += f" (without answers: {', '.join(unanswered)})"
+            return parts[part], [note]
+        unanswered.append(part)
+    raise SparseMMError(f"{files[0].parent}: none of its parts holds answers: {', '.join(unanswered)}")
+
+
+def _rows(file: Path) -> Iterator[Any]:
+    """The questions of a file as they stand there, whatever their layout."""
+    if file.suffix.lower() == ".parquet":
+        yield from read_parquet(file)
+    elif file.suffix.lower() == ".json":
+        content = read_json(file)
+        rows = content.get("data") if isinstance(content, dict) else content
+        yield from rows if isinstance(rows, list) else []
+    else:
+        yield from (row for _, row in read_json_lines(file))
+
+
+def _is_answered(row: Any) -> bool:
+    found = [row.get(key) for key in _ANSWERS] if isinstance(row, dict) else []
+    return any(any(each) if isinstance(each, list) else each not in (None, "") for each in found)
 
 
 def _first_pages(questions: Iterator[Question], n_pages: int | None) -> Iterator[Question]:
@@ -206,14 +272,8 @@ def _read_jsonl(files: list[Path], images: Path | None) -> Iterator[Question]:
     """Lines of `image` (a path from the file's folder), `question`, `answers`, `metric`; `task` if wanted."""
     path = files[0]
     folder = images or path.parent
-    for number, line in enumerate(read_text(path).splitlines(), 1):
-        if not line.strip():
-            continue
+    for number, row in read_json_lines(path):
         where = f"{path}, line {number}"
-        try:
-            row = json.loads(line)
-        except (ValueError, RecursionError) as error:
-            raise SparseMMError(f"{where}: not JSON ({error})") from error
         image, prompt = _string(row, "image", where), _string(row, "question", where)
         answers = _strings(row, "answers", where)
         metric = _string(row, "metric", where)
@@ -227,16 +287,11 @@ def _read_jsonl(files: list[Path], images: Path | None) -> Iterator[Question]:
 
 def _read_json(files: list[Path], images: Path | None) -> Iterator[Question]:
     path = files[0]
-    try:
-        content = json.loads(read_text(path))
-    except (ValueError, RecursionError) as error:
-        raise SparseMMError(f"{path}: not a JSON file ({error})") from error
+    content = read_json(path)
     rows = content.get("data") if isinstance(content, dict) else content
     if not isinstance(rows, list) or not rows or not isinstance(rows[0], dict):
         raise SparseMMError(f"{path}: expected a list of questions, or one under the key data")
-    layout = next((layout for layout in _JSON_LAYOUTS if layout.fits(rows[0])), None)
-    if layout is None:
-        raise SparseMMError(f"{path}: {_unknown(rows[0], _JSON_LAYOUTS)}")
+    layout = _layout(path, rows[0], _JSON_LAYOUTS)
     for number, row in enumerate(rows):
         where = f"{path}, question {number}"
         name = _string(row, layout.image, where) + layout.suffix
@@ -250,31 +305,18 @@ def _read_json(files: list[Path], images: Path | None) -> Iterator[Question]:
 
 
 def _read_parquet(files: list[Path], images: Path | None) -> Iterator[Question]:
-    try:
-        import pyarrow
-        import pyarrow.parquet
-    except ImportError as error:
-        raise SparseMMError(
-            "parquet files are read with pyarrow: pip install 'sparsemm-edge[eval]'"
-        ) from error
     number = 0
     for path in files:
-        try:
-            for batch in pyarrow.parquet.ParquetFile(path).iter_batches(batch_size=16):
-                for row in batch.to_pylist():
-                    layout = next((layout for layout in _PARQUET_LAYOUTS if layout.fits(row)), None)
-                    if layout is None:
-                        raise SparseMMError(f"{path}: {_unknown(row, _PARQUET_LAYOUTS)}")
-                    where = f"{path}, row {number}"
-                    content = row[layout.image]
-                    image = content.get("bytes") if isinstance(content, dict) else content
-                    if not isinstance(image, bytes):
-                        raise SparseMMError(f"{where}: the image is not in the file, as bytes under image")
-                    page = f"image {hashlib.sha256(image).hexdigest()[:12]}"
-                    yield layout.question(row, number, where, page=page, image=image)
-                    number += 1
-        except (pyarrow.ArrowInvalid, pyarrow.ArrowTypeError, OSError) as error:
-            raise SparseMMError(f"{path}: cannot be read as parquet ({error})") from error
+        for row in read_parquet(path):
+            layout = _layout(path, row, _PARQUET_LAYOUTS)
+            where = f"{path}, row {number}"
+            content = row[layout.image]
+            image = content.get("bytes") if isinstance(content, dict) else content
+            if not isinstance(image, bytes):
+                raise SparseMMError(f"{where}: the image is not in the file, as bytes under image")
+            page = f"image {hashlib.sha256(image).hexdigest()[:12]}"
+            yield layout.question(row, number, where, page=page, image=image)
+            number += 1
 
 
 # --- layouts
@@ -319,7 +361,7 @@ class _Layout:
         answers = _strings(row, self.answers, where)
         check_question(metric, answers, where)
         return Question(
-            name=f"{self.name} {row[self.number] if self.number else number}",
+            name=f"{self.name} {row.get(self.number, number) if self.number else number}",
             page=page,
             image=image,
             prompt=_string(row, self.prompt, where) + self.extra,
@@ -327,6 +369,38 @@ class _Layout:
             metric=metric,
             answers=answers,
         )
+
+
+_BY_COLUMNS = "questions"
+_IMAGES = ("image", "image_path", "img", "image_file", "image_local_name", "imgname", "file_name", "filename")
+_QUESTIONS = ("question", "query")
+_ANSWERS = ("answers", "answer", "label", "labels")
+
+
+def _layout(path: Path, row: dict[str, Any], known: Sequence["_Layout"]) -> "_Layout":
+    """The layout of a file by the keys of one of its rows."""
+    for layout in known:
+        if layout.fits(row):
+            return layout
+    image, prompt, answers = (
+        next((name for name in names if name in row), "") for names in (_IMAGES, _QUESTIONS, _ANSWERS)
+    )
+    if not image or not prompt or not answers:
+        names = sorted({layout.name for layout in known})
+        raise SparseMMError(
+            f"{path}: a question has the keys {', '.join(row)}: not the layout of {', '.join(names)}, and not"
+            " an image, a question and answers"
+        )
+    return _Layout(
+        _BY_COLUMNS,
+        (image, prompt, answers),
+        image=image,
+        prompt=prompt,
+        answers=answers,
+        metric=lambda row: "vqa_accuracy" if len(_strings(row, answers, str(path))) >= 10 else "anls",
+        extra=_SHORT_ANSWER,
+        image_folders=(".", "images"),
+    )
 
 
 def _ocrbench_metric(row: dict[str, Any]) -> str:
@@ -368,6 +442,17 @@ _JSON_LAYOUTS = (
         image_folders=(".", "spdocvqa_images", "val"),
     ),
     _Layout(
+        "InfographicVQA",
+        ("questionId", "image_local_name", "question", "answers"),
+        image="image_local_name",
+        prompt="question",
+        answers="answers",
+        metric="anls",
+        number="questionId",
+        extra=_SHORT_ANSWER,
+        image_folders=(".", "infographicsvqa_images", "infographicVQA_val_v1.0_images", "images"),
+    ),
+    _Layout(
         "ChartQA",
         ("imgname", "query", "label"),
         image="imgname",
@@ -391,6 +476,16 @@ _PARQUET_LAYOUTS = (
     _Layout(
         "DocVQA",
         ("questionId", "docId", "question", "answers", "image"),
+        image="image",
+        prompt="question",
+        answers="answers",
+        metric="anls",
+        number="questionId",
+        extra=_SHORT_ANSWER,
+    ),
+    _Layout(
+        "InfographicVQA",
+        ("questionId", "answer_type", "question", "answers", "image"),
         image="image",
         prompt="question",
         answers="answers",
@@ -429,9 +524,9 @@ _PARQUET_LAYOUTS = (
 )
 
 
-def _unknown(row: dict[str, Any], layouts: Sequence[_Layout]) -> str:
-    known = sorted({layout.name for layout in layouts})
-    return f"a question has the keys {', '.join(row)}: not the layout of {', '.join(known)}"
+def _listed(names: Sequence[str], most: int = 20) -> str:
+    more = f" and {len(names) - most} more" if len(names) > most else ""
+    return ", ".join(names[:most]) + more
 
 
 def _string(row: Any, key: str, where: str) -> str:
@@ -442,9 +537,10 @@ def _string(row: Any, key: str, where: str) -> str:
 
 
 def _strings(row: dict[str, Any], key: str, where: str) -> tuple[str, ...]:
-    """One text or a list of them; numbers count as texts."""
+    """One text or a list of them, or of objects with an `answer`; numbers count as texts."""
     value = row.get(key)
     values = value if isinstance(value, list) else [value]
+    values = [each.get("answer") if isinstance(each, dict) else each for each in values]
     if not all(isinstance(each, str | int | float) and not isinstance(each, bool) for each in values):
         raise SparseMMError(f"{where}: {key} is {value!r}, expected a list of texts")
     return tuple(str(each) for each in values)

@@ -3,6 +3,7 @@
 Every metric takes the model's answer and the accepted answers and returns a score from 0 (wrong) to 1.
 """
 
+import math
 import re
 from collections.abc import Callable, Sequence
 
@@ -21,6 +22,7 @@ _NUMBER_WORDS = {"none": "0", "zero": "0", "one": "1", "two": "2", "three": "3",
 _ARTICLES = {"a", "an", "the"}
 _PUNCTUATION = ';/[]"{}()=+\\_-><@`,?!'
 _COMMA_IN_NUMBER = re.compile(r"(?<=\d),(?=\d)")
+_COMMA_OF_THOUSANDS = re.compile(r"(?<=\d),(?=\d{3}(?!\d))")
 _FULL_STOP = re.compile(r"\.(?!\d)")
 
 
@@ -60,10 +62,12 @@ def vqa_accuracy(answer: str, accepted: Sequence[str]) -> float:
 def relaxed_accuracy(answer: str, accepted: Sequence[str]) -> float:
     """1 if a number is within 5 % of an accepted one, or another answer equals it but for case.
 
-    A number with a per cent sign is a hundredth. Zero has no relative distance and is compared as text.
-    ChartQA's metric. Source: Masry et al. 2022 (arXiv 2203.10244), section 5.1, after Methani et al. 2020.
+    A full stop at the end does not matter, nor do commas between thousands. A per cent sign may be left out,
+    and 2 % is 0.02 too. ChartQA's metric. Source: Masry et al. 2022 (arXiv 2203.10244), section 5.1, after
+    Methani et al. 2020; signs and full stops as in the authors' later scorer (vis-nlp/ChartQAPro,
+    evaluate_predictions.py), hundredths as in the one that is used most (google-research/pix2struct).
     """
-    return float(any(_relaxed(answer.strip(), each.strip()) for each in accepted))
+    return float(any(_relaxed(_without_stop(answer), _without_stop(each)) for each in accepted))
 
 
 def ocrbench(answer: str, accepted: Sequence[str]) -> float:
@@ -152,16 +156,25 @@ def _anls_of_one(answer: str, accepted: str) -> float:
 
 def _relaxed(answer: str, accepted: str) -> bool:
     found, wanted = _number(answer), _number(accepted)
-    if found is not None and wanted:
-        return abs(found - wanted) / abs(wanted) <= _RELATIVE_TOLERANCE
-    return answer.lower() == accepted.lower()
+    if found is None or wanted is None:
+        return answer.lower() == accepted.lower()
+    scales = {1.0}
+    if answer.endswith("%") != accepted.endswith("%"):  # what has the sign may be meant in hundredths, too
+        scales.add(100.0 if accepted.endswith("%") else 0.01)
+    return any(abs(found * scale - wanted) <= _RELATIVE_TOLERANCE * abs(wanted) for scale in scales)
 
 
 def _number(text: str) -> float | None:
+    """The number that a text is, without its per cent sign; None for other texts."""
     try:
-        return float(text[:-1]) / 100 if text.endswith("%") else float(text)
+        number = float(_COMMA_OF_THOUSANDS.sub("", text.removesuffix("%")))
     except ValueError:
         return None
+    return number if math.isfinite(number) else None  # nan and inf are words
+
+
+def _without_stop(text: str) -> str:
+    return text.strip().rstrip(".").strip()
 
 
 def _plain(text: str) -> str:

@@ -8,18 +8,16 @@ record a page, in one of two forms:
   as bytes, or as a file name in `image` or `image_name` (the form that SparseMM's own script makes of it).
 """
 
-import json
+import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from io import BytesIO
 from pathlib import Path
 from typing import Any
 
-from PIL import Image
-
 from sparsemm_edge.errors import SparseMMError
-from sparsemm_edge.files import read_text
+from sparsemm_edge.files import parse_json, read_json, read_json_lines, read_parquet
 from sparsemm_edge.pages import Chunk, Page, documents, grid
+from sparsemm_edge.pictures import open_picture
 
 FIRST_SCORING_SEED = 10_000
 """Grid pages of lower seeds are for evaluation: budgets are not judged on the pages they come from."""
@@ -86,10 +84,12 @@ def open_pages(
 
 def page_size(text: str) -> tuple[int, int]:
     """Width and height of an option such as 896x672."""
-    width, _, height = text.partition("x")
-    if not width.isdecimal() or not height.isdecimal():
-        raise SparseMMError(f"the page size is {text!r}: expected width x height in pixels, such as 896x672")
-    return int(width), int(height)
+    found = re.fullmatch(r"(\d{1,9})x(\d{1,9})", text)
+    if found is None:
+        raise SparseMMError(
+            f"the page size is {text[:80]!r}: expected width x height in pixels, such as 896x672"
+        )
+    return int(found[1]), int(found[2])
 
 
 def _folder(folder: Path, n_pages: int) -> PageSource:
@@ -110,7 +110,9 @@ def _folder(folder: Path, n_pages: int) -> PageSource:
 
 def _records(folder: Path) -> Iterator[tuple[str, dict[str, Any]]]:
     """Every page description in a folder with where it stands, files by name."""
-    files = sorted(path for path in folder.iterdir() if path.suffix in (".json", ".jsonl", ".parquet"))
+    files = sorted(
+        path for path in folder.iterdir() if path.suffix.lower() in (".json", ".jsonl", ".parquet")
+    )
     if not files:
         raise SparseMMError(f"{folder} holds no .json, .jsonl or .parquet file that describes pages")
     for path in files:
@@ -122,22 +124,13 @@ def _records(folder: Path) -> Iterator[tuple[str, dict[str, Any]]]:
 
 
 def _read(path: Path) -> Iterator[Any]:
-    if path.suffix == ".parquet":
-        try:
-            from pyarrow import parquet
-        except ImportError as error:
-            raise SparseMMError(f"reading {path} needs pyarrow: pip install pyarrow") from error
-        for batch in parquet.ParquetFile(path).iter_batches(16):
-            yield from batch.to_pylist()
+    if path.suffix.lower() == ".parquet":
+        yield from read_parquet(path)
         return
-    text = read_text(path)
-    try:
-        if path.suffix == ".jsonl":
-            yield from (json.loads(line) for line in text.splitlines() if line.strip())
-            return
-        content = json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise SparseMMError(f"{path}: not a JSON file ({error})") from error
+    if path.suffix.lower() == ".jsonl":
+        yield from (record for _, record in read_json_lines(path))
+        return
+    content = read_json(path)
     if not isinstance(content, list):
         raise SparseMMError(f"{path}: expected a list of pages, found {type(content).__name__}")
     yield from content
@@ -145,11 +138,10 @@ def _read(path: Path) -> Iterator[Any]:
 
 def _page(folder: Path, where: str, record: dict[str, Any]) -> Page:
     source = _image_of(where, record)
-    try:
-        with Image.open(BytesIO(source) if isinstance(source, bytes) else folder / source) as image:
-            picture = image.convert("RGB")
-    except (OSError, ValueError) as error:
-        raise SparseMMError(f"{where}: cannot read its image: {error}") from error
+    if isinstance(source, bytes):
+        picture = open_picture(source, f"{where}, its image")
+    else:
+        picture = open_picture(folder / source, f"{where}, {folder / source}")
     return Page(where if isinstance(source, bytes) else source, picture, _chunks(where, record))
 
 
@@ -169,10 +161,7 @@ def _chunks(where: str, record: dict[str, Any]) -> tuple[Chunk, ...]:
     if "2_coord" in record:
         coords = record["2_coord"]
         if isinstance(coords, str):  # nested fields are sometimes stored as JSON text
-            try:
-                coords = json.loads(coords)
-            except ValueError as error:
-                raise SparseMMError(f'{where}: "2_coord" is not a list ({error})') from error
+            coords = parse_json(coords, f'{where}: "2_coord"', "a list")
         return tuple(
             chunk for item in _list(where, "2_coord", coords) if (chunk := _synthdog(where, item)) is not None
         )

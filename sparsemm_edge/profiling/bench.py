@@ -19,10 +19,10 @@ from sparsemm_edge.profiling import machine as this_machine
 from sparsemm_edge.profiling import shapes
 from sparsemm_edge.profiling.figures import spread
 from sparsemm_edge.profiling.jobs import Event, Setting, Task, full
-from sparsemm_edge.profiling.memory import machine_memory
 from sparsemm_edge.profiling.profile import check_some_ran, run_and_say
 from sparsemm_edge.profiling.progress import Progress
 from sparsemm_edge.profiling.runs import run_by_turns
+from sparsemm_edge.resources import machine_memory
 
 _N_PREDICT = 16  # tokens that a setting decodes in its own process
 

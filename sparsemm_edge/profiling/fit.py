@@ -14,7 +14,7 @@ from sparsemm_edge.gguf_metadata import check_supported, model_shape, sparsemm_m
 from sparsemm_edge.kv_layout import evicting_cache, full_cache
 from sparsemm_edge.profiling import shapes
 from sparsemm_edge.profiling.jobs import FULL_N_UBATCH
-from sparsemm_edge.profiling.memory import machine_memory
+from sparsemm_edge.resources import machine_memory
 from sparsemm_edge.runtime.estimate import Estimate
 from sparsemm_edge.runtime.eviction import Eviction, plan
 
@@ -125,6 +125,7 @@ def fit(wish: Wish) -> dict[str, Any]:
             wanted = Eviction(True, None, budget, wish.window, scores, wish.max_tail)
             found = plan(wanted, metadata, shape, n_prompt, wish.model)
             assert found is not None
+            n_ubatch = max(n_ubatch, found.window)  # which votes as a whole
             kv = evicting_cache(
                 shape,
                 found.head_budgets,

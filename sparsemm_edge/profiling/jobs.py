@@ -1,7 +1,9 @@
 """What a worker process is asked to do, and what it says while it does it."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
+
+from sparsemm_edge.runtime.loading import Loading, Lora
 
 FULL_N_UBATCH = 512
 """llama.cpp's own default; a full cache gains nothing from more, and its compute buffer grows with it."""
@@ -48,22 +50,41 @@ class Task:
         model, mmproj: GGUF files.
         images: files.
         prompt: what the user asks; None: n_prompt random tokens instead.
+        system, chat_template, template_options: what is written around it, see VisionModel.generate.
         n_prompt: see prompt.
         n_predict: tokens to decode; the end of the answer does not stop it.
         n_threads: None: the physical cores.
         scores: head scores file; None: those in the model file.
-        window: observation window; None: the file's.
+        policy, window, vote, residual: of an evicting cache; None: the file's.
+        max_tail: most generated positions that a head of an evicting cache holds; None: all.
+        loading: how the model is loaded.
     """
 
     model: str
     mmproj: str | None = None
     images: tuple[str, ...] = ()
     prompt: str | None = None
+    system: str | None = None
+    chat_template: str | None = None
+    template_options: dict[str, Any] | None = None
     n_prompt: int = 0
     n_predict: int = 32
     n_threads: int | None = None
     scores: str | None = None
+    policy: str | None = None
     window: int | None = None
+    max_tail: int | None = None
+    vote: str | None = None
+    residual: bool | None = None
+    loading: Loading = field(default_factory=Loading)
+
+    @classmethod
+    def from_json(cls, content: dict[str, Any]) -> "Task":
+        """The task whose dataclasses.asdict went through JSON."""
+        loading = content["loading"]
+        loras = tuple(Lora(**lora) for lora in loading["loras"])
+        given = {"images": tuple(content["images"]), "loading": Loading(**{**loading, "loras": loras})}
+        return cls(**{**content, **given})
 
 
 Event = dict[str, Any]

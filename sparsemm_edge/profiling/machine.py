@@ -10,8 +10,7 @@ from typing import Any
 import numpy as np
 import psutil
 
-from sparsemm_edge.profiling.memory import machine_memory
-from sparsemm_edge.runtime.model import usable_cores
+from sparsemm_edge.resources import machine_memory, usable_cores
 
 _BYTES = 2**27  # a thread, beyond what caches hold
 _SECONDS = 2  # long enough that a neighbour on the machine does not take all of it

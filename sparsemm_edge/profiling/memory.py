@@ -94,24 +94,6 @@ class MemoryWatch:
         trace.t.append(now)
 
 
-def machine_memory() -> tuple[int, int]:
-    """Bytes of memory that this machine, or the container around us, has; and that are available now."""
-    memory = psutil.virtual_memory()
-    total, available = memory.total, memory.available
-    folder = Path("/sys/fs/cgroup")
-    try:
-        limit = (folder / "memory.max").read_text().strip()
-        used = int((folder / "memory.current").read_text())
-        files = dict(line.split() for line in (folder / "memory.stat").read_text().splitlines())
-    except (OSError, ValueError):
-        return total, available
-    if limit.isdigit() and int(limit) < total:
-        total = int(limit)
-        # what files hold is given back when memory is short
-        available = min(available, total - used + int(files.get("inactive_file", 0)))
-    return total, available
-
-
 def _linux_status(pid: int) -> dict[str, int]:
     """Bytes from /proc/PID/status, by the names of _STATUS' values."""
     found = {}

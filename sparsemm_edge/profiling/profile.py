@@ -9,13 +9,13 @@ from sparsemm_edge import defaults
 from sparsemm_edge.errors import SparseMMError
 from sparsemm_edge.gguf_header import read_header, weight_bytes
 from sparsemm_edge.gguf_metadata import check_supported, model_shape, sparsemm_metadata
+from sparsemm_edge.pictures import open_picture
 from sparsemm_edge.profiling import machine as this_machine
 from sparsemm_edge.profiling import shapes
 from sparsemm_edge.profiling.figures import setting_figures
 from sparsemm_edge.profiling.jobs import Event, Setting, Task, full
 from sparsemm_edge.profiling.progress import Progress
 from sparsemm_edge.profiling.runs import run_setting
-from sparsemm_edge.runtime.prompt import read_image
 
 
 def profile(
@@ -40,7 +40,7 @@ def profile(
     shape, metadata = model_shape(header), sparsemm_metadata(header)
     check_supported(header, shape)
     for image in task.images:  # a mistake shows at once, not in every process
-        read_image(image)
+        open_picture(image)
     if task.mmproj is not None:
         read_header(Path(task.mmproj))
     budgets = list(budgets) or [metadata.budget if metadata is not None else defaults.BUDGET]

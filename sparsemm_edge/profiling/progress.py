@@ -27,4 +27,4 @@ class Progress:
         self._status.update(what)
 
     def done(self, what: str) -> None:
-        self._console.print(what, markup=False)
+        self._console.print(what, markup=False, soft_wrap=True)

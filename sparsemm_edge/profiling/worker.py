@@ -82,7 +82,7 @@ def run_by_turns(task: Task, settings: list[Setting], n_rounds: int, emit: Emit)
     tokens.
     """
     n_reply = N_TURNS * N_PER_TURN
-    short = Task(task.model, n_prompt=2)
+    short = Task(task.model, n_prompt=2, loading=task.loading)
     with _load(task) as model, _prompt(model, task) as prompt, _prompt(model, short) as two:
         for round_ in range(n_rounds):
             with ExitStack() as stack:
@@ -146,12 +146,19 @@ _A_TOKEN = 300  # beyond bytes and control tokens in every vocabulary
 
 
 def _load(task: Task) -> VisionModel:
-    return VisionModel.load(task.model, task.mmproj, n_threads=task.n_threads)
+    return VisionModel.load(task.model, task.mmproj, n_threads=task.n_threads, loading=task.loading)
 
 
 def _prompt(model: VisionModel, task: Task) -> Prompt:
     if task.prompt is not None:
-        return model.tokenize(model.chat_prompt(task.prompt, len(task.images)), task.images)
+        text = model.chat_prompt(
+            task.prompt,
+            len(task.images),
+            task.chat_template,
+            system=task.system,
+            template_options=task.template_options,
+        )
+        return model.tokenize(text, task.images)
     first = min(_A_TOKEN, model.n_vocab - 1)
     tokens = np.random.default_rng(0).integers(first, model.n_vocab, task.n_prompt)
     return Prompt([TextPart(tokens.astype(np.int32))])
@@ -167,7 +174,10 @@ def _start(
     on_phase: Callable[[str], None] | None = None,
 ) -> Session:
     scores = None if task.scores is None else Path(task.scores)
-    eviction = Eviction(setting.evicts, None, setting.budget, task.window, scores)
+    eviction = Eviction(False)
+    if setting.evicts:
+        wishes = (task.policy, setting.budget, task.window, scores, task.max_tail, task.vote, task.residual)
+        eviction = Eviction(True, *wishes)
     return model.start(
         prompt,
         n_predict=n_reply,
@@ -201,7 +211,7 @@ def main() -> int:
         events.write(json.dumps(event) + "\n")
         events.flush()
 
-    task = Task(**{**job["task"], "images": tuple(job["task"]["images"])})
+    task = Task.from_json(job["task"])
     settings = [Setting(**setting) for setting in job["settings"]]
     try:
         if job["n_rounds"]:

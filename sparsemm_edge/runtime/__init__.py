@@ -2,8 +2,10 @@
 
 from sparsemm_edge.runtime.conversation import Conversation, GenerationStats, Timings
 from sparsemm_edge.runtime.eviction import Eviction
+from sparsemm_edge.runtime.loading import Loading, Lora
 from sparsemm_edge.runtime.model import VisionModel
 from sparsemm_edge.runtime.prompt import Prompt, image_marker
+from sparsemm_edge.runtime.sampler import Sampling
 from sparsemm_edge.runtime.session import CACHE_TYPES, Cancelled, KVStats, Session
 
 __all__ = [
@@ -13,7 +15,10 @@ __all__ = [
     "Eviction",
     "GenerationStats",
     "KVStats",
+    "Loading",
+    "Lora",
     "Prompt",
+    "Sampling",
     "Session",
     "Timings",
     "VisionModel",

@@ -1,20 +1,32 @@
-"""A model's own chat template: a user message with images in, prompt text with image markers out."""
+"""Chat templates: messages with images in, prompt text with image markers out."""
 
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from datetime import datetime
+from functools import lru_cache, partial
+from itertools import product
 from pathlib import Path
 from typing import Any
 
-from jinja2 import TemplateError
+from jinja2 import Template, TemplateError
 from jinja2.ext import Extension
 from jinja2.nodes import Node
 from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from sparsemm_edge.errors import SparseMMError
+from sparsemm_edge.files import check_text, parse_json, read_text
+from sparsemm_edge.runtime import builtin_templates
 
 # What the templates of LLaVA- and Qwen-VL-like models write for an image. llama.cpp's mtmd puts the model's
 # begin and end tokens around an image by itself, so these go as a whole.
 IMAGE_TOKENS = ("<|vision_start|><|image_pad|><|vision_end|>", "<image>")
+
+# What stands for a text while a template is rendered. Lists, as Python or as JSON, write such quotes
+# otherwise, so that text which comes back as it was is no list's; and no template puts tabs around a message
+# by itself, so that those tell whether it strips what it is given.
+_STAND_IN = """text-{}-"it's"-sparsemm-edge"""
+_SPACE = "\t"
 
 
 class _Generation(Extension):
@@ -27,105 +39,242 @@ class _Generation(Extension):
         return parser.parse_statements(("name:endgeneration",), drop_needle=True)
 
 
+class _Parts(list[dict[str, str]]):
+    """The parts of a message. A template that wants text and prints them fails, and prints no list."""
+
+    def __str__(self) -> str:
+        raise TemplateError("it takes a message's text, not a list of its parts")
+
+    __repr__ = __str__
+
+
+@dataclass(frozen=True)
+class Turn:
+    """What one side says.
+
+    Attributes:
+        role: system, user or assistant.
+        text: may be empty.
+        n_images: images before the text.
+    """
+
+    role: str
+    text: str
+    n_images: int = 0
+
+
 def read_template(given: str) -> str:
-    """A template as a user gives it: jinja text, or the path of a file that holds it."""
-    if "{" in given:
-        return given
-    try:
-        return Path(given).read_text(encoding="utf-8")
-    except OSError as error:
-        raise SparseMMError(f"cannot read the chat template {given}: {error.strerror or error}") from error
-    except ValueError as error:
-        raise SparseMMError(f"the chat template {given} is not a text file") from error
+    """A template as a user gives it: jinja text, the name of one of llama.cpp's, or a file of jinja text.
+
+    Raises:
+        SparseMMError: the file cannot be read, or the text is not text.
+    """
+    if "{" not in given and given not in builtin_templates.names():
+        try:
+            return read_text(Path(given))
+        except SparseMMError as error:
+            raise SparseMMError(
+                f"{error}; nor is it one of llama.cpp's templates: --chat-template"
+                f" {'|'.join(builtin_templates.names())}"
+            ) from error
+    check_text(given, "the chat template")
+    return given
 
 
-# What stands for the reply before a later message; no template changes it
-_REPLY = "sparsemm-edge-reply"
+def read_template_options(given: str) -> dict[str, Any]:
+    """What else a template is told, as a user gives it: a JSON object such as {"enable_thinking": false}.
+
+    Raises:
+        SparseMMError: it is something else, or says what the program says.
+    """
+    found = parse_json(given, "--chat-template-kwargs", 'a JSON object such as {"enable_thinking": false}')
+    if not isinstance(found, dict):
+        raise SparseMMError(f"--chat-template-kwargs is {given}: expected a JSON object")
+    if own := _OWN.intersection(found):
+        raise SparseMMError(f"--chat-template-kwargs cannot say {sorted(own)[0]}: the program says it")
+    return found
 
 
 def render(
-    template: str, prompt: str, n_images: int, *, marker: str, bos: str, eos: str, first: bool = True
+    template: str,
+    prompt: str,
+    n_images: int,
+    *,
+    marker: str,
+    bos: str,
+    eos: str,
+    first: bool = True,
+    system: str | None = None,
+    options: Mapping[str, Any] | None = None,
 ) -> str:
-    """The prompt text for one user message, with a marker for each image, up to where the reply starts.
+    """The prompt text for one user message, see render_turns; `system` is a system message before it."""
+    turns = [] if system is None else [Turn("system", system)]
+    turns.append(Turn("user", prompt, n_images))
+    return render_turns(template, turns, marker=marker, bos=bos, eos=eos, first=first, options=options)
 
-    Before a message that is not the first stands what the template writes at the end of a reply. What was
+
+def render_turns(
+    template: str,
+    turns: Sequence[Turn],
+    *,
+    marker: str,
+    bos: str,
+    eos: str,
+    first: bool = True,
+    options: Mapping[str, Any] | None = None,
+) -> str:
+    """The prompt text for what was said, with a marker for each image, up to where the reply starts.
+
+    Before turns that are not the first stands what the template writes at the end of a reply. What was
     said before is not part of the text: it is in the KV cache.
 
-    The template itself says what stands between an image and the text, so it is rendered with typed content
-    (images, then text) as with Hugging Face processors. A template that knows only plain text, or an image
-    token that is not in IMAGE_TOKENS, gets the markers as lines of text before the prompt.
+    The template itself says what stands between an image and the text, so a message is given to it as a list
+    of parts (images, then text) if it takes one, as Hugging Face processors do. A template that takes only
+    text, or that writes for an image what is not in IMAGE_TOKENS, gets the markers as lines of text before
+    the prompt. One that takes no system message, or leaves it out, gets it at the start of the first message.
 
     Args:
-        template: jinja text.
-        prompt: what the user asks.
-        n_images: images before the text.
+        template: jinja text, or the name of one of llama.cpp's templates.
+        turns: a system message or none, then user and assistant.
         marker: what stands for an image in the result.
         bos, eos: the model's begin and end tokens, as text.
-        first: whether the message begins the conversation; otherwise it follows a reply.
+        first: whether the turns begin the conversation; otherwise they follow a reply.
+        options: what else the template is told.
 
     Raises:
-        SparseMMError: the template is broken, or leaves out the prompt or the images.
+        SparseMMError: the template is broken, or leaves out a text or the images.
     """
-    if marker in prompt:
+    if any(marker in turn.text for turn in turns):
         raise SparseMMError(f"the prompt holds {marker}, which stands for an image")
-    images = [{"type": "image"}] * n_images
-    lines = "".join(f"{marker}\n" for _ in range(n_images)) + prompt
-    contents: tuple[Any, ...] = (
-        [*images, {"type": "text", "text": prompt}],
-        lines,
-        [{"type": "text", "text": lines}],
+    write = _writer(template, bos, eos, options or {})
+    try:
+        return _filled(write, turns, marker, first)
+    except SparseMMError:
+        if len(turns) < 2 or (turns[0].role, turns[1].role) != ("system", "user"):
+            raise
+        message = replace(turns[1], text=f"{turns[0].text}\n\n{turns[1].text}")
+        return _filled(write, [message, *turns[2:]], marker, first)
+
+
+_Writer = Callable[[list[dict[str, Any]]], str]
+_OWN = frozenset(("messages", "add_generation_prompt", "bos_token", "eos_token"))
+
+
+def _writer(template: str, bos: str, eos: str, options: Mapping[str, Any]) -> _Writer:
+    """What makes a prompt of messages."""
+    if template in builtin_templates.names():
+        if options:
+            raise SparseMMError(f"llama.cpp's template {template} takes no --chat-template-kwargs")
+        return partial(builtin_templates.apply, template)
+    compiled = _compiled(template)
+    return lambda messages: compiled.render(
+        **options, messages=messages, add_generation_prompt=True, bos_token=bos, eos_token=eos
     )
+
+
+def _filled(write: _Writer, turns: Sequence[Turn], marker: str, first: bool) -> str:
+    """The prompt, in the first shape of messages that the template takes.
+
+    It is rendered with stand-ins for the texts, so that nothing that is said is taken for a part of it.
+    """
+    shown = list(turns) if first else [Turn("user", ""), Turn("assistant", ""), *turns]
+    stand_ins = [_STAND_IN.format(index) for index in range(len(shown))]
+    needed = stand_ins if first else stand_ins[1:]
+    n_images = sum(turn.n_images for turn in turns)
+    roles = dict.fromkeys(turn.role for turn in shown)
+    problem: Exception | str = "it leaves out the question or its images"
+    for shapes in product(*(_SHAPES[role] for role in roles)):
+        shape = dict(zip(roles, shapes, strict=True))
+
+        def rendered(space: str, shape: Mapping[str, _Shape] = shape) -> str:
+            texts = [space + stand_in + space for stand_in in stand_ins]
+            return write(
+                [
+                    {"role": turn.role, "content": shape[turn.role](text, turn.n_images, marker)}
+                    for turn, text in zip(shown, texts, strict=True)
+                ]
+            )
+
+        try:
+            text, spaced = rendered(""), rendered(_SPACE)
+        except Exception as error:  # a template is a program: it may fail in every way there is
+            problem = error
+            continue
+        between = _between(text, needed)
+        if between is None:
+            continue
+        if not first:
+            between = between[1:]
+        if shape["user"] is _typed:
+            between = _mark_images(between, n_images, marker)
+        if sum(part.count(marker) for part in between) == n_images:
+            prompt = between[0]
+            for turn, stand_in, after in zip(turns, stand_ins[-len(turns) :], between[1:], strict=True):
+                strips = _SPACE + stand_in + _SPACE not in spaced
+                prompt += (turn.text.strip() if strips else turn.text) + after
+            return prompt
+    raise _unusable(problem)
+
+
+def _between(text: str, stand_ins: Sequence[str]) -> list[str] | None:
+    """What is before, between and after the stand-ins; None if one is missing."""
+    between = []
+    for stand_in in reversed(stand_ins):
+        text, found, after = text.rpartition(stand_in)
+        if not found:
+            return None
+        between.append(after)
+    return [text, *reversed(between)]
+
+
+@lru_cache(maxsize=8)
+def _compiled(template: str) -> Template:
     environment = ImmutableSandboxedEnvironment(
         trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, "jinja2.ext.loopcontrols"]
     )
-    environment.globals.update(raise_exception=_raise, strftime_now=datetime.now().strftime)
-    problem = "it does not render the prompt and its images"
+    environment.globals.update(
+        raise_exception=_raise, strftime_now=lambda wanted: datetime.now().strftime(wanted)
+    )
     try:
-        compiled = environment.from_string(template)
-    except TemplateError as error:
-        raise SparseMMError(f"the chat template is broken: {error}; give another: --chat-template") from error
-    for content in contents:
-        before = [] if first else _earlier(typed=isinstance(content, list))
-        try:
-            text = compiled.render(
-                messages=[*before, {"role": "user", "content": content}],
-                add_generation_prompt=True,
-                bos_token=bos,
-                eos_token=eos,
-            )
-        except (TemplateError, TypeError, AttributeError, KeyError) as error:
-            problem = str(error)
-            continue
-        if not first:
-            _, found, text = text.rpartition(_REPLY)
-            if not found:
-                continue
-        if content is contents[0] and n_images:
-            text = _mark_images(text, prompt, n_images, marker)
-        if prompt in text and text.count(marker) == n_images:
-            return text
-    raise SparseMMError(f"the chat template cannot be used ({problem}); give another: --chat-template")
+        return environment.from_string(template)
+    except Exception as error:  # whatever jinja stumbles over in it
+        raise _unusable(error) from error
 
 
-def _earlier(typed: bool) -> list[dict[str, Any]]:
-    """A question and its reply, in the shape that the template takes a message's content in."""
-
-    def content(text: str) -> Any:
-        return [{"type": "text", "text": text}] if typed else text
-
-    return [
-        {"role": "user", "content": content("?")},
-        {"role": "assistant", "content": content(_REPLY)},
-    ]
+_Shape = Callable[[str, int, str], Any]
 
 
-def _mark_images(text: str, prompt: str, n_images: int, marker: str) -> str:
-    """Put markers in place of the template's image tokens, but not of such words in the prompt."""
-    before, found, after = text.partition(prompt)
+def _typed(text: str, n_images: int, marker: str) -> Any:
+    return _Parts([*[{"type": "image"}] * n_images, {"type": "text", "text": text}])
+
+
+def _plain(text: str, n_images: int, marker: str) -> Any:
+    return f"{marker}\n" * n_images + text
+
+
+def _typed_lines(text: str, n_images: int, marker: str) -> Any:
+    return _typed(_plain(text, n_images, marker), 0, marker)
+
+
+# the shapes of a message that a template may take, the first that works counts
+_SHAPES: dict[str, tuple[_Shape, ...]] = {
+    "user": (_typed, _plain, _typed_lines),
+    "assistant": (_typed, _plain),
+    "system": (_typed, _plain),
+}
+
+
+def _mark_images(between: list[str], n_images: int, marker: str) -> list[str]:
+    """Put markers in place of the template's image tokens."""
     for token in IMAGE_TOKENS:
-        if before.count(token) + after.count(token) == n_images:
-            return before.replace(token, marker) + found + after.replace(token, marker)
-    return text
+        if n_images and sum(part.count(token) for part in between) == n_images:
+            return [part.replace(token, marker) for part in between]
+    return between
+
+
+def _unusable(problem: Exception | str) -> SparseMMError:
+    reason = " ".join(str(problem).split()) or type(problem).__name__
+    return SparseMMError(f"the chat template cannot be used ({reason}); give another: --chat-template")
 
 
 def _raise(message: str) -> None:

@@ -2,27 +2,29 @@
 
 import codecs
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+import numpy.typing as npt
 from PIL import Image
 
-from sparsemm_edge.errors import SparseMMError
+from sparsemm_edge.defaults import MAX_POSITIONS
+from sparsemm_edge.errors import ContextFullError, SparseMMError, check_within
 from sparsemm_edge.runtime import session_file
+from sparsemm_edge.runtime.chat_template import Turn
 from sparsemm_edge.runtime.eviction import Eviction, HeadBudgetTable, same_budgets
-from sparsemm_edge.runtime.library import llama
 from sparsemm_edge.runtime.process import rss_peak_bytes
-from sparsemm_edge.runtime.prompt import Prompt
+from sparsemm_edge.runtime.prompt import Prompt, TextPart
+from sparsemm_edge.runtime.sampler import Sampler, Sampling, StopTexts
 from sparsemm_edge.runtime.session import KVStats, Session, cache_type
 
 if TYPE_CHECKING:
     from sparsemm_edge.runtime.model import VisionModel
-
-# llama.cpp's own defaults for sampling with a temperature
-_TOP_K, _TOP_P, _MIN_P = 40, 0.95, 0.05
 
 
 @dataclass(frozen=True)
@@ -41,12 +43,15 @@ class GenerationStats:
 
     Attributes:
         tokens: ids of the generated tokens, without the end token.
+        ended: whether the answer came to its end: the model ended its turn, or a text to stop at came. It did
+            not if there was no more room, no more was asked for, or it was not read to its end.
         n_prompt: places in the KV cache that the question took; of a later turn's, only what was new.
         kv, timings: bytes and milliseconds.
         rss_peak_bytes: the largest resident size of this process so far.
     """
 
     tokens: tuple[int, ...]
+    ended: bool
     n_prompt: int
     kv: KVStats
     timings: Timings
@@ -67,6 +72,15 @@ class GenerationStats:
             "timings": asdict(self.timings),
             "rss_peak_bytes": self.rss_peak_bytes,
         }
+
+
+@dataclass(frozen=True, eq=False)
+class _Asked:
+    """The last message: its positions, the tokens of its text, and the logits after it."""
+
+    n_prompt: int
+    said: Sequence[int]
+    logits: npt.NDArray[np.float32]
 
 
 class Conversation:
@@ -90,7 +104,9 @@ class Conversation:
         n_ubatch: int | None = None,
         cache_type_k: str = "f16",
         cache_type_v: str = "f16",
+        system: str | None = None,
         chat_template: str | None = None,
+        template_options: Mapping[str, Any] | None = None,
         eviction: Eviction | None = None,
         several: bool = True,
         resume: Path | None = None,
@@ -102,7 +118,9 @@ class Conversation:
         n_ubatch: prompt tokens computed at a time; None: all of the first question's, which lets an
             evicting cache share one layer's memory over all layers while it reads it.
         cache_type_k, cache_type_v: one of CACHE_TYPES.
-        chat_template: jinja text to use instead of the model's own template.
+        system: what the model is told before everything.
+        chat_template: jinja text to use instead of the model's own template, or a name of llama.cpp's.
+        template_options: what else the template is told.
         eviction: None: as the model file says, or as the resumed conversation did.
         several: more questions may follow, so that a first one that fits into the budget is not what the
             head budgets are shared out for.
@@ -113,14 +131,16 @@ class Conversation:
                 these arguments.
         """
         for name, value in (("n_ctx", n_ctx), ("n_ubatch", n_ubatch)):
-            if value is not None and value < 1:
-                raise SparseMMError(f"{name} is {value}: it must be at least 1")
+            if value is not None:
+                check_within(name, value, 1, MAX_POSITIONS)
         cache_type(cache_type_k), cache_type(cache_type_v)
         self._model = model
         self._n_ctx = n_ctx
         self._n_ubatch = n_ubatch
         self._types = (cache_type_k, cache_type_v)
+        self.system = system
         self._template = chat_template
+        self._template_options = template_options
         self._eviction = eviction or Eviction()
         self._several = several
         self._session: Session | None = None
@@ -128,9 +148,14 @@ class Conversation:
         self._table: HeadBudgetTable | None = None
         self._planned: tuple[int, int | None] = (0, None)
         self._pending: tuple[int, ...] = ()  # said, but not in the cache yet
+        self._asked: _Asked | None = None
         self.last_stats: GenerationStats | None = None
         self._resumed: session_file.SavedConversation | None = None
         if resume is not None:
+            if system is not None:
+                raise SparseMMError(
+                    f"{resume}: a conversation that has begun takes no system message (--system)"
+                )
             self._resumed = session_file.read(resume)
             self._check_resumed(resume, self._resumed)
             self._pending = self._resumed.pending
@@ -140,7 +165,7 @@ class Conversation:
         if self._session is not None:
             self._session.close()
             self._session = None
-        self._pending, self._resumed, self.last_stats = (), None, None
+        self._pending, self._resumed, self._asked, self.last_stats = (), None, None, None
 
     def __enter__(self) -> "Conversation":
         return self
@@ -154,6 +179,16 @@ class Conversation:
     def session(self) -> Session | None:
         """The context; None before the first question."""
         return self._session
+
+    @property
+    def n_held(self) -> int:
+        """Positions of all questions and answers so far, whether held or evicted."""
+        return 0 if self._session is None else self._session.n_tokens + len(self._pending)
+
+    @property
+    def is_full(self) -> bool:
+        """Whether an answer ended because there was no more room."""
+        return self._session is not None and self.n_held >= self._room
 
     @property
     def n_ctx(self) -> int:
@@ -172,10 +207,9 @@ class Conversation:
         images: Sequence[str | Path | Image.Image] = (),
         *,
         n_predict: int = 256,
-        temperature: float = 0.0,
-        seed: int = 0,
+        sampling: Sampling | None = None,
         cancelled: Callable[[], bool] | None = None,
-    ) -> Iterator[str]:
+    ) -> Generator[str, None, None]:
         """Answer one message, piece by piece; stats() tells afterwards what it took.
 
         An answer that is not read to its end is part of the conversation as far as it was read.
@@ -184,8 +218,7 @@ class Conversation:
             question: what the user asks.
             images: files or pictures that the message shows before the text.
             n_predict: most tokens to generate.
-            temperature: 0 takes the likeliest token; above 0 samples.
-            seed: for sampling.
+            sampling: how tokens are chosen; None: the likeliest ones.
             cancelled: asked now and then while the question is read; True gives it up.
 
         Yields:
@@ -197,28 +230,62 @@ class Conversation:
                 conversation is then what it was before.
             Cancelled: `cancelled` said so; likewise.
         """
-        if n_predict < 1:
-            raise SparseMMError(f"n_predict is {n_predict}: it must be at least 1")
-        if temperature < 0:
-            raise SparseMMError(f"the temperature is {temperature}: it must be 0 or above")
-        if not 0 <= seed < 2**32:
-            raise SparseMMError(f"the seed is {seed}: it must be 0 to {2**32 - 1}")
-        model, first = self._model, self._session is None and self._resumed is None
-        text = model.chat_prompt(question, len(images), self._template, first=first)
-        with model.tokenize(text, images, first=first) as prompt:
-            prompt.prepend(self._pending)
-            session = self._session_for(prompt, n_predict)
-            try:
-                session.read(prompt, cancelled)
-            except BaseException:
-                if first:
-                    self.close()
-                raise
+        first = self._session is None and self._resumed is None
+        text = self._text(question, len(images), first)
+        yield from self._answer(text, images, first, n_predict, sampling or Sampling(), cancelled)
+
+    def begin(
+        self,
+        turns: Sequence[Turn],
+        images: Sequence[str | Path | Image.Image] = (),
+        *,
+        n_predict: int = 256,
+        sampling: Sampling | None = None,
+        cancelled: Callable[[], bool] | None = None,
+    ) -> Generator[str, None, None]:
+        """Answer the last of several turns, which are read as one first message; otherwise as ask().
+
+        Args:
+            turns: a system message or none, then what user and assistant said.
+            images: of all turns, in order.
+        """
+        self.close()
+        text = self._model.turns_prompt(turns, self._template, template_options=self._template_options)
+        yield from self._answer(text, images, True, n_predict, sampling or Sampling(), cancelled)
+
+    def retry(self, *, n_predict: int = 256, sampling: Sampling | None = None) -> Generator[str, None, None]:
+        """Answer the last message again, and forget what was answered; arguments as for ask().
+
+        The message is not read again.
+
+        Raises:
+            SparseMMError: nothing was asked yet, the answer cannot be dropped (max_tail), or an argument out
+                of its range.
+        """
+        check_within("n_predict", n_predict, 1, MAX_POSITIONS)
+        session, asked, sampling = self._session, self._asked, sampling or Sampling()
+        if session is None or asked is None:
+            raise SparseMMError("nothing was asked yet: there is nothing to answer again")
+        with self._model.sampler(sampling, asked.said) as sampler:
+            session.forget_reply()
             self._pending = ()
-            n_prompt = prompt.n_tokens
-        yield from self._reply(
-            session, n_prompt, min(n_predict, self._room - session.n_tokens), temperature, seed
-        )
+            yield from self._reply(session, asked, n_predict, sampler, sampling.stop)
+
+    def check(self, sampling: Sampling | None = None) -> None:
+        """Raise SparseMMError if no first message could be answered: before a user has typed one.
+
+        A template that cannot be used, a cache that this model cannot have, budgets that cannot be, ...
+        """
+        model = self._model
+        with (
+            model.tokenize(self._text("?", 0, first=True)) as prompt,
+            model.sampler(sampling or Sampling()),
+        ):
+            n_ctx = model.n_ctx_for(prompt, 1, self._n_ctx)
+            table = model.plan(self._eviction, prompt.n_tokens, self._n_ctx if self._several else None)
+            type_k, type_v = self._types
+            small = min(n_ctx, prompt.n_tokens + 1)
+            model.start_with(prompt, table, n_ctx=small, cache_type_k=type_k, cache_type_v=type_v).close()
 
     def save(self, path: Path) -> None:
         """Write the conversation to a file, from which another process can go on.
@@ -242,11 +309,48 @@ class Conversation:
             ),
         )
 
+    def _answer(
+        self,
+        text: str,
+        images: Sequence[str | Path | Image.Image],
+        first: bool,
+        n_predict: int,
+        sampling: Sampling,
+        cancelled: Callable[[], bool] | None,
+    ) -> Generator[str, None, None]:
+        """Read the text of a prompt and reply to it."""
+        check_within("n_predict", n_predict, 1, MAX_POSITIONS)
+        with ExitStack() as stack:
+            with self._model.tokenize(text, images, first=first) as prompt:
+                prompt.prepend(self._pending)
+                said = [token for part in prompt.parts if isinstance(part, TextPart) for token in part.tokens]
+                sampler = stack.enter_context(self._model.sampler(sampling, said))
+                session = self._session_for(prompt, n_predict)
+                try:
+                    session.read(prompt, cancelled)
+                except BaseException:
+                    if first:
+                        self.close()
+                    raise
+                self._pending = ()
+                self._asked = _Asked(prompt.n_tokens, said, session.logits())
+            yield from self._reply(session, self._asked, n_predict, sampler, sampling.stop)
+
+    def _text(self, question: str, n_images: int, first: bool) -> str:
+        return self._model.chat_prompt(
+            question,
+            n_images,
+            self._template,
+            first=first,
+            system=self.system if first else None,
+            template_options=self._template_options,
+        )
+
     def _session_for(self, prompt: Prompt, n_predict: int) -> Session:
         """The context, with room for this prompt: made for the first one."""
         if self._session is not None:
             if self._session.n_tokens + prompt.n_tokens >= self._room:
-                raise SparseMMError(
+                raise ContextFullError(
                     f"the context of {self._room} positions is full: {self._session.n_tokens} are taken and"
                     f" the message takes {prompt.n_tokens}; --n-ctx makes it larger"
                 )
@@ -286,7 +390,8 @@ class Conversation:
         """Refuse what cannot go on here, before anything is read."""
         if saved.model != self._model.fingerprint:
             raise SparseMMError(
-                f"{path}: saved with another model, {saved.model_name}: give that one, not {self._model.path}"
+                f"{path}: saved with another model, {saved.model_name}, or with other --lora: give that one,"
+                f" not {self._model.path}"
             )
         if saved.cache_types != self._types:
             was, now = ("/".join(types) for types in (saved.cache_types, self._types))
@@ -307,49 +412,42 @@ class Conversation:
             raise SparseMMError(f"{path}: saved {was}, and cannot go on otherwise: {leave_out}")
 
     def _reply(
-        self, session: Session, n_prompt: int, n_predict: int, temperature: float, seed: int
-    ) -> Iterator[str]:
-        """Sample and decode until the model ends its turn or n_predict tokens are there."""
+        self, session: Session, asked: "_Asked", n_predict: int, sampler: Sampler, stop: Sequence[str]
+    ) -> Generator[str, None, None]:
+        """Sample and decode until the turn ends, a stop text is said, or n_predict tokens are there."""
+        n_predict = min(n_predict, self._room - session.n_tokens)
         model = self._model
         tokens: list[int] = []
         decode_ms: list[float] = []
         text = codecs.getincrementaldecoder("utf-8")(errors="replace")
-        sampler = _sampler(temperature, seed)
+        stops, turn_ended = StopTexts(stop), False
         try:
-            while len(tokens) < n_predict:
-                started = time.perf_counter()
+            while len(tokens) < n_predict and not stops.found:
+                started, logits = time.perf_counter(), asked.logits
                 if tokens:
                     session.decode(tokens[-1])
                     self._pending = ()
-                token = llama.llama_sampler_sample(sampler, session.context, -1)
+                    logits = session.logits()
+                token = sampler.sample(logits)
                 if tokens:
                     decode_ms.append((time.perf_counter() - started) * 1000)
-                if model.ends_turn(token):
+                if turn_ended := model.ends_turn(token):
                     break
+                sampler.accept(token)
                 tokens.append(token)
                 self._pending = (token,)
-                if piece := text.decode(model.piece(token)):
+                if piece := stops.add(text.decode(model.piece(token))):
                     yield piece
-            if rest := text.decode(b"", final=True):
+            if rest := stops.add(text.decode(b"", final=True)) + stops.rest():
                 yield rest
         finally:
-            llama.llama_sampler_free(sampler)
             per_token = sum(decode_ms) / len(decode_ms) if decode_ms else None
             timings = Timings(model.load_ms, session.image_ms, session.prompt_ms, per_token)
             self.last_stats = GenerationStats(
-                tuple(tokens), n_prompt, session.kv_stats(), timings, rss_peak_bytes()
+                tuple(tokens),
+                turn_ended or stops.found,
+                asked.n_prompt,
+                session.kv_stats(),
+                timings,
+                rss_peak_bytes(),
             )
-
-
-def _sampler(temperature: float, seed: int) -> Any:
-    """llama_sampler pointer, to be freed: greedy at temperature 0."""
-    chain = llama.llama_sampler_chain_init(llama.llama_sampler_chain_default_params())
-    if temperature <= 0:
-        llama.llama_sampler_chain_add(chain, llama.llama_sampler_init_greedy())
-    else:
-        llama.llama_sampler_chain_add(chain, llama.llama_sampler_init_top_k(_TOP_K))
-        llama.llama_sampler_chain_add(chain, llama.llama_sampler_init_top_p(_TOP_P, 1))
-        llama.llama_sampler_chain_add(chain, llama.llama_sampler_init_min_p(_MIN_P, 1))
-        llama.llama_sampler_chain_add(chain, llama.llama_sampler_init_temp(temperature))
-        llama.llama_sampler_chain_add(chain, llama.llama_sampler_init_dist(seed))
-    return chain

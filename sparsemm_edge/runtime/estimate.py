@@ -59,6 +59,7 @@ class Estimate:
         if mmproj is not None:
             wanted = mtmd.mtmd_context_params_default()
             wanted.print_timings = False
+            wanted.media_marker = image_marker().encode()
             wanted.warmup = True  # which reserves the compute buffer, and computes nothing
             self._vision = mtmd.mtmd_init_from_file(os.fsencode(mmproj), self._model, wanted)
             if not self._vision:

@@ -1,9 +1,10 @@
 """A vision-language model in llama.cpp: load, ask about images, read off what it took."""
 
 import ctypes
+import logging
 import os
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from types import TracebackType
@@ -13,16 +14,20 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
-from sparsemm_edge.errors import SparseMMError
+from sparsemm_edge.defaults import MAX_POSITIONS, MAX_THREADS
+from sparsemm_edge.errors import ContextFullError, SparseMMError, check_within
 from sparsemm_edge.gguf_header import read_header
 from sparsemm_edge.gguf_metadata import check_supported, model_shape, sparsemm_metadata
 from sparsemm_edge.kept_map import ImageGrid
-from sparsemm_edge.runtime import chat_template, library, session_file
+from sparsemm_edge.resources import machine_memory, usable_cores
+from sparsemm_edge.runtime import builtin_templates, chat_template, library, session_file
+from sparsemm_edge.runtime.chat_template import Turn
 from sparsemm_edge.runtime.conversation import Conversation, GenerationStats
 from sparsemm_edge.runtime.eviction import Eviction, HeadBudgetTable, plan
+from sparsemm_edge.runtime.image_store import ImageStore
 from sparsemm_edge.runtime.library import llama, mtmd
+from sparsemm_edge.runtime.loading import Adapters, Loading
 from sparsemm_edge.runtime.process import rss_peak_bytes as rss_peak_bytes
-from sparsemm_edge.runtime.process import usable_cores
 from sparsemm_edge.runtime.prompt import (
     ImagePart,
     Prompt,
@@ -30,8 +35,11 @@ from sparsemm_edge.runtime.prompt import (
     tokenize_text,
     tokenize_with_images,
 )
+from sparsemm_edge.runtime.sampler import Sampler, Sampling
 from sparsemm_edge.runtime.session import Session, cache_type
 from sparsemm_edge.runtime.token_embeddings import PLAIN_EMBEDDINGS, TENSOR, TokenEmbeddings
+
+_log = logging.getLogger(__name__)
 
 
 class VisionModel:
@@ -49,16 +57,22 @@ class VisionModel:
         shape: layers, heads, head sizes.
         metadata: the file's head budgets, None if it was not converted.
         pointer: llama_model pointer.
-        n_threads: threads for everything.
+        n_threads: threads.
+        loading: how it was loaded.
+        adapters: its LoRA adapters.
+        image_store: images that were encoded, so that they need not be again.
     """
 
-    def __init__(self, path: Path, mmproj: Path | None, n_threads: int) -> None:
+    def __init__(self, path: Path, mmproj: Path | None, n_threads: int, loading: Loading) -> None:
         """Use VisionModel.load."""
         started = time.perf_counter()
         self.path = path
         self.n_threads = n_threads
+        self.loading = loading
+        self.image_store = ImageStore(loading.image_cache * 2**20)
         self.pointer = 0
         self._vision: int | None = None
+        self._projector: str | None = None  # what kind it is
         self._n_patches = 0  # a side of the image encoder's picture in patches, 0 if it is not fixed
         self._stats: GenerationStats | None = None
         try:
@@ -81,6 +95,7 @@ class VisionModel:
         *,
         n_threads: int | None = None,
         show_log: bool = False,
+        loading: Loading | None = None,
     ) -> "VisionModel":
         """Load a model.
 
@@ -89,16 +104,17 @@ class VisionModel:
             mmproj: GGUF file of its image encoder; None: text only.
             n_threads: None: the physical cores that this process may use.
             show_log: let llama.cpp log on stderr.
+            loading: onto what and how; None: as llama.cpp does it.
 
         Raises:
             SparseMMError: llama-cpp-python without the patches, or a file that cannot be used.
         """
-        if n_threads is not None and n_threads < 1:
-            raise SparseMMError(f"n_threads is {n_threads}: it must be at least 1")
+        if n_threads is not None:
+            check_within("n_threads", n_threads, 1, MAX_THREADS)
         library.require_patched()
         library.start(show_log)
         vision = Path(mmproj) if mmproj is not None else None
-        return cls(Path(model), vision, n_threads or usable_cores())
+        return cls(Path(model), vision, n_threads or usable_cores(), loading or Loading())
 
     def close(self) -> None:
         if self._vision:
@@ -122,13 +138,14 @@ class VisionModel:
         images: Sequence[str | Path | Image.Image] = (),
         *,
         n_predict: int = 256,
-        temperature: float = 0.0,
-        seed: int = 0,
+        sampling: Sampling | None = None,
         n_ctx: int | None = None,
         n_ubatch: int | None = None,
         cache_type_k: str = "f16",
         cache_type_v: str = "f16",
+        system: str | None = None,
         chat_template: str | None = None,
+        template_options: Mapping[str, Any] | None = None,
         eviction: Eviction | None = None,
         save_session: Path | None = None,
         load_session: Path | None = None,
@@ -139,13 +156,14 @@ class VisionModel:
             prompt: what the user asks.
             images: files or pictures that the message shows before the text.
             n_predict: most tokens to generate.
-            temperature: 0 takes the likeliest token; above 0 samples.
-            seed: for sampling.
+            sampling: how tokens are chosen; None: the likeliest ones.
             n_ctx: most positions of prompts and replies together; None: as many as they need.
             n_ubatch: prompt tokens computed at a time; None: all of them, which lets an evicting cache share
                 one layer's memory over all layers while it reads the prompt.
             cache_type_k, cache_type_v: f16, f32, bf16 or q8_0.
-            chat_template: jinja text to use instead of the model's own template.
+            system: what the model is told before everything.
+            chat_template: jinja text to use instead of the model's own template, or a name of llama.cpp's.
+            template_options: what else the template is told, such as {"enable_thinking": False}.
             eviction: None: as the model file says.
             save_session: a file to write the conversation to, once the answer is complete.
             load_session: a file of save_session; the message follows what was said there.
@@ -163,15 +181,15 @@ class VisionModel:
             n_ubatch=n_ubatch,
             cache_type_k=cache_type_k,
             cache_type_v=cache_type_v,
+            system=system,
             chat_template=chat_template,
+            template_options=template_options,
             eviction=eviction,
             several=save_session is not None,
             resume=load_session,
         ) as conversation:
             try:
-                yield from conversation.ask(
-                    prompt, images, n_predict=n_predict, temperature=temperature, seed=seed
-                )
+                yield from conversation.ask(prompt, images, n_predict=n_predict, sampling=sampling)
             finally:
                 self._stats = conversation.last_stats or self._stats
             if save_session is not None:
@@ -184,31 +202,58 @@ class VisionModel:
         return self._stats
 
     def chat_prompt(
-        self, prompt: str, n_images: int, template: str | None = None, *, first: bool = True
+        self,
+        prompt: str,
+        n_images: int,
+        template: str | None = None,
+        *,
+        first: bool = True,
+        system: str | None = None,
+        template_options: Mapping[str, Any] | None = None,
     ) -> str:
-        """The text of one user message in the model's chat template, with image_marker() for each image.
+        """The text of one user message, see turns_prompt; `system` is a system message before it."""
+        turns = [] if system is None else [Turn("system", system)]
+        turns.append(Turn("user", prompt, n_images))
+        return self.turns_prompt(turns, template, first=first, template_options=template_options)
 
-        A message that is not the first follows a reply: the text begins with what ends that.
+    def turns_prompt(
+        self,
+        turns: Sequence[Turn],
+        template: str | None = None,
+        *,
+        first: bool = True,
+        template_options: Mapping[str, Any] | None = None,
+    ) -> str:
+        """What was said in the model's chat template, with image_marker() for each image.
+
+        Turns that are not the first follow a reply: the text begins with what ends that. `template` and
+        `template_options`: see chat_template.render_turns; None: the model's own.
         """
-        if template is None:
-            found = llama.llama_model_chat_template(self.pointer, None)
-            if not found:
-                raise SparseMMError(
-                    f"{self.path} has no chat template: give one with --chat-template (jinja text or a file)"
-                )
-            template = found.decode("utf-8", "replace")
         bos = self._token_text(llama.llama_vocab_bos(self._vocab))
-        text = chat_template.render(
-            template,
-            prompt,
-            n_images,
+        text = chat_template.render_turns(
+            self._own_template() if template is None else template,
+            turns,
             marker=image_marker(),
             bos=bos,
             eos=self._token_text(llama.llama_vocab_eos(self._vocab)),
             first=first,
+            options=template_options,
         )
         # tokenising adds the begin token again
         return text.removeprefix(bos) if first and llama.llama_vocab_get_add_bos(self._vocab) else text
+
+    def _own_template(self) -> str:
+        found = llama.llama_model_chat_template(self.pointer, None)
+        if found:
+            return str(found.decode("utf-8", "replace"))
+        names = builtin_templates.names()
+        fits = builtin_templates.suggestion(self.path.name, self._projector)
+        raise SparseMMError(
+            f"{self.path} has no chat template: give one"
+            + (f", such as --chat-template {fits}, which may be this model's" if fits is not None else "")
+            + "; --chat-template takes jinja text, a file of it, or one of llama.cpp's names:"
+            + f" {', '.join(names)}"
+        )
 
     def tokenize(
         self, text: str, images: Sequence[str | Path | Image.Image] = (), *, first: bool = True
@@ -221,7 +266,8 @@ class VisionModel:
             return tokenize_text(self._vocab, text, first=first)
         if self._vision is None:
             raise SparseMMError("an image needs the model's image encoder: give its file with --mmproj")
-        return tokenize_with_images(self._vision, text, images, first=first)
+        with_keys = bool(self.image_store.max_bytes)
+        return tokenize_with_images(self._vision, text, images, first=first, with_keys=with_keys)
 
     def plan(self, eviction: Eviction, n_prompt: int, n_later: int | None = None) -> HeadBudgetTable | None:
         """What a cache evicts by for a prompt of this length, see eviction.plan."""
@@ -237,18 +283,18 @@ class VisionModel:
             before: places that are taken already.
 
         Raises:
-            SparseMMError: there is no place for a single token of the reply.
+            ContextFullError: there is no place for a single token of the reply.
         """
         n_tokens, n_pos = before + prompt.n_tokens, before + prompt.n_pos
         if n_ctx is None:
             if n_pos >= self.n_ctx_train:
-                raise SparseMMError(
+                raise ContextFullError(
                     f"the prompt takes {n_pos} positions, and {self.path} was trained for"
                     f" {self.n_ctx_train}; --n-ctx goes beyond that"
                 )
             return n_tokens + min(n_predict, self.n_ctx_train - n_pos)
         if n_tokens >= n_ctx:
-            raise SparseMMError(f"the prompt takes {n_tokens} positions, --n-ctx allows {n_ctx}")
+            raise ContextFullError(f"the prompt takes {n_tokens} positions, --n-ctx allows {n_ctx}")
         return n_ctx
 
     def start(
@@ -267,8 +313,8 @@ class VisionModel:
     ) -> Session:
         """A session that is about to read this prompt; arguments as for generate and Session."""
         for name, value in (("n_predict", n_predict), ("n_ctx", n_ctx), ("n_ubatch", n_ubatch)):
-            if value is not None and value < 1:
-                raise SparseMMError(f"{name} is {value}: it must be at least 1")
+            if value is not None:
+                check_within(name, value, 1, MAX_POSITIONS)
         cache_type(cache_type_k), cache_type(cache_type_v)
         return self.start_with(
             prompt,
@@ -283,11 +329,41 @@ class VisionModel:
         )
 
     def start_with(self, prompt: Prompt, table: HeadBudgetTable | None, **options: Any) -> Session:
-        """A session that evicts by this table, None: keeps the whole cache; options as for Session."""
+        """A session that evicts by this table, None: keeps the whole cache; options as for Session.
+
+        A window votes as a whole: at least as many tokens as it has are computed at a time, which is said if
+        fewer were asked for.
+        """
+        n_ubatch, window = options.get("n_ubatch"), 0
         if table is not None:
             check_supported(self._header, self.shape)
+            window = table.window
+            if n_ubatch is not None and n_ubatch < window:
+                _log.warning(
+                    "prompts are read %d tokens at a time, not %d: the observation window votes as a whole",
+                    window,
+                    n_ubatch,
+                )
+        n_at_a_time = max(window, min(n_ubatch or prompt.n_tokens, prompt.n_tokens))
+        self._check_room(options["n_ctx"], n_at_a_time, table)
         library.set_head_table(self.pointer, table)
-        return Session(self, prompt, **options)
+        return Session(self, prompt, least_ubatch=window, **options)
+
+    def sampler(self, sampling: Sampling, said: Sequence[int] = ()) -> Sampler:
+        """What chooses an answer's tokens; `said`: the tokens of the text before it."""
+        return Sampler(sampling, self._vocab, said)
+
+    def _check_room(self, n_ctx: int, n_ubatch: int, table: HeadBudgetTable | None) -> None:
+        """Raise SparseMMError for a context that takes more memory than the machine has."""
+        # a mask of f32 in a context that evicts, K and V of 4 bits at least in one that does not
+        shape = self.shape
+        each = 4 * n_ubatch if table is not None else shape.kv_bytes(shape.n_layer * shape.n_head_kv, 1) // 2
+        least, total = n_ctx * each, machine_memory()[0]
+        if least > total:
+            raise SparseMMError(
+                f"a context of {n_ctx} positions takes more than {least / 2**30:.1f} GiB, this machine has"
+                f" {total / 2**30:.1f} GiB: --n-ctx makes it smaller"
+            )
 
     def ends_turn(self, token: int) -> bool:
         """Whether a token ends the model's turn."""
@@ -311,23 +387,32 @@ class VisionModel:
 
     @cached_property
     def fingerprint(self) -> str:
-        """Tells this model file from others, see session_file.fingerprint."""
-        return session_file.fingerprint(self.path)
+        """Tells this model file, with its adapters, from others; see session_file.fingerprint."""
+        parts = [session_file.fingerprint(self.path)]
+        parts += [f"{session_file.fingerprint(Path(lora.path))}={lora.scale}" for lora in self.loading.loras]
+        return "+".join(parts)
 
     @cached_property
     def token_embeddings(self) -> TokenEmbeddings:
         return TokenEmbeddings(self._header)
 
     def encode_image(self, part: ImagePart) -> npt.NDArray[np.float32]:
-        """An image through the vision tower and the projector: [n_tokens, n_embd_inp]."""
+        """An image through the vision tower and the projector, or from the store: [n_tokens, n_embd_inp]."""
+        if part.key is not None and (held := self.image_store.get(part.key)) is not None:
+            return held
         if mtmd.mtmd_encode_chunk(self.vision, part.chunk) != 0:
             raise library.failure("llama.cpp cannot encode the image")
         pointer = mtmd.mtmd_get_output_embd(self.vision)
-        return np.ctypeslib.as_array(pointer, shape=(part.n_tokens, self.n_embd_inp)).copy()
+        embeddings = np.ctypeslib.as_array(pointer, shape=(part.n_tokens, self.n_embd_inp)).copy()
+        if part.key is not None:
+            self.image_store.put(part.key, embeddings)
+        return embeddings
 
     def takes_embeddings(self, images: Sequence[ImagePart]) -> bool:
         """Whether text may be given as embeddings together with these images, with the same result."""
         known = self.shape.arch in PLAIN_EMBEDDINGS and TENSOR in self._header.tensors
+        if self.adapters.changes_embeddings:
+            return False
         return known and not any(self.is_non_causal(image) for image in images)
 
     def is_non_causal(self, image: ImagePart) -> bool:
@@ -362,7 +447,7 @@ class VisionModel:
 
     def _load_text_model(self) -> None:
         library.forget_errors()
-        params = llama.llama_model_default_params()
+        params = self.loading.model_params()
         self.pointer = llama.llama_model_load_from_file(os.fsencode(self.path), params) or 0
         if not self.pointer:
             raise library.failure(f"{self.path}: llama.cpp cannot load it")
@@ -370,12 +455,15 @@ class VisionModel:
         self.n_vocab: int = llama.llama_vocab_n_tokens(self._vocab)
         self.n_embd_inp: int = llama.llama_model_n_embd_inp(self.pointer)
         self.n_ctx_train: int = llama.llama_model_n_ctx_train(self.pointer)
+        self.adapters = Adapters(self.pointer, self.path, self.loading.loras)
 
     def _load_vision(self, mmproj: Path) -> None:
         header = read_header(mmproj)
         arch = header.value("general.architecture")
         if arch != "clip":
             raise SparseMMError(f"{mmproj}: not an image encoder (mmproj): its architecture is {arch!r}")
+        kinds = (header.fields.get(f"clip.{key}projector_type") for key in ("", "vision."))
+        self._projector = next((str(kind.value) for kind in kinds if kind is not None), None)
         size, patch = (header.fields.get(f"clip.vision.{key}_size") for key in ("image", "patch"))
         if size is not None and patch is not None:
             self._n_patches = size.value // patch.value
@@ -383,6 +471,8 @@ class VisionModel:
         params.n_threads = self.n_threads
         params.print_timings = False
         params.warmup = False
+        params.media_marker = image_marker().encode()
+        self.loading.set_vision_params(params)
         library.forget_errors()
         self._vision = mtmd.mtmd_init_from_file(os.fsencode(mmproj), self.pointer, params)
         if not self._vision:

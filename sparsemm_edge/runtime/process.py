@@ -1,17 +1,9 @@
-"""What this process may use, and what it has used."""
+"""What this process has used."""
 
-import os
 import sys
 from pathlib import Path
 
 import psutil
-
-
-def usable_cores() -> int:
-    """The physical cores that this process may use."""
-    physical = psutil.cpu_count(logical=False) or 1
-    allowed = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else physical
-    return max(1, min(physical, allowed))
 
 
 def rss_peak_bytes() -> int:

@@ -1,6 +1,9 @@
 """Text and images as llama.cpp takes them: tokens, and image chunks that mtmd has cut and resized."""
 
 import ctypes
+import hashlib
+import secrets
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -8,10 +11,13 @@ from types import TracebackType
 
 import numpy as np
 import numpy.typing as npt
-from PIL import Image, ImageOps
+from PIL import Image
 
 from sparsemm_edge.errors import SparseMMError
+from sparsemm_edge.files import check_text
+from sparsemm_edge.pictures import open_picture
 from sparsemm_edge.runtime import library
+from sparsemm_edge.runtime.image_store import ImageKey
 from sparsemm_edge.runtime.library import llama, mtmd
 
 
@@ -38,11 +44,13 @@ class ImagePart:
         chunk: mtmd_input_chunk pointer, owned by the prompt.
         n_tokens: embeddings, each of which takes one place in the KV cache.
         n_pos: positions that the text after it is further on; less than n_tokens with M-RoPE.
+        key: its content, if that was asked for, see ImageStore.
     """
 
     chunk: int
     n_tokens: int
     n_pos: int
+    key: ImageKey | None = None
 
 
 class Prompt:
@@ -94,7 +102,7 @@ def tokenize_text(vocab: int, text: str, *, first: bool = True) -> Prompt:
         text: the prompt.
         first: whether it begins the sequence: the begin token is added if the model wants one.
     """
-    data = text.encode("utf-8")
+    data = _utf8(text)
     tokens = np.empty(len(data) + 16, dtype=np.int32)
     pointer = tokens.ctypes.data_as(llama.llama_token_p)
     n = llama.llama_tokenize(vocab, data, len(data), pointer, len(tokens), first, True)
@@ -104,7 +112,12 @@ def tokenize_text(vocab: int, text: str, *, first: bool = True) -> Prompt:
 
 
 def tokenize_with_images(
-    vision: int, text: str, images: Sequence[str | Path | Image.Image], *, first: bool = True
+    vision: int,
+    text: str,
+    images: Sequence[str | Path | Image.Image],
+    *,
+    first: bool = True,
+    with_keys: bool = False,
 ) -> Prompt:
     """A prompt whose text holds one marker (image_marker) for each image.
 
@@ -113,21 +126,27 @@ def tokenize_with_images(
         text: the prompt with markers.
         images: files or pictures, in the markers' order.
         first: whether it begins the sequence: the begin token is added if the model wants one.
+        with_keys: whether to tell what the images' content is, which takes milliseconds.
     """
     pictures = [read_image(image) for image in images]
     bitmaps: list[int] = []
+    contents: Counter[bytes] = Counter()
     chunks = mtmd.mtmd_input_chunks_init()
     try:
         for picture in pictures:
             pixels = (ctypes.c_uint8 * picture.size).from_buffer_copy(picture.tobytes())
             height, width, _ = picture.shape
             bitmaps.append(mtmd.mtmd_bitmap_init(width, height, pixels))
-        data = text.encode("utf-8")
+            if with_keys:
+                content = hashlib.sha256(f"{width} {height} ".encode() + picture.tobytes()).hexdigest()
+                contents[content.encode()] += 1
+                mtmd.mtmd_bitmap_set_id(bitmaps[-1], content.encode())
+        data = _utf8(text)
         given = mtmd.mtmd_input_text(text=data, text_len=len(data), add_special=first, parse_special=True)
         array = (ctypes.c_void_p * len(bitmaps))(*bitmaps)
         if mtmd.mtmd_tokenize(vision, chunks, ctypes.byref(given), array, len(bitmaps)) != 0:
             raise library.failure("llama.cpp cannot prepare the prompt's images")
-        return Prompt(_parts(chunks), chunks)
+        return Prompt(_parts(chunks, contents), chunks)
     except BaseException:
         mtmd.mtmd_input_chunks_free(chunks)
         raise
@@ -136,37 +155,51 @@ def tokenize_with_images(
             mtmd.mtmd_bitmap_free(bitmap)
 
 
+def _utf8(text: str) -> bytes:
+    check_text(text, "the prompt")
+    return text.encode("utf-8")
+
+
+_MARKER = f"<image-{secrets.token_hex(16)}>"
+
+
 def image_marker() -> str:
-    """What stands for an image in the text of tokenize_with_images."""
-    return str(mtmd.mtmd_default_marker().decode())
+    """What stands for an image in the text of tokenize_with_images; nobody can write it by chance."""
+    return _MARKER
 
 
 def read_image(image: str | Path | Image.Image) -> npt.NDArray[np.uint8]:
-    """The pixels of an image: [height, width, 3] RGB, turned as its EXIF data says.
+    """The pixels of an image: [height, width, 3] RGB, as pictures.open_picture makes it.
 
     Raises:
         SparseMMError: no such file, or not an image.
     """
-    if isinstance(image, Image.Image):
-        return np.asarray(image.convert("RGB"))
-    try:
-        with Image.open(image) as opened:
-            return np.asarray(ImageOps.exif_transpose(opened).convert("RGB"))
-    except FileNotFoundError as error:
-        raise SparseMMError(f"{image}: no such file") from error
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise SparseMMError(f"{image}: not an image that can be read ({error})") from error
+    return np.asarray(open_picture(image))
 
 
-def _parts(chunks: int) -> list[TextPart | ImagePart]:
+def _parts(chunks: int, contents: Counter[bytes]) -> list[TextPart | ImagePart]:
+    """What a prompt was cut into. `contents` counts the pictures of each content."""
+    found = [mtmd.mtmd_input_chunks_get(chunks, i) for i in range(mtmd.mtmd_input_chunks_size(chunks))]
+    ids = [_image_id(chunk) for chunk in found]
+    n_chunks, seen = Counter(ids), Counter[bytes]()
     parts: list[TextPart | ImagePart] = []
-    for index in range(mtmd.mtmd_input_chunks_size(chunks)):
-        chunk = mtmd.mtmd_input_chunks_get(chunks, index)
-        if mtmd.mtmd_input_chunk_get_type(chunk) == mtmd.MTMD_INPUT_CHUNK_TYPE_TEXT:
+    for chunk, content in zip(found, ids, strict=True):
+        if content is None:
             n = ctypes.c_size_t()
             tokens = mtmd.mtmd_input_chunk_get_tokens_text(chunk, ctypes.byref(n))
             parts.append(TextPart(np.array(tokens[: n.value], dtype=np.int32)))
-        else:
-            n_tokens = mtmd.mtmd_input_chunk_get_n_tokens(chunk)
-            parts.append(ImagePart(chunk, n_tokens, mtmd.mtmd_input_chunk_get_n_pos(chunk)))
+            continue
+        key = None
+        if contents[content]:  # the tiles of a picture come in the same order each time
+            key = (content, seen[content] % (n_chunks[content] // contents[content]))
+            seen[content] += 1
+        n_tokens = mtmd.mtmd_input_chunk_get_n_tokens(chunk)
+        parts.append(ImagePart(chunk, n_tokens, mtmd.mtmd_input_chunk_get_n_pos(chunk), key))
     return parts
+
+
+def _image_id(chunk: int) -> bytes | None:
+    """What a picture was called, of which this is a tile; None for text."""
+    if mtmd.mtmd_input_chunk_get_type(chunk) == mtmd.MTMD_INPUT_CHUNK_TYPE_TEXT:
+        return None
+    return mtmd.mtmd_input_chunk_get_id(chunk) or b""

@@ -49,6 +49,15 @@ class KVStats:
     positions_kept_mean: float
     n_evictions: int
 
+    def in_words(self) -> str:
+        """What the cache takes, and what it would take if nothing had been evicted."""
+        now, full = self.bytes_now / 2**20, self.bytes_full / 2**20
+        if not self.n_evictions:
+            every = f"all {self.n_positions} positions, none evicted"
+            return f"{now:.1f} MiB allocated, {full:.1f} MiB in use: {every}"
+        kept = f"{self.positions_kept_mean:.0f} of {self.n_positions} positions a head"
+        return f"{now:.1f} MiB of {full:.1f} MiB unevicted; {kept}"
+
 
 @dataclass(frozen=True)
 class Prefix:
@@ -105,6 +114,7 @@ class Session:
         on_phase: Callable[[str], None] | None = None,
         embeddings: Sequence[npt.NDArray[np.float32]] | None = None,
         n_outputs: int = 1,
+        least_ubatch: int = 0,
     ) -> None:
         """Make the context. What is evicted was set on the model before (VisionModel.start does it).
 
@@ -120,6 +130,7 @@ class Session:
                 the text model.
             embeddings: of the prompt's images in order, see VisionModel.encode_image; None: encode them.
             n_outputs: most tokens that one decode_all appends; append needs 2.
+            least_ubatch: tokens computed at a time at least, whatever n_ubatch and the prompt's length.
         """
         self.image_ms = 0.0
         self.prompt_ms = 0.0
@@ -138,10 +149,12 @@ class Session:
 
         params = llama.llama_context_default_params()
         params.n_ctx = params.n_batch = n_ctx
-        params.n_ubatch = max(min(n_ubatch or prompt.n_tokens, prompt.n_tokens), self._n_uncut())
+        wanted = min(n_ubatch or prompt.n_tokens, prompt.n_tokens)
+        params.n_ubatch = max(wanted, least_ubatch, self._n_uncut())
         params.n_seq_max = 1
         params.n_outputs_max = n_outputs
-        params.n_threads = params.n_threads_batch = model.n_threads
+        params.n_threads = model.n_threads
+        params.n_threads_batch = model.loading.n_threads_batch or model.n_threads
         params.flash_attn_type = (
             llama.LLAMA_FLASH_ATTN_TYPE_ENABLED if flash_attn else llama.LLAMA_FLASH_ATTN_TYPE_DISABLED
         )
@@ -150,6 +163,7 @@ class Session:
         self._context: int | None = llama.llama_init_from_model(model.pointer, params)
         if not self._context:
             raise library.failure("llama.cpp cannot make a context")
+        model.adapters.apply(self._context)
 
     def close(self) -> None:
         if self._context:
@@ -252,6 +266,7 @@ class Session:
     def forget_reply(self, n_keep: int = 0) -> None:
         """Drop what was decoded since the last prompt, but for the first n_keep tokens of it."""
         n_past, n_tokens = self._after_prompt
+        library.forget_errors()
         if not self.truncate(n_past + n_keep, n_tokens + n_keep):
             raise library.failure("llama.cpp cannot drop the reply")
 

@@ -124,14 +124,19 @@ def read(path: Path) -> SavedConversation:
 
 
 def _saved(header: dict[str, Any], data: Any) -> SavedConversation:
+    def number(value: Any, least: int = 0) -> int:
+        if not isinstance(value, int) or not least <= value <= 2**31 - 1:
+            raise ValueError(f"{value!r} is no number that was saved")
+        return value
+
     table = None
     if (wanted := header["eviction"]) is not None:
         max_tail = wanted["max_tail"]
         table = HeadBudgetTable(
             np.array(wanted["head_budgets"], dtype=np.uint32),
-            int(wanted["window"]),
-            int(wanted["pool_kernel"]),
-            None if max_tail is None else int(max_tail),
+            number(wanted["window"], 1),
+            number(wanted["pool_kernel"], 1),
+            None if max_tail is None else number(max_tail, 1),
             str(wanted["vote"]),
             bool(wanted["residual"]),
         )
@@ -142,8 +147,8 @@ def _saved(header: dict[str, Any], data: Any) -> SavedConversation:
         model_name=str(header["model_name"]),
         cache_types=(type_k, type_v),
         table=table,
-        planned=(int(n_prompt), None if n_later is None else int(n_later)),
-        n_ubatch=int(header["n_ubatch"]),
-        pending=tuple(map(int, header["pending"])),
-        state=SessionState(int(header["n_past"]), int(header["n_tokens"]), data),
+        planned=(number(n_prompt), None if n_later is None else number(n_later)),
+        n_ubatch=number(header["n_ubatch"], 1),
+        pending=tuple(map(number, header["pending"])),
+        state=SessionState(number(header["n_past"]), number(header["n_tokens"]), data),
     )

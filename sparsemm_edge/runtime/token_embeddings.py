@@ -1,7 +1,5 @@
 """Single rows of a GGUF file's token embeddings, without reading the rest."""
 
-from pathlib import Path
-
 import numpy as np
 import numpy.typing as npt
 from gguf.quants import dequantize
@@ -39,7 +37,7 @@ class TokenEmbeddings:
         self._type = tensor.type
         self.n_embd, n_vocab = tensor.shape
         self._rows = np.memmap(
-            Path(header.path),
+            tensor.path,
             dtype=np.uint8,
             mode="r",
             offset=tensor.start,

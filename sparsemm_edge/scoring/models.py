@@ -21,6 +21,7 @@ from transformers.image_processing_utils import select_best_resolution
 from transformers.utils import cached_file, logging
 
 from sparsemm_edge.errors import SparseMMError
+from sparsemm_edge.files import read_json, read_text
 from sparsemm_edge.scoring import geometry
 from sparsemm_edge.scoring.geometry import ImageLayout
 
@@ -332,6 +333,8 @@ def load(name: str, *, device: str | None = None, dtype: str = "auto") -> Vision
     device = _checked_device(device)
     offline: dict[str, Any] = {"local_files_only": True} if local else {}
     logging.disable_progress_bar()
+    if local:
+        _check_plain_utf8(Path(name))
     with _one_line(name, "config.json"):
         config = AutoConfig.from_pretrained(name, **offline)
     check_architecture(name, config)
@@ -351,6 +354,16 @@ def load(name: str, *, device: str | None = None, dtype: str = "auto") -> Vision
         if device != "auto":
             model.to(device)
     return VisionLanguageModel(name, model, tokenizer, image_processor, _chat_template(name, offline))
+
+
+def _check_plain_utf8(folder: Path) -> None:
+    """Raise SparseMMError for a JSON file that transformers would call no valid JSON."""
+    for path in sorted(folder.glob("*.json")):
+        with path.open("rb") as file:
+            encoding = json.detect_encoding(file.read(4))
+        if encoding != "utf-8":
+            kind = "UTF-8 with a byte order mark" if encoding == "utf-8-sig" else encoding.upper()
+            raise SparseMMError(f"{path} is {kind}, which transformers does not read: save it as plain UTF-8")
 
 
 def check_architecture(name: str, config: Any) -> None:
@@ -410,8 +423,8 @@ def default_device() -> str:
 def _chat_template(name: str, offline: dict[str, Any]) -> str | None:
     """The processor's chat template, if the checkpoint has one beside the tokenizer's."""
     for file, read in (
-        ("chat_template.jinja", str),
-        ("chat_template.json", lambda text: json.loads(text)["chat_template"]),
+        ("chat_template.jinja", read_text),
+        ("chat_template.json", lambda path: read_json(path)["chat_template"]),
     ):
         path = cached_file(
             name,
@@ -423,7 +436,7 @@ def _chat_template(name: str, offline: dict[str, Any]) -> str | None:
         )
         if path is not None:
             with _one_line(name, file):
-                template: str = read(Path(path).read_text(encoding="utf-8"))
+                template: str = read(Path(path))
                 return template
     return None
 

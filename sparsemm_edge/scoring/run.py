@@ -3,7 +3,6 @@
 import functools
 import json
 import math
-import os
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -16,9 +15,10 @@ import torch
 
 from sparsemm_edge import __version__
 from sparsemm_edge.errors import SparseMMError
-from sparsemm_edge.files import atomic_path
+from sparsemm_edge.files import atomic_path, read_json
 from sparsemm_edge.pages.readers import PageSource, open_pages
 from sparsemm_edge.ranking import convergence
+from sparsemm_edge.resources import usable_cores
 from sparsemm_edge.scores import HeadScores
 from sparsemm_edge.scoring.models import load
 from sparsemm_edge.scoring.target_response import PageScores, score_page
@@ -168,7 +168,7 @@ def _score_in_process(job: Job, n_jobs: int, rank: int, indices: Iterator[int]) 
     """Pages of one of several processes: on its share of the GPUs, or of the cores."""
     if job.device in (None, "cuda") and torch.cuda.device_count() > 1:
         job = Job(**{**vars(job), "device": f"cuda:{rank % torch.cuda.device_count()}"})
-    torch.set_num_threads(max(1, (os.cpu_count() or 1) // n_jobs))
+    torch.set_num_threads(max(1, usable_cores() // n_jobs))
     yield from _score_pages(job, indices)
 
 
@@ -202,13 +202,13 @@ def _write_partial(path: Path, job: Job, shape: dict[str, int], done: dict[int, 
 
 
 def _read_partial(path: Path, job: Job, n_pages: int) -> tuple[dict[int, dict[str, Any]], dict[str, int]]:
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-        key, shape, pages = content["key"], content["shape"], content["pages"]
-    except FileNotFoundError as error:
-        raise SparseMMError(f"nothing to resume: there is no {path}") from error
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise SparseMMError(f"{path} is no partial result: start anew with --force") from error
+    if not path.exists():
+        raise SparseMMError(f"nothing to resume: there is no {path}")
+    content = read_json(path)
+    known = isinstance(content, dict)
+    key, shape, pages = (content.get(name) if known else None for name in ("key", "shape", "pages"))
+    if not (isinstance(key, dict) and isinstance(shape, dict) and isinstance(pages, dict)):
+        raise SparseMMError(f"{path} is no partial result: start anew with --force")
     for name, value in job.key().items():
         if key.get(name) != value:
             raise SparseMMError(

@@ -1,0 +1,103 @@
+"""`sparsemm-edge serve`."""
+
+from dataclasses import dataclass
+from types import FrameType
+from typing import Annotated
+
+import typer
+
+from sparsemm_edge import defaults
+from sparsemm_edge.commands import options
+from sparsemm_edge.errors import SparseMMError
+
+
+@dataclass(frozen=True)
+class Sampled(options.Sampled):
+    """How an answer is sampled where a request says nothing."""
+
+    seed: Annotated[int, typer.Option(help="Seed for sampling; -1: another one each time.")] = -1
+
+
+@options.grouped
+def serve(
+    loaded: options.Loaded,
+    host: Annotated[
+        str, typer.Option(help="Address to listen at; 0.0.0.0: every one of this machine.")
+    ] = "127.0.0.1",
+    port: Annotated[int, typer.Option(help="Port to listen at; 0: a free one.")] = 8080,
+    *,
+    framed: options.Framed,
+    sampled: Sampled,
+    evicted: options.Evicted,
+    n_predict: Annotated[
+        int | None, typer.Option("--n-predict", "-n", help="Most tokens of an answer [default: what fits].")
+    ] = None,
+    n_ctx: options.NCtxOfChat = None,
+    n_ubatch: Annotated[
+        int | None, typer.Option(help="Prompt tokens computed at a time [default: all of a first message].")
+    ] = None,
+    cache_type_k: options.CacheTypeK = "f16",
+    cache_type_v: options.CacheTypeV = "f16",
+    image_cache: options.ImageCache = defaults.IMAGE_CACHE,
+    verbose: options.Verbose = False,
+) -> None:
+    """Serve OpenAI's chat API: messages with images as data URLs, streaming, one request after the other.
+
+    What a request leaves out is as the options say. A conversation that goes on is read from where it was;
+    usage tells the bytes of K and V. Needs: pip install 'sparsemm-edge[serve]'.
+
+    \b
+    Examples:
+      sparsemm-edge serve -m llava.sparsemm.gguf --mmproj mmproj.gguf --port 8080
+      curl localhost:8080/v1/chat/completions -H 'Content-Type: application/json' \\
+          -d '{"messages": [{"role": "user", "content": "Hello"}]}'
+    """
+    import socket
+
+    from sparsemm_edge.extras import needs_server
+    from sparsemm_edge.runtime import Conversation
+
+    with needs_server():
+        import uvicorn
+
+        from sparsemm_edge.server import Slot, make_app
+
+    frame, sampling = framed.arguments(), sampled.sampling()
+    with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as listening:
+        listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            listening.bind((host, port))
+        except (OSError, UnicodeError) as error:
+            reason = getattr(error, "strerror", None) or error
+            raise SparseMMError(f"cannot listen at {host}, port {port}: {reason}") from error
+        with (
+            loaded.load(show_log=verbose, image_cache=image_cache) as model,
+            Conversation(
+                model,
+                n_ctx=(n_ctx := min(model.n_ctx_train, defaults.N_CTX) if n_ctx is None else n_ctx),
+                n_ubatch=n_ubatch,
+                cache_type_k=cache_type_k,
+                cache_type_v=cache_type_v,
+                chat_template=frame["chat_template"],
+                template_options=frame["template_options"],
+                eviction=evicted.eviction(),
+            ) as conversation,
+        ):
+            conversation.check(sampling)
+            with Slot(
+                conversation, sampling=sampling, n_predict=n_predict or n_ctx, system=frame["system"]
+            ) as slot:
+                app = make_app(slot, loaded.model.stem)
+                at = f"{f'[{host}]' if ':' in host else host}:{listening.getsockname()[1]}"
+                config = uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=2)
+                listening.listen()  # whoever reads this may ask
+                print(f"serving {loaded.model.name} at http://{at}/v1", flush=True)
+                server = uvicorn.Server(config)
+                on_exit = server.handle_exit
+
+                def stop(number: int, frame: FrameType | None) -> None:
+                    slot.stop()  # or uvicorn would wait for the end of the answer
+                    on_exit(number, frame)
+
+                server.handle_exit = stop  # type: ignore[method-assign, assignment]
+                server.run([listening])

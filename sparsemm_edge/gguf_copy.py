@@ -1,0 +1,88 @@
+"""Copying a GGUF file with other keys: what is kept is copied byte for byte, understood or not."""
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import BinaryIO
+
+import numpy as np
+from gguf.constants import GGUFValueType
+
+from sparsemm_edge.gguf_header import DTYPES, GGUFField, GGUFHeader
+
+_CHUNK = 2**24
+_SPLIT = ("split.no", "split.count", "split.tensors.count")
+
+Progress = Callable[[int, int], None]
+"""Called with the bytes written and their number."""
+
+
+def copy_with_fields(
+    header: GGUFHeader, target: Path, fields: Mapping[str, GGUFField], dropped_prefix: str, progress: Progress
+) -> None:
+    """Write a model, all parts of a split one, to one file.
+
+    Args:
+        header: of the model.
+        target: the file to write.
+        fields: keys to add after those that are kept.
+        dropped_prefix: keys that begin so are left out.
+        progress: told how far it is.
+
+    Raises:
+        OSError: a file cannot be read or written.
+    """
+    kept = [key for key in header.entries if not key.startswith(dropped_prefix) and key not in _SPLIT]
+    with target.open("wb") as out:
+        out.write(b"GGUF" + np.array([header.version], "<u4").tobytes())
+        out.write(np.array([len(header.tensors), len(kept) + len(fields)], "<u8").tobytes())
+        with header.path.open("rb") as source:
+            for key in kept:
+                out.write(_bytes(source, header.entries[key]))
+        for key, field in fields.items():
+            out.write(_text(key) + _field(field))
+
+        offset = 0
+        for tensor in header.tensors.values():
+            with tensor.path.open("rb") as source:
+                out.write(_bytes(source, tensor.entry) + np.array([offset], "<u8").tobytes())
+            offset += _padded(tensor.end - tensor.start, header.alignment)
+
+        total, done = offset, 0
+        _pad(out, header.alignment)
+        for tensor in header.tensors.values():
+            with tensor.path.open("rb") as source:
+                for start in range(tensor.start, tensor.end, _CHUNK):
+                    part = _bytes(source, slice(start, min(start + _CHUNK, tensor.end)))
+                    out.write(part)
+                    done += len(part)
+                    progress(done, total)
+            _pad(out, header.alignment)
+
+
+def _bytes(source: BinaryIO, place: slice) -> bytes:
+    source.seek(place.start)
+    return source.read(place.stop - place.start)
+
+
+def _padded(n_bytes: int, alignment: int) -> int:
+    return -(-n_bytes // alignment) * alignment
+
+
+def _pad(out: BinaryIO, alignment: int) -> None:
+    out.write(bytes(_padded(out.tell(), alignment) - out.tell()))
+
+
+def _text(text: str) -> bytes:
+    data = text.encode("utf-8", "replace")
+    return np.array([len(data)], "<u8").tobytes() + data
+
+
+def _field(field: GGUFField) -> bytes:
+    """Type and value; of arrays those of numbers only."""
+    kind = np.array([field.type], "<u4").tobytes()
+    if field.type == GGUFValueType.STRING:
+        return kind + _text(field.value)
+    if field.item_type is None:
+        return kind + np.array([field.value], DTYPES[field.type]).tobytes()
+    head = np.array([field.item_type], "<u4").tobytes() + np.array([len(field.value)], "<u8").tobytes()
+    return kind + head + np.array(field.value, DTYPES[field.item_type]).tobytes()

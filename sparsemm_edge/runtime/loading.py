@@ -1,0 +1,131 @@
+"""How a model is loaded: onto what, by what means, and what is laid over it."""
+
+import ctypes
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from sparsemm_edge.defaults import MAX_THREADS
+from sparsemm_edge.errors import SparseMMError, check_within
+from sparsemm_edge.gguf_header import read_header
+from sparsemm_edge.runtime import library
+from sparsemm_edge.runtime.library import llama
+from sparsemm_edge.runtime.token_embeddings import TENSOR
+
+_MAX_IMAGE_TOKENS = 2**16  # llama.cpp counts an image's pixels in 32 bits
+
+
+@dataclass(frozen=True)
+class Lora:
+    """A LoRA adapter: its GGUF file, and how much of it is added to the weights."""
+
+    path: str
+    scale: float = 1.0
+
+    @classmethod
+    def parse(cls, text: str) -> "Lora":
+        """FILE or FILE=SCALE, as a user writes it."""
+        path, found, scale = text.rpartition("=")
+        if not found or Path(text).exists():
+            return cls(text)
+        try:
+            return cls(path, float(scale))
+        except ValueError as error:
+            raise SparseMMError(
+                f"--lora is {text!r}: expected a file, or FILE=SCALE with a number"
+            ) from error
+
+    def __post_init__(self) -> None:
+        if not abs(self.scale) <= 1000:  # nor NaN
+            raise SparseMMError(f"{self.path}: the scale of a LoRA is -1000 to 1000, not {self.scale}")
+
+
+@dataclass(frozen=True)
+class Loading:
+    """What llama.cpp is told when it loads a model. What is None is as llama.cpp does it.
+
+    Attributes:
+        n_threads_batch: threads that read prompts; None: as many as decode.
+        n_gpu_layers: layers on the GPU, if llama.cpp was built for one; -1: all of them.
+        mmproj_offload: the image encoder runs on the GPU, if there is one.
+        loras: adapters over the text model.
+        image_min_tokens, image_max_tokens: least and most tokens of an image, where its size decides.
+        mmap: the file is mapped, not read.
+        mlock: the weights stay in memory, as far as the system lets.
+        image_cache: MiB of images that stay encoded, see ImageStore.
+    """
+
+    n_threads_batch: int | None = None
+    n_gpu_layers: int | None = None
+    mmproj_offload: bool = True
+    loras: tuple[Lora, ...] = ()
+    image_min_tokens: int | None = None
+    image_max_tokens: int | None = None
+    mmap: bool = True
+    mlock: bool = False
+    image_cache: int = 0
+
+    def __post_init__(self) -> None:
+        if self.n_threads_batch is not None:
+            check_within("n_threads_batch", self.n_threads_batch, 1, MAX_THREADS)
+        if self.n_gpu_layers is not None and not -1 <= self.n_gpu_layers < 2**31:
+            raise SparseMMError(f"n_gpu_layers is {self.n_gpu_layers}: it must be -1 (all) or more")
+        least, most = self.image_min_tokens, self.image_max_tokens
+        for name, value in (("image_min_tokens", least), ("image_max_tokens", most)):
+            if value is not None and not 1 <= value <= _MAX_IMAGE_TOKENS:
+                raise SparseMMError(f"{name} is {value}: it must be 1 to {_MAX_IMAGE_TOKENS}")
+        if least is not None and most is not None and least > most:
+            raise SparseMMError(f"image_min_tokens is {least}, more than image_max_tokens, {most}")
+        check_within("image_cache", self.image_cache, 0, 2**20)
+
+    def model_params(self) -> Any:
+        """llama_model_params."""
+        params = llama.llama_model_default_params()
+        if self.n_gpu_layers is not None:
+            params.n_gpu_layers = self.n_gpu_layers
+        if self.mlock:
+            params.load_mode = llama.LLAMA_LOAD_MODE_MMAP_MLOCK if self.mmap else llama.LLAMA_LOAD_MODE_MLOCK
+        elif not self.mmap:
+            params.load_mode = llama.LLAMA_LOAD_MODE_NONE
+        return params
+
+    def set_vision_params(self, params: Any) -> None:
+        """Put what concerns the image encoder into mtmd_context_params."""
+        params.use_gpu = self.mmproj_offload
+        if self.image_min_tokens is not None:
+            params.image_min_tokens = self.image_min_tokens
+        if self.image_max_tokens is not None:
+            params.image_max_tokens = self.image_max_tokens
+
+
+class Adapters:
+    """The LoRA adapters of a model. llama.cpp frees them with it."""
+
+    def __init__(self, model: int, path: Path, loras: Sequence[Lora]) -> None:
+        """Args:
+        model: llama_model pointer.
+        path: the model's file, for messages.
+        loras: the adapters.
+
+        Raises:
+            SparseMMError: an adapter that cannot be used with this model.
+        """
+        self.changes_embeddings = False
+        pointers = []
+        for lora in loras:
+            header = read_header(Path(lora.path))
+            self.changes_embeddings |= any(name.startswith(TENSOR) for name in header.tensors)
+            library.forget_errors()
+            pointer = llama.llama_adapter_lora_init(model, os.fsencode(lora.path))
+            if not pointer:
+                raise library.failure(f"{lora.path}: cannot be used as a LoRA of {path}")
+            pointers.append(pointer)
+        self._pointers = (llama.llama_adapter_lora_p_ctypes * len(loras))(*pointers)
+        self._scales = (ctypes.c_float * len(loras))(*(lora.scale for lora in loras))
+
+    def apply(self, context: int) -> None:
+        """Lay them over the weights for this llama_context pointer."""
+        if len(self._pointers):
+            llama.llama_set_adapters_lora(context, self._pointers, len(self._pointers), self._scales)

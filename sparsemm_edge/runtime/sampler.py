@@ -1,0 +1,251 @@
+"""How the next token is chosen: llama.cpp's own samplers, in its own order and with its own defaults."""
+
+import ctypes
+import json
+import os
+import sys
+import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cached_property
+from types import TracebackType
+from typing import IO, Any
+
+import numpy as np
+import numpy.typing as npt
+
+from sparsemm_edge.errors import SparseMMError, check_within
+from sparsemm_edge.runtime import library
+from sparsemm_edge.runtime.library import llama
+
+_N_PENALISED = 64  # last tokens that the penalties look at, prompt included: llama.cpp's default
+_TOKEN = np.dtype([("id", np.int32), ("logit", np.float32), ("p", np.float32)])  # llama_token_data
+_MAX_SEED = 2**32 - 2  # llama.cpp takes the seed above it for "draw one"
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How an answer is sampled, and what it must look like.
+
+    Attributes:
+        temperature: 0 takes the likeliest token; above 0 samples.
+        seed: of the random numbers; -1: another one each time.
+        top_k: sample from so many likeliest tokens; 0: from all.
+        top_p: sample from the likeliest tokens that have this probability together.
+        min_p: sample from tokens with at least this share of the likeliest one's probability.
+        repeat_penalty: divides the logits of tokens among the last 64; 1: no penalty.
+        presence_penalty: is subtracted from the logits of tokens among the last 64.
+        frequency_penalty: the same, as often as the token is there. All three count at temperature 0 too.
+        stop: the answer ends before the first of these texts.
+        grammar: GBNF that the answer follows.
+        json_schema: JSON schema, as text, that the answer is an instance of; instead of a grammar.
+
+    Raises:
+        SparseMMError: a number out of its range, or a schema or grammar that cannot be used.
+    """
+
+    temperature: float = 0.0
+    seed: int = 0
+    top_k: int = 40
+    top_p: float = 0.95
+    min_p: float = 0.05
+    repeat_penalty: float = 1.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    stop: tuple[str, ...] = ()
+    grammar: str | None = None
+    json_schema: str | None = None
+
+    def __post_init__(self) -> None:
+        check_within("temperature", self.temperature, 0, 1000)
+        check_within("seed", self.seed, -1, _MAX_SEED)
+        check_within("top_k", self.top_k, 0, 2**31 - 1)
+        check_within("top_p", self.top_p, 0, 1)
+        check_within("min_p", self.min_p, 0, 1)
+        check_within("repeat_penalty", self.repeat_penalty, 0.01, 100)
+        check_within("presence_penalty", self.presence_penalty, -100, 100)
+        check_within("frequency_penalty", self.frequency_penalty, -100, 100)
+        if "" in self.stop:
+            raise SparseMMError("a text to stop at is empty: it would end every answer before it begins")
+        if self.grammar is not None and self.json_schema is not None:
+            raise SparseMMError("give a grammar or a JSON schema, not both")
+        _ = self.gbnf
+
+    @cached_property
+    def gbnf(self) -> str | None:
+        """The grammar that the answer follows; a JSON schema's is made by llama-cpp-python."""
+        if self.json_schema is None:
+            return self.grammar
+        from llama_cpp.llama_grammar import json_schema_to_gbnf
+
+        try:
+            if not isinstance(json.loads(self.json_schema), dict):
+                raise SparseMMError("the JSON schema is not a JSON object")
+            return str(json_schema_to_gbnf(self.json_schema))
+        except SparseMMError:
+            raise
+        except ValueError as error:
+            raise SparseMMError(f"the JSON schema is not JSON, or cannot be used: {error}") from error
+        except Exception as error:  # the converter raises whatever it trips over
+            reason = " ".join(str(error).split()) or type(error).__name__
+            raise SparseMMError(f"the JSON schema cannot be turned into a grammar: {reason[:200]}") from error
+
+
+class Sampler:
+    """Chooses tokens one after the other. Close it, or use it in a `with`: it owns memory of llama.cpp."""
+
+    def __init__(self, sampling: Sampling, vocab: int, said: Sequence[int] = ()) -> None:
+        """Args:
+        sampling: how to choose.
+        vocab: llama_vocab pointer.
+        said: the tokens of the prompt's text, which the penalties count too.
+
+        Raises:
+            SparseMMError: the grammar is broken.
+        """
+        self._chain: Any = None
+        self._grammar: Any = None
+        n_vocab = int(llama.llama_vocab_n_tokens(vocab))
+        self._candidates = np.empty(n_vocab, dtype=_TOKEN)
+        self._ids = np.arange(n_vocab, dtype=np.int32)
+        if (gbnf := sampling.gbnf) is not None:
+            self._grammar = _grammar(vocab, gbnf)
+        self._chain = llama.llama_sampler_chain_init(llama.llama_sampler_chain_default_params())
+        penalties = (sampling.repeat_penalty, sampling.frequency_penalty, sampling.presence_penalty)
+        if penalties != (1, 0, 0):
+            sampler = llama.llama_sampler_init_penalties(n_vocab, _N_PENALISED, *penalties)
+            for token in said[-_N_PENALISED:]:
+                llama.llama_sampler_accept(sampler, int(token))
+            self._add(sampler)
+        # so low a temperature makes logits infinite
+        if sampling.temperature < 1e-4:
+            self._add(llama.llama_sampler_init_greedy())
+            return
+        seed = llama.LLAMA_DEFAULT_SEED if sampling.seed == -1 else sampling.seed
+        self._add(llama.llama_sampler_init_top_k(sampling.top_k))
+        self._add(llama.llama_sampler_init_top_p(sampling.top_p, 1))
+        self._add(llama.llama_sampler_init_min_p(sampling.min_p, 1))
+        self._add(llama.llama_sampler_init_temp(sampling.temperature))
+        self._add(llama.llama_sampler_init_dist(seed))
+
+    def close(self) -> None:
+        for sampler in (self._chain, self._grammar):
+            if sampler:
+                llama.llama_sampler_free(sampler)
+        self._chain = self._grammar = None
+
+    def __enter__(self) -> "Sampler":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def sample(self, logits: npt.NDArray[np.float32]) -> int:
+        """Choose the token that follows: [n_vocab] logits.
+
+        Raises:
+            SparseMMError: no token of the model follows the grammar.
+        """
+        self._candidates["id"], self._candidates["logit"] = self._ids, logits
+        token = self._chosen(self._candidates)
+        # a grammar looks at one token in a thousandth of the time that it takes for all: only if the choice
+        # is against it are all looked at (as in llama.cpp's common_sampler_sample)
+        if self._grammar and not self._allows(token):
+            self._candidates["id"], self._candidates["logit"] = self._ids, logits
+            array = _array(self._candidates)
+            llama.llama_sampler_apply(self._grammar, ctypes.byref(array))
+            if not np.isfinite(self._candidates["logit"]).any():
+                raise SparseMMError("no token of this model goes on as the grammar or schema wants")
+            token = self._chosen(self._candidates)
+        return token
+
+    def accept(self, token: int) -> None:
+        """Take note of a token that was chosen and does not end the answer."""
+        llama.llama_sampler_accept(self._chain, token)
+        if self._grammar:
+            llama.llama_sampler_accept(self._grammar, token)
+
+    def _add(self, sampler: Any) -> None:
+        llama.llama_sampler_chain_add(self._chain, sampler)
+
+    def _chosen(self, candidates: npt.NDArray[np.void]) -> int:
+        array = _array(candidates)
+        llama.llama_sampler_apply(self._chain, ctypes.byref(array))
+        return int(array.data[array.selected].id)
+
+    def _allows(self, token: int) -> bool:
+        one = np.array([(token, 1.0, 0.0)], dtype=_TOKEN)
+        array = _array(one)
+        llama.llama_sampler_apply(self._grammar, ctypes.byref(array))
+        return bool(np.isfinite(one["logit"][0]))
+
+
+class StopTexts:
+    """Holds text back as long as it may be the beginning of a text to stop at."""
+
+    def __init__(self, stop: Sequence[str]) -> None:
+        self._stop = tuple(stop)
+        self._held = ""
+        self.found = False
+
+    def add(self, text: str) -> str:
+        """What may be shown now that this text came too."""
+        self._held += text
+        ends = [at for stop in self._stop if (at := self._held.find(stop)) >= 0]
+        if ends:
+            self.found = True
+            shown, self._held = self._held[: min(ends)], ""
+            return shown
+        longest = max((len(stop) for stop in self._stop), default=1) - 1
+        keep = next(
+            n
+            for n in range(min(longest, len(self._held)), -1, -1)
+            if not n or any(stop.startswith(self._held[-n:]) for stop in self._stop)
+        )
+        shown, self._held = self._held[: len(self._held) - keep], self._held[len(self._held) - keep :]
+        return shown
+
+    def rest(self) -> str:
+        """What was held back, when nothing more comes."""
+        rest, self._held = self._held, ""
+        return rest
+
+
+def _array(candidates: npt.NDArray[np.void]) -> llama.llama_token_data_array:
+    """The candidates as llama.cpp takes them. It sorts them where they are."""
+    pointer = candidates.ctypes.data_as(llama.llama_token_data_p)
+    return llama.llama_token_data_array(data=pointer, size=len(candidates), selected=-1, sorted=False)
+
+
+def _grammar(vocab: int, gbnf: str) -> Any:
+    """llama_sampler pointer, to be freed."""
+    if not gbnf.strip():
+        raise SparseMMError("the grammar is empty")
+    library.forget_errors()
+    with _stderr_of_c() as written:
+        sampler = llama.llama_sampler_init_grammar(vocab, gbnf.encode("utf-8", "replace"), b"root")
+        written.seek(0)
+        said = written.read().decode("utf-8", "replace").partition("error parsing grammar: ")[2]
+    if not sampler:
+        reason = said.splitlines()[0][:200] if said else ""
+        raise library.failure("the grammar is broken" + (f": {reason}" if reason else ""))
+    return sampler
+
+
+@contextmanager
+def _stderr_of_c() -> Iterator[IO[bytes]]:
+    """A file that gets what C code writes on stderr: llama.cpp prints a broken grammar there, all of it."""
+    sys.stderr.flush()
+    before = os.dup(2)
+    try:
+        with tempfile.TemporaryFile() as file:
+            os.dup2(file.fileno(), 2)
+            try:
+                yield file
+            finally:
+                os.dup2(before, 2)
+    finally:
+        os.close(before)
