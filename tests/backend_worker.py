@@ -3,7 +3,8 @@
 Reads a job from stdin, writes {"devices": [...], "answers": [...]} to stdout, llama.cpp's log to stderr:
 
     {"rpc": "127.0.0.1:50052" or null, "library": folder of libggml, "model", "mmproj": files, "n_predict",
-     "prompts": [{"text", "images": [files], "table": [n_layer][n_head_kv], "window", "options": {...}}]}
+     "prompts": [{"text", "images": [files], "table": [n_layer][n_head_kv], "window", "vote", "residual",
+                  "options": {...}}]}
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from typing import Any
 import numpy as np
 
 from sparsemm_edge.runtime import VisionModel, library
+from sparsemm_edge.runtime.eviction import HeadBudgetTable
 from sparsemm_edge.runtime.library import llama
 from sparsemm_edge.runtime.session import Session
 
@@ -38,8 +40,9 @@ def devices(folder: str) -> list[str]:
 
 def answer(model: VisionModel, prompt: dict[str, Any], n_predict: int) -> dict[str, Any]:
     """Greedy tokens, their leads over the second best, and the positions that each head keeps."""
-    library.set_head_budgets(model.pointer, np.array(prompt["table"], np.uint32), prompt["window"], 7)
-    library.set_head_eviction(model.pointer, True)
+    table = np.array(prompt["table"], np.uint32)
+    wanted = HeadBudgetTable(table, prompt["window"], 7, vote=prompt["vote"], residual=prompt["residual"])
+    library.set_head_table(model.pointer, wanted)
     heads = [(il, ih) for il in range(model.shape.n_layer) for ih in range(model.shape.n_head_kv)]
     with (
         model.tokenize(prompt["text"], prompt["images"]) as tokenized,

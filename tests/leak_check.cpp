@@ -51,6 +51,7 @@ int main(int argc, char ** argv) {
         if (llama_model_set_head_budgets(model, budgets.data(), n_heads, 8, 7) != 0) {
             return 1;
         }
+        llama_model_set_head_vote(model, LLAMA_HEAD_VOTE_MIXKV, true);
         llama_model_set_head_tail(model, n_tail);
 
         llama_context_params params = llama_context_default_params();

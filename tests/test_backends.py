@@ -6,6 +6,7 @@ this process cannot touch, can be expected of Metal and CUDA. See docs/backends.
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import re
@@ -35,7 +36,13 @@ WAYS: tuple[dict[str, Any], ...] = (
     {},
     {"n_ubatch": 64},
     {"cache_type_k": "q8_0", "cache_type_v": "q8_0"},
+    {"cache_type_k": "q4_0", "cache_type_v": "q4_0"},
     {"one_batch": False},
+)
+# the paper's vote without a slot, and the default
+VOTES: tuple[dict[str, Any], ...] = (
+    {"vote": "snapkv", "residual": False},
+    {"vote": "mixkv", "residual": True},
 )
 
 
@@ -73,11 +80,11 @@ def job(name: str, image: Path) -> dict[str, Any]:
     with VisionModel.load(files.gguf(), files.mmproj(), n_threads=1) as model:
         kinds = [(model.chat_prompt(LONG, 0), []), (model.chat_prompt(QUESTION, 1), [str(image)])]
     for seed, (text, images) in enumerate(kinds):
-        for options in WAYS:
+        for options, votes in itertools.product(WAYS, VOTES):
             policy = {"budget": 48, "window": 16, "seed": seed}
             table = head_budgets("random", None, n_layer=shape.n_layer, n_head_kv=shape.n_head_kv, **policy)
             prompt = {"text": text, "images": images, "table": table.tolist(), "window": 16}
-            prompts.append(prompt | {"options": options})
+            prompts.append(prompt | votes | {"options": options})
     models = {"model": str(files.gguf()), "mmproj": str(files.mmproj())}
     return {"rpc": None, "n_predict": N_PREDICT, "prompts": prompts, **models}
 

@@ -146,6 +146,7 @@ CHILD = r"""
 import ctypes, json, sys
 import numpy as np
 from sparsemm_edge.runtime import VisionModel, library
+from sparsemm_edge.runtime.eviction import HeadBudgetTable
 from sparsemm_edge.runtime.library import llama
 
 shim = ctypes.CDLL(None)
@@ -172,8 +173,8 @@ def decode(ctx, tokens, first):
 
 report = {}
 with VisionModel.load(sys.argv[1], n_threads=1) as model:
-    library.set_head_budgets(model.pointer, np.full((5, 4), 40, np.uint32), 8, 7)
-    library.set_head_eviction(model.pointer, True)
+    table = HeadBudgetTable(np.full((5, 4), 40, np.uint32), 8, 7, vote="mixkv", residual=True)
+    library.set_head_table(model.pointer, table)
     first = [(list(range(10, 110)), 0)]
     steps = {
         "the first prompt": ([], first[0]),
