@@ -95,8 +95,9 @@ def test_profile_runs_every_setting_and_fit_says_the_same_bytes(llava_task: Task
         assert (row["kv"], row["kv_peak"]) == (measured["kv"]["bytes_now"], measured["kv"]["bytes_peak"])
         sizes = measured["breakdown"]
         assert row["compute"] == sizes["compute"] + sizes["output"]
-        # the file's mapping is logged with what lies between its tensors
-        assert row["weights"] == pytest.approx(sizes["weights_mapped"] + sizes["weights_copied"], rel=0.01)
+        # the file's mapping is logged with what lies between its tensors, those among it of which llama.cpp
+        # makes a copy that suits the processor (AMX takes f16)
+        assert row["weights"] == pytest.approx(sizes["weights_mapped"], rel=0.01)
 
     for name, setting in settings.items():
         phases = [phase["name"] for phase in setting["phases"]]
