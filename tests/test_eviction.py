@@ -227,8 +227,8 @@ def test_a_last_call_shorter_than_the_window_votes_with_what_it_has(
         table = random_table(model, 40, window, len(tokens))
         evict_by(model, table, window)
         with Session(model, prompt, n_ctx=len(tokens) + 8) as session:
-            session._decode_tokens(tokens[:-n_vote], output=False)
-            session._decode_tokens(tokens[-n_vote:], output=True)
+            session._decode_tokens(tokens[:-n_vote], n_outputs=0)
+            session._decode_tokens(tokens[-n_vote:], n_outputs=1)
             kept = session.kept()
     keeps_alike(oracle.run(oracle.prompt(text), table, window, 1, n_vote=n_vote), kept)
 
@@ -258,7 +258,7 @@ def three_turns(
                 answers_alike(session, talk, expected, n_reply)
                 if turn:
                     ids = oracle.tokenizer.encode(turn, add_special_tokens=False)
-                    session._decode_tokens(np.array(ids, np.int32), output=True)
+                    session._decode_tokens(np.array(ids, np.int32), n_outputs=1)
                     expected = talk.read_tokens(ids, table)
             return session.kv_stats()
 

@@ -253,7 +253,7 @@ def test_llama_server_goes_on_from_what_it_holds(folder: Path, name: str) -> Non
             # what the server decoded token by token is decoded so here
             for token in tokens[: n_cached - n_prompt]:
                 session.decode(int(token))
-            session._decode_tokens(tokens[n_cached - n_prompt :], output=True)
+            session._decode_tokens(tokens[n_cached - n_prompt :], n_outputs=1)
             assert greedy(model, session) == text_of(again)
             assert session.kv_stats().n_evictions == 2
 
