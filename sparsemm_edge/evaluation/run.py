@@ -21,12 +21,14 @@ from sparsemm_edge.evaluation.settings import Setting
 from sparsemm_edge.gguf_metadata import POOL_KERNEL
 from sparsemm_edge.runtime import VisionModel
 from sparsemm_edge.runtime.eviction import HeadBudgetTable
+from sparsemm_edge.runtime.loading import Loading
 from sparsemm_edge.runtime.prompt import ImagePart, Prompt, TextPart
 from sparsemm_edge.runtime.session import Prefix, Session, cache_type
 from sparsemm_edge.scores import HeadScores, group_scores
 from sparsemm_edge.workers import in_processes
 
 _REFERENCE = Setting("full")
+_IMAGE_CACHE = 256  # MiB
 # flash attention on the CPU computes in tiles of 64 rows, and smaller batches take longer
 _MIN_REST = 64
 
@@ -176,9 +178,9 @@ class Evaluator:
 
     def __init__(self, job: Job) -> None:
         self._job = job
-        self._model = VisionModel.load(job.model, job.mmproj, n_threads=job.n_threads)
-        self._page = ""
-        self._embeddings: list[npt.NDArray[np.float32]] = []
+        # the questions about an image follow one another
+        loading = Loading(image_cache=_IMAGE_CACHE)
+        self._model = VisionModel.load(job.model, job.mmproj, n_threads=job.n_threads, loading=loading)
         try:
             self._scores = self._read_scores()
         except BaseException:
@@ -224,7 +226,7 @@ class Evaluator:
         asked = self._job.asked(question)
         try:
             with self._first_prompt(question) as prompt:
-                reading = _Reading(asked, prompt, self._encode(question.page, prompt))
+                reading = _Reading(asked, prompt, self._encode(prompt))
                 reading.n_ctx = self._n_ctx(reading)
                 reference = self._converse(reading, _REFERENCE)
                 records = []
@@ -245,14 +247,9 @@ class Evaluator:
             return given.grouped(shape.n_head_kv)
         return None if metadata is None else group_scores(metadata.head_scores, shape.n_head_kv)
 
-    def _encode(self, page: str, prompt: Prompt) -> list[npt.NDArray[np.float32]]:
-        """The prompt's images through the vision tower, once for all questions about a page in a row."""
-        if page != self._page:
-            self._embeddings = [
-                self._model.encode_image(part) for part in prompt.parts if isinstance(part, ImagePart)
-            ]
-            self._page = page
-        return self._embeddings
+    def _encode(self, prompt: Prompt) -> list[npt.NDArray[np.float32]]:
+        """What the prompt's images are to the text model."""
+        return [self._model.encode_image(part) for part in prompt.parts if isinstance(part, ImagePart)]
 
     def _n_ctx(self, reading: _Reading) -> int:
         """Room for the prompt, the later ones and all answers, within the limit."""
