@@ -18,9 +18,19 @@ from PIL import Image
 from sparsemm_edge.errors import SparseMMError
 from sparsemm_edge.evaluation.metrics import check_question
 from sparsemm_edge.files import read_text
+from sparsemm_edge.pages.grid import (
+    DEMO,
+    FIRST_TRAINING_SEED,
+    GRIDS,
+    READ_PROMPT,
+    Grid,
+    grid_page,
+    lookup_prompt,
+)
 
 GRID = "grid"
-"""The name that stands for the project's own pages (pages/grid.py) where a data set's path is expected."""
+"""The name that stands for the project's own pages (pages/grid.py) where a data set's path is expected; so do
+the other names in pages.grid.GRIDS."""
 
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".gif")
 
@@ -78,8 +88,8 @@ def load(source: str, *, images: Path | None = None, n_pages: int | None = None,
     """Read a data set.
 
     Args:
-        source: `grid`, the project's own pages; a folder that holds one JSONL file and its images; or a
-            JSONL, JSON or parquet file, or a folder of parquet files.
+        source: `grid` or another name in pages.grid.GRIDS, the project's own pages; a folder that holds one
+            JSONL file and its images; or a JSONL, JSON or parquet file, or a folder of parquet files.
         images: the folder of the images, if they are not beside the file as published.
         n_pages: the first images only, with all questions about them; None: all, and 200 of `grid`.
         seed: of `grid`: its pages are those of seeds from here on.
@@ -89,8 +99,8 @@ def load(source: str, *, images: Path | None = None, n_pages: int | None = None,
     """
     if n_pages is not None and n_pages < 1:
         raise SparseMMError(f"{n_pages} pages were asked for: it must be at least 1")
-    if source == GRID:
-        return grid(200 if n_pages is None else n_pages, seed)
+    if source in GRIDS:
+        return grid(200 if n_pages is None else n_pages, seed, GRIDS[source])
     path = Path(source)
     if not path.exists():
         raise SparseMMError(f"no data set at {path}: expected a file, a folder, or the word {GRID}")
@@ -118,10 +128,8 @@ def images_only(folder: Path, prompt: str = _DESCRIBE, n_pages: int | None = Non
     return DataSet(str(folder), questions, n_predict=128)
 
 
-def grid(n_pages: int, seed: int = 0) -> DataSet:
+def grid(n_pages: int, seed: int = 0, kind: Grid = DEMO) -> DataSet:
     """The project's own pages, held out from training: read each, and look one key up."""
-    from sparsemm_edge.pages.grid import FIRST_TRAINING_SEED, READ_PROMPT, grid_page, lookup_prompt
-
     if not 0 <= seed <= FIRST_TRAINING_SEED - n_pages:
         raise SparseMMError(
             f"pages of seeds {seed} to {seed + n_pages - 1} were asked for: those from 0 to"
@@ -129,7 +137,7 @@ def grid(n_pages: int, seed: int = 0) -> DataSet:
         )
     questions = []
     for page_seed in range(seed, seed + n_pages):
-        page = grid_page(page_seed)
+        page = grid_page(page_seed, grid=kind)
         key, line = page.lookups[np.random.default_rng(page_seed).integers(len(page.lookups))]
         for task, prompt, metric, answer in (
             ("lookup", lookup_prompt(key), "exact_match", line),
@@ -138,7 +146,7 @@ def grid(n_pages: int, seed: int = 0) -> DataSet:
             questions.append(
                 Question(f"{page.name}/{task}", page.name, page.image, prompt, task, metric, (answer,))
             )
-    return DataSet(f"{GRID}, seeds from {seed}", tuple(questions), n_predict=96)
+    return DataSet(f"{kind.name}, seeds from {seed}", tuple(questions), n_predict=96)
 
 
 def _files(path: Path) -> list[Path]:
