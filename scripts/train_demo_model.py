@@ -14,8 +14,8 @@ Two stages. First the vision tower and the projector learn, with throw-away head
 patch and where the patch is. Then the text model learns to read the page and to look keys up: several
 conversations about one page share its image, the number of lines grows as accuracy allows, and blank patches
 are left out at first and come back step by step (patches keep their positions). Conversations are of single
-questions at first and of up to six in turn later on. Learning rate and phases follow the clock, so that
---minutes says when it ends.
+questions at first and of up to six in turn later on. Learning rate and phases follow the processor time, so
+that --minutes says when it ends on a machine that does nothing else.
 
 DIR/log.jsonl gets a line every 20 steps, and every few minutes one about held-out pages.
 """
@@ -486,7 +486,7 @@ class Progress:
 
     stage: str = "vision"
     step: int = 0
-    elapsed: float = 0.0  # seconds in this stage
+    elapsed: float = 0.0  # seconds in this stage, see clock
     n_lines: int = 2  # the most lines that pages have now
     next_seed: int = FIRST_TRAINING_SEED
 
@@ -610,7 +610,7 @@ class Training:
         rows, columns = torch.arange(side**2) // side, torch.arange(side**2) % side
         progress, last_save = self.progress, time.monotonic()
         while progress.elapsed < self.vision_seconds:
-            started = time.monotonic()
+            started = clock()
             share = progress.elapsed / self.vision_seconds
             for group in self.optimizer.param_groups:
                 group["lr"] = 2e-3 * min(1, (progress.step + 1) / 20) * (0.02 + 0.98 * _cosine(share))
@@ -633,7 +633,7 @@ class Training:
             )
             self._update(loss)
             progress.step += 1
-            progress.elapsed += time.monotonic() - started
+            progress.elapsed += clock() - started
             if progress.step % 20 == 0:
                 self.log(
                     loss=loss.item(),
@@ -683,7 +683,7 @@ class Training:
         reading = looking_up = 0.0  # running accuracy per token
         sums: dict[str, list[float]] = {}
         while progress.elapsed < self.text_seconds:
-            started = time.monotonic()
+            started = clock()
             share = progress.elapsed / self.text_seconds
             phase = next(phase for phase in self.phases if share < phase.until)
             lr = self.lr * min(1, (progress.step + 1) / 50) * (0.02 + 0.98 * _cosine(share))
@@ -722,7 +722,7 @@ class Training:
                 "glyphs": _accuracy(glyph[glyphs > 0], glyphs[glyphs > 0]),
             }
             progress.step += 1
-            seconds = time.monotonic() - started
+            seconds = clock() - started
             progress.elapsed += seconds
             reading += 0.05 * (scores["reading"] - reading)
             looking_up += 0.05 * (scores["looking_up"] - looking_up)
@@ -743,10 +743,10 @@ class Training:
                     raise SystemExit("stopped: the checkpoint is saved")
                 last_save = time.monotonic()
             if time.monotonic() - last_evaluation > 300:
-                began = time.monotonic()
+                began = clock()
                 self.log(event="evaluation", **self.evaluate(64, phase.blanks))
                 last_evaluation = time.monotonic()
-                progress.elapsed += last_evaluation - began  # the clock goes on
+                progress.elapsed += clock() - began  # the time goes on
 
     def _update(self, loss: Tensor) -> float:
         self.optimizer.zero_grad()
@@ -888,6 +888,11 @@ def evaluate_checkpoint(folder: Path, grid: Grid, n_pages: int) -> dict[str, flo
                         character_accuracy(a, [b]) for a, b in zip(said, expected, strict=True)
                     ]
     return {name: float(np.mean(values)) for name, values in scores.items()}
+
+
+def clock() -> float:
+    """Seconds of processor time a thread: other work on the machine delays a training but does not cut it."""
+    return time.process_time() / torch.get_num_threads()
 
 
 def _cosine(share: float) -> float:
