@@ -1,20 +1,23 @@
 #!/usr/bin/env python3
 """Train the demo model: a tiny LLaVA, from nothing, that reads the pages of sparsemm_edge/pages/grid.py.
 
-    train_demo_model.py train --out DIR --minutes 85     train, or go on from DIR/checkpoint.pt
-    train_demo_model.py export --out DIR HF_DIR          write the checkpoint's model as models/demo holds it
-    train_demo_model.py evaluate HF_DIR                  read held-out pages with it, in PyTorch
+    train_demo_model.py train --out DIR --minutes 85            train, or go on from DIR/checkpoint.pt
+    train_demo_model.py train --from HF_DIR --out DIR --lr 3e-4 --minutes 40    train a model on
+    train_demo_model.py export --out DIR HF_DIR         write the checkpoint's model as models/demo holds it
+    train_demo_model.py evaluate HF_DIR                 ask it about held-out pages, in PyTorch
 
-The same through llama.cpp: sparsemm-edge eval --data grid --policies full.
+The same through llama.cpp, first questions only: sparsemm-edge eval --data grid --policies full.
+
+Options before the command choose another model and other pages; models/demo/README.md has an example.
 
 Two stages. First the vision tower and the projector learn, with throw-away heads, which character is in a
 patch and where the patch is. Then the text model learns to read the page and to look keys up: several
-questions about one page share its image, the number of lines grows as accuracy allows, and blank patches are
-left out at first and come back step by step (patches keep their positions). Learning rate and phases follow
-the clock, so that --minutes says when it ends.
+conversations about one page share its image, the number of lines grows as accuracy allows, and blank patches
+are left out at first and come back step by step (patches keep their positions). Conversations are of single
+questions at first and of up to six in turn later on. Learning rate and phases follow the processor time, so
+that --minutes says when it ends on a machine that does nothing else.
 
-DIR/log.jsonl gets a line every 20 steps, and every few minutes one with both tasks done by greedy decoding
-on held-out pages.
+DIR/log.jsonl gets a line every 20 steps, and every few minutes one about held-out pages.
 """
 
 from __future__ import annotations
@@ -41,7 +44,6 @@ from demo_tokenizer import (
     IMAGE,
     PAD,
     VOCAB,
-    decode,
     encode,
     patch_tokenizer_config,
     save_tokenizer,
@@ -61,13 +63,12 @@ from sparsemm_edge.pages.grid import (
     CELL,
     DIGITS,
     FIRST_TRAINING_SEED,
-    GRID,
+    GRIDS,
     LETTERS,
     LOOKUP_PROMPTS,
-    N_LINES,
     READ_PROMPT,
     READ_PROMPTS,
-    SIZE,
+    Grid,
     GridPage,
     Line,
     draw_lines,
@@ -76,35 +77,49 @@ from sparsemm_edge.pages.grid import (
 )
 
 GLYPHS = LETTERS + DIGITS
-N_PATCHES = GRID * GRID
 PREFIX = [BOS, *encode("USER: ")]  # before the image
 
 
-def suffix(question: str) -> list[int]:
-    """What stands between the image and the answer."""
-    return encode(f"\n{question} ASSISTANT:")
+def question_tokens(question: str, first: bool) -> list[int]:
+    """What stands before an answer: behind the image, or behind the EOS of the answer before."""
+    return encode(f"\n{question} ASSISTANT:" if first else f"USER: {question} ASSISTANT:")
 
 
 # --- model --------------------------------------------------------------------------------------------
 
 
-def make_config(n_head: int) -> LlavaConfig:
+@dataclass(frozen=True)
+class Shape:
+    """What is chosen of the model; the rest is the demo model's.
+
+    Attributes:
+        grid: the pages it reads.
+        n_layer, n_head, width: of the text model.
+    """
+
+    grid: Grid
+    n_layer: int
+    n_head: int
+    width: int
+
+
+def make_config(shape: Shape) -> LlavaConfig:
     return LlavaConfig(
         vision_config=CLIPVisionConfig(
             hidden_size=128,
             intermediate_size=512,
             num_hidden_layers=4,
             num_attention_heads=4,
-            image_size=SIZE,
+            image_size=shape.grid.size,
             patch_size=CELL,
         ),
         text_config=LlamaConfig(
             vocab_size=len(VOCAB),
-            hidden_size=256,
-            intermediate_size=512,
-            num_hidden_layers=6,
-            num_attention_heads=n_head,
-            num_key_value_heads=n_head,
+            hidden_size=shape.width,
+            intermediate_size=2 * shape.width,
+            num_hidden_layers=shape.n_layer,
+            num_attention_heads=shape.n_head,
+            num_key_value_heads=shape.n_head,
             head_dim=32,
             max_position_embeddings=2048,
             # with the usual 10000, most of a head's 16 pairs turn by radians over a page
@@ -117,7 +132,7 @@ def make_config(n_head: int) -> LlavaConfig:
             architectures=["LlamaForCausalLM"],
         ),
         image_token_index=IMAGE,
-        image_seq_length=N_PATCHES,
+        image_seq_length=shape.grid.side**2,
         vision_feature_layer=-2,
         vision_feature_select_strategy="default",
     )
@@ -128,7 +143,7 @@ def make_model(config: LlavaConfig, seed: int) -> LlavaForConditionalGeneration:
     model = LlavaForConditionalGeneration(config)
     with torch.no_grad():
         table = model.model.vision_tower.embeddings.position_embedding.weight
-        table[1:] = _sine_table(table.shape[1])
+        table[1:] = _sine_table(table.shape[1], config.vision_config.image_size // CELL)
         for layer in model.model.language_model.layers:
             attention, mlp = layer.self_attn, layer.mlp
             for linear in (attention.q_proj, attention.k_proj, attention.v_proj, mlp.gate_proj, mlp.up_proj):
@@ -144,21 +159,21 @@ def make_model(config: LlavaConfig, seed: int) -> LlavaForConditionalGeneration:
     return model
 
 
-def _sine_table(width: int) -> Tensor:
-    """A start for CLIP's learned positions: sines of row and column, [N_PATCHES, width]."""
-    frequency = math.pi * 2.0 ** (-torch.arange(width // 4) / (width // 4) * math.log2(2 * GRID))
-    angle = torch.arange(GRID)[:, None] * frequency
-    wave = torch.cat([angle.sin(), angle.cos()], 1)  # [GRID, width / 2]
-    rows = wave[:, None].expand(-1, GRID, -1)
-    columns = wave[None].expand(GRID, -1, -1)
-    return torch.cat([rows, columns], 2).reshape(N_PATCHES, width) * 0.5
+def _sine_table(width: int, side: int) -> Tensor:
+    """A start for CLIP's learned positions: sines of row and column, [side * side, width]."""
+    frequency = math.pi * 2.0 ** (-torch.arange(width // 4) / (width // 4) * math.log2(2 * side))
+    angle = torch.arange(side)[:, None] * frequency
+    wave = torch.cat([angle.sin(), angle.cos()], 1)  # [side, width / 2]
+    rows = wave[:, None].expand(-1, side, -1)
+    columns = wave[None].expand(side, -1, -1)
+    return torch.cat([rows, columns], 2).reshape(side * side, width) * 0.5
 
 
 def image_features(model: LlavaForConditionalGeneration, pixels: Tensor, shown: Tensor) -> Tensor:
     """Projected features of some patches of uint8 pages, as if the pages had no others.
 
     Args:
-        pixels: [n, SIZE, SIZE, 3].
+        pixels: [n, size, size, 3].
         shown: the patches, [n, n_shown].
 
     Returns:
@@ -167,8 +182,8 @@ def image_features(model: LlavaForConditionalGeneration, pixels: Tensor, shown: 
     vision = model.model.vision_tower
     mean = torch.tensor([0.48145466, 0.4578275, 0.40821073])
     std = torch.tensor([0.26862954, 0.26130258, 0.27577711])
-    n = len(shown)
-    patches = pixels.view(n, GRID, CELL, GRID, CELL, 3).transpose(2, 3).reshape(n, N_PATCHES, -1)
+    n, side = len(shown), pixels.shape[1] // CELL
+    patches = pixels.view(n, side, CELL, side, CELL, 3).transpose(2, 3).reshape(n, side * side, -1)
     patches = _take(patches, shown).unflatten(2, (-1, 3))
     kernel = vision.embeddings.patch_embedding.weight.permute(0, 2, 3, 1).flatten(1)
     x = F.linear(((patches / 255 - mean) / std).flatten(2), kernel).float()
@@ -215,7 +230,7 @@ class TextRunner:
     """The text model's layers over the image's context and over what follows it.
 
     The same parameters as model.language_model, run so that training is cheap: what follows the image may
-    hold several questions that do not see one another, and the last layer computes them only.
+    hold several conversations that do not see one another, and the last layer computes them only.
     """
 
     def __init__(self, model: LlavaForConditionalGeneration) -> None:
@@ -230,7 +245,7 @@ class TextRunner:
     def train_logits(
         self, context: Tensor, context_pos: Tensor, tail: Tensor, tail_pos: Tensor, segment: Tensor
     ) -> Tensor:
-        """Logits [n, n_tail, vocab] of questions and answers behind an image.
+        """Logits [n, n_tail, vocab] of conversations behind an image.
 
         Args:
             context: embeddings of prefix and image, [n, n_context, width].
@@ -253,19 +268,6 @@ class TextRunner:
                 o = torch.cat([own, o], 2)
             x = self._finish(layer, x, o)
         return self.lm_head(self._norm(self.text.norm, x)).float()
-
-    def step(self, x: Tensor, positions: Tensor, cache: list[Any]) -> Tensor:
-        """Append embeddings [n, len, width] to the cache (a list, empty at first); logits of the last."""
-        rope = _rope(positions, self.theta)
-        causal = not cache
-        for il, layer in enumerate(self.text.layers):
-            q, k, v = self._qkv(layer, x, rope)
-            if causal:
-                cache.append((k, v))
-            else:
-                cache[il] = k, v = torch.cat([cache[il][0], k], 2), torch.cat([cache[il][1], v], 2)
-            x = self._finish(layer, x, _attend(q, k, v, causal=causal))
-        return self.lm_head(self._norm(self.text.norm, x[:, -1])).float()
 
     def _norm(self, norm: nn.Module, x: Tensor) -> Tensor:
         return F.rms_norm(x, x.shape[-1:], norm.weight, self.eps)
@@ -293,63 +295,106 @@ def page_pixels(page: GridPage) -> Tensor:
     return torch.as_tensor(np.array(page.image))
 
 
+def n_patches(page: GridPage) -> int:
+    return (page.image.width // CELL) ** 2
+
+
 def glyph_patches(page: GridPage) -> list[int]:
     """The patches with a glyph, in reading order."""
-    return [int(c.box[1] // CELL * GRID + c.box[0] // CELL) for c in page.chunks]
+    side = page.image.width // CELL
+    return [int(c.box[1] // CELL * side + c.box[0] // CELL) for c in page.chunks]
 
 
 def glyph_labels(pages: list[GridPage]) -> Tensor:
-    """What is in the patches: 0 a blank, 1 + i the glyph GLYPHS[i]; [n, N_PATCHES]."""
-    labels = torch.zeros(len(pages), N_PATCHES, dtype=torch.long)
+    """What is in the patches: 0 a blank, 1 + i the glyph GLYPHS[i]; [n, n_patches]."""
+    labels = torch.zeros(len(pages), n_patches(pages[0]), dtype=torch.long)
     for label, page in zip(labels, pages, strict=True):
         label[glyph_patches(page)] = torch.tensor([1 + GLYPHS.index(chunk.text) for chunk in page.chunks])
     return labels
 
 
-def choose_patches(glyphs: list[list[int]], blanks: float, rng: np.random.Generator) -> Tensor:
+def choose_patches(glyphs: list[list[int]], n_all: int, blanks: float, rng: np.random.Generator) -> Tensor:
     """Patches to show, ascending: glyphs and a share of the blanks, as many on every page: [n, n_shown]."""
     if blanks >= 1:
-        return torch.arange(N_PATCHES).expand(len(glyphs), -1)
+        return torch.arange(n_all).expand(len(glyphs), -1)
     n_glyphs = max(map(len, glyphs))
-    n = n_glyphs + round(blanks * (N_PATCHES - n_glyphs))
+    n = n_glyphs + round(blanks * (n_all - n_glyphs))
     shown = []
     for own in glyphs:
-        rest = np.setdiff1d(np.arange(N_PATCHES), own)
+        rest = np.setdiff1d(np.arange(n_all), own)
         shown.append(np.sort([*own, *rng.choice(rest, n - len(own), replace=False)]))
     return torch.as_tensor(np.array(shown, dtype=np.int64))
 
 
+Conversation = list[tuple[str, str]]  # questions, each with its answer
+
+
 @dataclass
 class Tail:
-    """Questions and answers behind the images, all [n, n_tail]; targets are -100 where nothing is asked."""
+    """Conversations behind the images, all [n, n_tail].
+
+    Attributes:
+        tokens, positions: what is said.
+        segment: number of the conversation, -1 behind the last one.
+        turn: number of the question within it.
+        targets: the token to say next, -100 where the model is not the one who speaks.
+        reading: whether the whole page is asked for.
+    """
 
     tokens: Tensor
     positions: Tensor
     segment: Tensor
+    turn: Tensor
     targets: Tensor
+    reading: Tensor
 
 
-def make_tail(pages: list[GridPage], n_lookups: int, rng: np.random.Generator) -> Tail:
+def make_tail(conversations: list[list[Conversation]], n_image: int) -> Tail:
+    """The conversations of every page as tensors; n_image: patches of the image before them."""
     rows = []
-    for page in pages:
-        asked = [(READ_PROMPTS[int(rng.random() < 0.25)], page.text)]
-        for i in rng.permutation(len(page.lookups))[:n_lookups]:
-            key, answer = page.lookups[i]
-            asked.append((LOOKUP_PROMPTS[int(rng.random() < 0.25)].format(key), answer))
-        row: list[tuple[int, int, int, int]] = []
-        for number, (question, answer) in enumerate(asked):
-            before, after = suffix(question), [*encode(answer), EOS]
-            tokens = before + after
-            targets = [-100] * (len(before) - 1) + after
-            first = len(PREFIX) + N_PATCHES
-            row += [
-                (token, first + i, number, target)
-                for i, (token, target) in enumerate(zip(tokens[:-1], targets, strict=True))
-            ]
+    for own in conversations:
+        row: list[tuple[int, int, int, int, int, int]] = []
+        for segment, conversation in enumerate(own):
+            position = len(PREFIX) + n_image
+            for turn, (question, answer) in enumerate(conversation):
+                before, after = question_tokens(question, turn == 0), [*encode(answer), EOS]
+                tokens = before + after
+                targets = [-100] * (len(before) - 1) + [*after, -100]
+                reading = int(question in READ_PROMPTS)
+                row += [
+                    (token, position + i, segment, turn, target, reading)
+                    for i, (token, target) in enumerate(zip(tokens, targets, strict=True))
+                ]
+                position += len(tokens)
+            row.pop()  # nothing follows the last EOS
         rows.append(row)
     n = max(map(len, rows))
-    padded = [row + [(EOS, 0, -1, -100)] * (n - len(row)) for row in rows]
-    return Tail(*torch.tensor(padded).unbind(2))
+    padded = [row + [(EOS, 0, -1, 0, -100, 0)] * (n - len(row)) for row in rows]
+    tail = torch.tensor(padded)
+    return Tail(*tail[..., :5].unbind(2), tail[..., 5] > 0)
+
+
+def draw_conversations(
+    page: GridPage, n_lookups: int, most_turns: int, rng: np.random.Generator
+) -> list[Conversation]:
+    """One reading and several look-ups in any order, dealt out to conversations of 1 to most_turns questions.
+
+    With turns, up to two keys more are looked up than the page has, so that some are asked for again.
+    """
+    keys = rng.permutation(len(page.lookups))
+    if most_turns > 1:
+        keys = np.concatenate([keys, rng.integers(0, len(keys), 2)])
+    asked = [(READ_PROMPTS[int(rng.random() < 0.25)], page.text)]
+    for i in keys[:n_lookups]:
+        key, answer = page.lookups[i]
+        asked.append((LOOKUP_PROMPTS[int(rng.random() < 0.25)].format(key), answer))
+    asked = [asked[i] for i in rng.permutation(len(asked))]
+    conversations = []
+    while asked:
+        n = int(rng.integers(1, most_turns + 1))
+        conversations.append(asked[:n])
+        asked = asked[n:]
+    return conversations
 
 
 def context_of(runner: TextRunner, features: Tensor, shown: Tensor) -> tuple[Tensor, Tensor]:
@@ -361,30 +406,47 @@ def context_of(runner: TextRunner, features: Tensor, shown: Tensor) -> tuple[Ten
     return context, positions
 
 
-def dense_pages(n: int, density: float, rng: np.random.Generator) -> tuple[Tensor, Tensor, Tensor]:
+def dense_pages(
+    n: int, density: float, grid: Grid, rng: np.random.Generator
+) -> tuple[Tensor, Tensor, Tensor]:
     """Pages with many more glyphs than a page has, for the vision tower.
 
     Args:
         n: how many pages.
+        grid: the kind of pages.
         density: share of the rows that hold a line.
         rng: what chooses.
 
     Returns:
-        The pages [n, SIZE, SIZE, 3], the patches to show [n, n_shown] and their labels [n, n_shown].
+        The pages [n, size, size, 3], the patches to show [n, n_shown] and their labels [n, n_shown].
     """
-    pixels, labels = [], torch.zeros(n, N_PATCHES, dtype=torch.long)
+    pixels, labels = [], torch.zeros(n, grid.side**2, dtype=torch.long)
     for label in labels:
         lines = []
-        for row in range(GRID):
+        for row in range(grid.side):
             if rng.random() < density:
-                length = int(rng.integers(4, GRID + 1))
+                length = int(rng.integers(4, grid.side + 1))
                 text = "".join(rng.choice([*GLYPHS, *" " * 12], length))
-                lines.append(Line(row, int(rng.integers(0, GRID - length + 1)), text))
-                first = row * GRID + lines[-1].column
+                lines.append(Line(row, int(rng.integers(0, grid.side - length + 1)), text))
+                first = row * grid.side + lines[-1].column
                 label[first : first + length] = torch.tensor([1 + GLYPHS.find(char) for char in text])
-        pixels.append(torch.as_tensor(draw_lines(rng, lines)))
-    shown = choose_patches([label.nonzero()[:, 0].tolist() for label in labels], 0.03, rng)
+        pixels.append(torch.as_tensor(draw_lines(rng, lines, grid)))
+    glyphs = [label.nonzero()[:, 0].tolist() for label in labels]
+    shown = choose_patches(glyphs, grid.side**2, 0.03, rng)
     return torch.stack(pixels), shown, labels.gather(1, shown)
+
+
+def test_conversations(page: GridPage, number: int) -> dict[str, Conversation]:
+    """What a held-out page is asked; `number` chooses the keys."""
+    read = (READ_PROMPT, page.text)
+    keys = [page.lookups[(number + i) % len(page.lookups)] for i in range(4)]
+    lookups = [(lookup_prompt(key), answer) for key, answer in keys]
+    return {
+        "read": [read],
+        "look up": lookups,
+        "read, look up": [read, *lookups[:2]],
+        "look up, read": [*lookups[:2], read],
+    }
 
 
 # --- training -----------------------------------------------------------------------------------------
@@ -399,20 +461,23 @@ class Phase:
         blanks: share of the blank patches that are shown.
         batch: pages a step.
         n_lookups: look-ups a page.
+        most_turns: the most questions in a conversation.
     """
 
     until: float
     blanks: float
     batch: int
     n_lookups: int
+    most_turns: int
 
 
 PHASES = (
-    Phase(0.20, 0.0, 24, 4),
-    Phase(0.45, 0.1, 24, 5),
-    Phase(0.72, 0.3, 20, 6),
-    Phase(1.01, 1.0, 16, 8),
+    Phase(0.20, 0.0, 24, 4, 1),
+    Phase(0.45, 0.1, 24, 5, 6),
+    Phase(0.72, 0.3, 20, 6, 6),
+    Phase(1.01, 1.0, 16, 8, 6),
 )
+MORE_PHASES = (Phase(0.35, 0.15, 16, 8, 6), Phase(1.01, 1.0, 16, 8, 6))  # of a model trained on
 
 
 @dataclass
@@ -421,8 +486,8 @@ class Progress:
 
     stage: str = "vision"
     step: int = 0
-    elapsed: float = 0.0  # seconds in this stage
-    n_lines: int = N_LINES[0]  # the most lines that pages have now
+    elapsed: float = 0.0  # seconds in this stage, see clock
+    n_lines: int = 2  # the most lines that pages have now
     next_seed: int = FIRST_TRAINING_SEED
 
 
@@ -432,17 +497,23 @@ class Training:
         self.out.mkdir(parents=True, exist_ok=True)
         self.seed: int = arguments.seed
         self.lr: float = arguments.lr
-        self.vision_seconds: float = arguments.vision_minutes * 60
-        self.text_seconds: float = (arguments.minutes - arguments.vision_minutes) * 60
+        self.vision_seconds: float = 0.0 if arguments.start is not None else arguments.vision_minutes * 60
+        self.text_seconds: float = arguments.minutes * 60 - self.vision_seconds
         self.bf16 = bf16_is_faster()
-        self.model = make_model(make_config(arguments.heads), self.seed)
+        shape = shape_of(arguments)
+        self.grid = shape.grid
+        self.model = make_model(make_config(shape), self.seed)
         self.runner = TextRunner(self.model)
         self.progress = Progress()
-        self.heads = nn.ModuleList([nn.Linear(256, n) for n in (1 + len(GLYPHS), GRID, GRID, N_LINES[1])])
+        self.phases = PHASES
+        classes = (1 + len(GLYPHS), self.grid.side, self.grid.side, self.grid.n_lines[1])
+        self.heads = nn.ModuleList([nn.Linear(shape.width, n) for n in classes])
         self.optimizer = self._vision_optimizer()
         self.checkpoint = self.out / "checkpoint.pt"
         self.stopped = False
         signal.signal(signal.SIGTERM, self._stop)
+        if arguments.start is not None:
+            self._start_from(arguments.start)
         if self.checkpoint.exists():
             self._load()
         self.log(
@@ -452,6 +523,26 @@ class Training:
             parameters=sum(p.numel() for p in self.model.parameters()),
             arguments={key: str(value) for key, value in vars(arguments).items()},
         )
+
+    @torch.no_grad()
+    def _start_from(self, folder: Path) -> None:
+        """Take a trained model, and make the side task's head, which it has not, by discriminant analysis."""
+        self.model.load_state_dict(LlavaForConditionalGeneration.from_pretrained(folder).float().state_dict())
+        self.phases = MORE_PHASES
+        self.progress = Progress(
+            "text", n_lines=self.grid.n_lines[1], next_seed=FIRST_TRAINING_SEED * (2 + self.seed)
+        )
+        self.optimizer = self._text_optimizer()
+        rng = self._rng()
+        pixels, shown, glyphs = dense_pages(200, 0.5, self.grid, rng)
+        features = image_features(self.model, pixels, shown).flatten(0, 1)
+        glyphs = glyphs.flatten()
+        means = torch.stack([features[glyphs == i].mean(0) for i in range(1 + len(GLYPHS))])
+        within = (features - means[glyphs]).T.cov()
+        within += 0.1 * within.diagonal().mean() * torch.eye(len(within))
+        weight = torch.linalg.solve(within, means.T).T
+        self.heads[0].weight.copy_(weight)
+        self.heads[0].bias.copy_(-0.5 * (weight * means).sum(1))
 
     def run(self) -> None:
         if self.progress.stage == "vision":
@@ -480,9 +571,13 @@ class Training:
         first, self.progress.next_seed = self.progress.next_seed, self.progress.next_seed + n
         rng = np.random.default_rng(first)
         if n_lines is None:
-            return [grid_page(first + i) for i in range(n)]
-        least = max(N_LINES[0], n_lines - 3)
-        return [grid_page(first + i, int(rng.integers(least, n_lines + 1))) for i in range(n)]
+            return [grid_page(first + i, grid=self.grid) for i in range(n)]
+        least = max(self.grid.n_lines[0], n_lines - 3)
+        return [grid_page(first + i, int(rng.integers(least, n_lines + 1)), self.grid) for i in range(n)]
+
+    def _shown(self, pages: list[GridPage], blanks: float, rng: np.random.Generator) -> Tensor:
+        """The patches to show of pages: their glyphs and a share of the blanks, [n, n_shown]."""
+        return choose_patches([glyph_patches(page) for page in pages], self.grid.side**2, blanks, rng)
 
     def _rng(self) -> np.random.Generator:
         """Chance that hangs on how far the training is."""
@@ -496,31 +591,31 @@ class Training:
         return torch.optim.AdamW(parameters, lr=2e-3, betas=(0.9, 0.98), weight_decay=0.05, fused=True)
 
     def _vision_batch(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Pages of lines [n, SIZE, SIZE, 3]; the patches to show, [n, n_shown]; of each its glyph (0: blank),
+        """Pages of lines [n, size, size, 3]; the patches to show, [n, n_shown]; of each its glyph (0: blank),
         [n, n_shown]; and of glyphs their line, else -100, [n, n_shown]."""
         pages = self._pages(24, None)
-        lines = torch.full((len(pages), N_PATCHES), -100)
+        lines = torch.full((len(pages), self.grid.side**2), -100)
         for row, page in zip(lines, pages, strict=True):
             numbers = [i for i, (_, line) in enumerate(page.lookups) for char in line if char != " "]
             row[glyph_patches(page)] = torch.tensor(numbers)
         rng = self._rng()
         blanks = float(rng.choice([0.0, 0.03, 0.1]))
-        shown = choose_patches([glyph_patches(page) for page in pages], blanks, rng)
+        shown = self._shown(pages, blanks, rng)
         pixels = torch.stack([page_pixels(page) for page in pages])
         return pixels, shown, glyph_labels(pages).gather(1, shown), lines.gather(1, shown)
 
     def _learn_to_see(self) -> None:
         """Character, row and column of every patch, and of glyphs the number of their line."""
-        rows = torch.arange(N_PATCHES) // GRID
-        columns = torch.arange(N_PATCHES) % GRID
+        side = self.grid.side
+        rows, columns = torch.arange(side**2) // side, torch.arange(side**2) % side
         progress, last_save = self.progress, time.monotonic()
         while progress.elapsed < self.vision_seconds:
-            started = time.monotonic()
+            started = clock()
             share = progress.elapsed / self.vision_seconds
             for group in self.optimizer.param_groups:
                 group["lr"] = 2e-3 * min(1, (progress.step + 1) / 20) * (0.02 + 0.98 * _cosine(share))
             pixels, shown, glyphs, lines = self._vision_batch()
-            pixels_dense, shown_dense, glyphs_dense = dense_pages(24, 0.25, self._rng())
+            pixels_dense, shown_dense, glyphs_dense = dense_pages(24, 0.25, self.grid, self._rng())
             with self._autocast():
                 features = image_features(self.model, pixels, shown)
                 line = self.heads[3](features).float().flatten(0, 1)
@@ -538,7 +633,7 @@ class Training:
             )
             self._update(loss)
             progress.step += 1
-            progress.elapsed += time.monotonic() - started
+            progress.elapsed += clock() - started
             if progress.step % 20 == 0:
                 self.log(
                     loss=loss.item(),
@@ -588,16 +683,20 @@ class Training:
         reading = looking_up = 0.0  # running accuracy per token
         sums: dict[str, list[float]] = {}
         while progress.elapsed < self.text_seconds:
-            started = time.monotonic()
+            started = clock()
             share = progress.elapsed / self.text_seconds
-            phase = next(phase for phase in PHASES if share < phase.until)
+            phase = next(phase for phase in self.phases if share < phase.until)
             lr = self.lr * min(1, (progress.step + 1) / 50) * (0.02 + 0.98 * _cosine(share))
             for group in self.optimizer.param_groups:
                 group["lr"] = lr
-            pages = self._pages(phase.batch, None if progress.n_lines == N_LINES[1] else progress.n_lines)
+            most_lines = self.grid.n_lines[1]
+            pages = self._pages(phase.batch, None if progress.n_lines == most_lines else progress.n_lines)
             rng = self._rng()
-            tail = make_tail(pages, phase.n_lookups, rng)
-            shown = choose_patches([glyph_patches(page) for page in pages], phase.blanks, rng)
+            tail = make_tail(
+                [draw_conversations(page, phase.n_lookups, phase.most_turns, rng) for page in pages],
+                self.grid.side**2,
+            )
+            shown = self._shown(pages, phase.blanks, rng)
             with self._autocast():
                 pixels = torch.stack([page_pixels(page) for page in pages])
                 features = image_features(self.model, pixels, shown)
@@ -606,7 +705,7 @@ class Training:
                     context, positions, self.runner.embed(tail.tokens), tail.positions, tail.segment
                 )
                 # the vision tower goes on learning what a glyph is, on pages that are full of them
-                pixels, shown_dense, glyphs_dense = dense_pages(24, 0.5, rng)
+                pixels, shown_dense, glyphs_dense = dense_pages(24, 0.5, self.grid, rng)
                 dense = image_features(self.model, pixels, shown_dense)
                 glyph = self.heads[0](torch.cat([features.flatten(0, 1), dense.flatten(0, 1)])).float()
             asked = tail.targets >= 0
@@ -615,20 +714,19 @@ class Training:
             loss = loss + 0.5 * F.cross_entropy(glyph, glyphs)
             norm = self._update(loss)
             right = logits.argmax(2) == tail.targets
-            first = asked & (tail.segment == 0)
             scores = {
                 "loss": loss.item(),
-                "reading": right[first].float().mean().item(),
-                "looking_up": right[asked & (tail.segment > 0)].float().mean().item(),
+                "reading": right[asked & tail.reading].float().mean().item(),
+                "looking_up": right[asked & ~tail.reading].float().mean().item(),
                 "norm": norm,
                 "glyphs": _accuracy(glyph[glyphs > 0], glyphs[glyphs > 0]),
             }
             progress.step += 1
-            seconds = time.monotonic() - started
+            seconds = clock() - started
             progress.elapsed += seconds
             reading += 0.05 * (scores["reading"] - reading)
             looking_up += 0.05 * (scores["looking_up"] - looking_up)
-            if min(reading, looking_up) > 0.8 and progress.n_lines < N_LINES[1]:
+            if min(reading, looking_up) > 0.8 and progress.n_lines < most_lines:
                 progress.n_lines += 1
                 reading = looking_up = 0.7
             for key, value in {**scores, "seconds": seconds}.items():
@@ -644,11 +742,11 @@ class Training:
                 if self.stopped:
                     raise SystemExit("stopped: the checkpoint is saved")
                 last_save = time.monotonic()
-            if time.monotonic() - last_evaluation > 200:
-                began = time.monotonic()
-                self.log(event="evaluation", **self.evaluate(32, phase.blanks))
+            if time.monotonic() - last_evaluation > 300:
+                began = clock()
+                self.log(event="evaluation", **self.evaluate(64, phase.blanks))
                 last_evaluation = time.monotonic()
-                progress.elapsed += last_evaluation - began  # the clock goes on
+                progress.elapsed += clock() - began  # the time goes on
 
     def _update(self, loss: Tensor) -> float:
         self.optimizer.zero_grad()
@@ -660,43 +758,34 @@ class Training:
 
     @torch.no_grad()
     def evaluate(self, n_pages: int, blanks: float) -> dict[str, float]:
-        """Both tasks by greedy decoding on the first held-out pages: shares of characters, pages, answers."""
-        pages = [grid_page(seed) for seed in range(n_pages)]
-        rng = np.random.default_rng(0)
-        shown = choose_patches([glyph_patches(page) for page in pages], blanks, rng)
-        with self._autocast():
-            pixels = torch.stack([page_pixels(page) for page in pages])
-            context, positions = context_of(self.runner, image_features(self.model, pixels, shown), shown)
-            read = self._answers(context, positions, [READ_PROMPT] * n_pages, 82)
-            asked = [page.lookups[seed % len(page.lookups)] for seed, page in enumerate(pages)]
-            found = self._answers(context, positions, [lookup_prompt(k) for k, _ in asked], 11)
+        """Shares of answers to the first held-out pages that are right to the last token, by place in a
+        conversation. The answers before are the true ones, so that no token needs a step of its own."""
+        right: dict[str, list[bool]] = {}
+        characters: list[float] = []
+        for first in range(0, n_pages, 16):
+            seeds = range(first, min(first + 16, n_pages))
+            pages = [grid_page(seed, grid=self.grid) for seed in seeds]
+            asked = [test_conversations(page, seed) for page, seed in zip(pages, seeds, strict=True)]
+            tail = make_tail([list(own.values()) for own in asked], self.grid.side**2)
+            shown = self._shown(pages, blanks, np.random.default_rng(first))
+            with self._autocast():
+                pixels = torch.stack([page_pixels(page) for page in pages])
+                context, positions = context_of(self.runner, image_features(self.model, pixels, shown), shown)
+                logits = self.runner.train_logits(
+                    context, positions, self.runner.embed(tail.tokens), tail.positions, tail.segment
+                )
+            hit = (logits.argmax(2) == tail.targets) | (tail.targets < 0)
+            for row, conversations in enumerate(asked):
+                read = (tail.segment[row] == 0) & (tail.targets[row] >= 0)
+                characters.append(hit[row][read].float().mean().item())
+                for number, (name, turns) in enumerate(conversations.items()):
+                    for turn in range(len(turns)):
+                        own = (tail.segment[row] == number) & (tail.turn[row] == turn)
+                        right.setdefault(f"{name} {turn + 1}", []).append(bool(hit[row][own].all()))
         return {
-            "characters": float(
-                np.mean([character_accuracy(a, [page.text]) for a, page in zip(read, pages, strict=True)])
-            ),
-            "pages": float(np.mean([a == page.text for a, page in zip(read, pages, strict=True)])),
-            "lookups": float(np.mean([a == answer for a, (_, answer) in zip(found, asked, strict=True)])),
+            "characters": round(float(np.mean(characters)), 4),
+            **{name: round(float(np.mean(values)), 4) for name, values in right.items()},
         }
-
-    def _answers(self, context: Tensor, positions: Tensor, questions: list[str], n: int) -> list[str]:
-        """Greedy answers to one question a page; the questions must have as many tokens."""
-        cache: list[Any] = []
-        suffixes = torch.tensor([suffix(question) for question in questions])
-        after = torch.arange(suffixes.shape[1]).expand(len(questions), -1) + len(PREFIX) + N_PATCHES
-        logits = self.runner.step(
-            torch.cat([context, self.runner.embed(suffixes)], 1), torch.cat([positions, after], 1), cache
-        )
-        position = after[:, -1:] + 1
-        tokens = []
-        for _ in range(n):
-            token = logits.argmax(1)
-            tokens.append(token)
-            if all((torch.stack(tokens) == EOS).any(0)):
-                break
-            logits = self.runner.step(self.runner.embed(token[:, None]), position, cache)
-            position = position + 1
-        said = torch.stack(tokens, 1).tolist()
-        return [decode(row[: row.index(EOS)] if EOS in row else row) for row in said]
 
     def _save(self) -> None:
         with atomic_path(self.checkpoint) as path:
@@ -720,19 +809,25 @@ class Training:
         self.optimizer.load_state_dict(state["optimizer"])
 
 
-def export(checkpoint: Path, folder: Path, n_head: int) -> None:
+def shape_of(arguments: argparse.Namespace) -> Shape:
+    return Shape(GRIDS[arguments.grid], arguments.layers, arguments.heads, arguments.width)
+
+
+def export(checkpoint: Path, folder: Path, shape: Shape) -> None:
     """Write the checkpoint's model as a Hugging Face folder in f16, with processor and tokenizer."""
     from transformers import CLIPImageProcessorPil, LlavaProcessor
 
-    config = make_config(n_head)
+    config = make_config(shape)
     model = make_model(config, seed=0)
     model.load_state_dict(torch.load(checkpoint, map_location="cpu")["model"])
     model.generation_config.eos_token_id = EOS
     folder.mkdir(parents=True, exist_ok=True)
     model.half().save_pretrained(folder)
-    side = {"height": SIZE, "width": SIZE}
+    size = shape.grid.size
     LlavaProcessor(
-        image_processor=CLIPImageProcessorPil(size={"shortest_edge": SIZE}, crop_size=side),
+        image_processor=CLIPImageProcessorPil(
+            size={"shortest_edge": size}, crop_size={"height": size, "width": size}
+        ),
         tokenizer=save_tokenizer(folder),
         patch_size=CELL,
         vision_feature_select_strategy=config.vision_feature_select_strategy,
@@ -756,31 +851,48 @@ def bf16_is_faster() -> bool:
     return seconds[1] < seconds[0]
 
 
-def evaluate_checkpoint(folder: Path, n_pages: int) -> dict[str, float]:
-    """Both tasks by transformers' own greedy decoding on the first held-out pages, one look-up a page."""
+def evaluate_checkpoint(folder: Path, grid: Grid, n_pages: int) -> dict[str, float]:
+    """Shares of right answers to the first held-out pages, by place in a conversation; transformers generates
+    them greedily, and its own answers stand before the next question."""
     processor = AutoProcessor.from_pretrained(folder)
+    processor.tokenizer.padding_side = "left"
     model = LlavaForConditionalGeneration.from_pretrained(folder, dtype=torch.float32).eval()
 
-    def answers(questions: list[str], pages: list[GridPage], n: int) -> list[str]:
-        messages = [
-            [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": question}]}]
-            for question in questions
-        ]
+    def answers(messages: list[list[dict[str, Any]]], pages: list[GridPage], n: int) -> list[str]:
         prompts = processor.apply_chat_template(messages, add_generation_prompt=True)
-        inputs = processor(text=prompts, images=[page.image for page in pages], return_tensors="pt")
+        inputs = processor(
+            text=prompts, images=[page.image for page in pages], padding=True, return_tensors="pt"
+        )
         said = model.generate(**inputs, max_new_tokens=n, do_sample=False)[:, inputs["input_ids"].shape[1] :]
         return list(processor.batch_decode(said, skip_special_tokens=True))
 
-    scores: dict[str, list[float]] = {"characters": [], "pages": [], "lookups": []}
+    scores: dict[str, list[float]] = {"characters": []}
     for first in range(0, n_pages, 10):
-        pages = [grid_page(seed) for seed in range(first, min(first + 10, n_pages))]
-        asked = [page.lookups[seed % len(page.lookups)] for seed, page in enumerate(pages, first)]
-        for page, said in zip(pages, answers([READ_PROMPT] * len(pages), pages, 96), strict=True):
-            scores["characters"].append(character_accuracy(said, [page.text]))
-            scores["pages"].append(said == page.text)
-        found = answers([lookup_prompt(key) for key, _ in asked], pages, 16)
-        scores["lookups"] += [said == answer for said, (_, answer) in zip(found, asked, strict=True)]
+        seeds = range(first, min(first + 10, n_pages))
+        pages = [grid_page(seed, grid=grid) for seed in seeds]
+        asked = [test_conversations(page, seed) for page, seed in zip(pages, seeds, strict=True)]
+        for name in asked[0]:
+            messages: list[list[dict[str, Any]]] = [[] for _ in pages]
+            for turn in range(len(asked[0][name])):
+                questions, expected = zip(*(own[name][turn] for own in asked), strict=True)
+                for own, question in zip(messages, questions, strict=True):
+                    image = [{"type": "image"}] if turn == 0 else []
+                    own.append({"role": "user", "content": [*image, {"type": "text", "text": question}]})
+                said = answers(messages, pages, 96 if questions[0] == READ_PROMPT else 16)
+                for own, answer in zip(messages, said, strict=True):
+                    own.append({"role": "assistant", "content": [{"type": "text", "text": answer}]})
+                right = [a == b for a, b in zip(said, expected, strict=True)]
+                scores.setdefault(f"{name} {turn + 1}", []).extend(right)
+                if name == "read":
+                    scores["characters"] += [
+                        character_accuracy(a, [b]) for a, b in zip(said, expected, strict=True)
+                    ]
     return {name: float(np.mean(values)) for name, values in scores.items()}
+
+
+def clock() -> float:
+    """Seconds of processor time a thread: other work on the machine delays a training but does not cut it."""
+    return time.process_time() / torch.get_num_threads()
 
 
 def _cosine(share: float) -> float:
@@ -793,10 +905,14 @@ def _accuracy(logits: Tensor, labels: Tensor) -> float:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("--heads", type=int, default=16, help="a layer")
+    parser.add_argument("--grid", choices=list(GRIDS), default="grid", help="the pages")
+    parser.add_argument("--layers", type=int, default=6, help="of the text model")
+    parser.add_argument("--heads", type=int, default=16, help="of the text model, a layer")
+    parser.add_argument("--width", type=int, default=256, help="of the text model")
     commands = parser.add_subparsers(dest="command", required=True)
     train = commands.add_parser("train")
     train.add_argument("--out", type=Path, required=True)
+    train.add_argument("--from", dest="start", type=Path, metavar="HF_DIR", help="train this model on")
     train.add_argument("--minutes", type=float, default=90.0, help="both stages together")
     train.add_argument("--vision-minutes", type=float, default=6.0)
     train.add_argument("--lr", type=float, default=8e-4)
@@ -810,9 +926,10 @@ def main() -> None:
     test.add_argument("--pages", type=int, default=200)
     arguments = parser.parse_args()
     if arguments.command == "export":
-        export(arguments.out / "checkpoint.pt", arguments.folder, arguments.heads)
+        export(arguments.out / "checkpoint.pt", arguments.folder, shape_of(arguments))
     elif arguments.command == "evaluate":
-        print(json.dumps(evaluate_checkpoint(arguments.folder, arguments.pages), indent=2))
+        figures = evaluate_checkpoint(arguments.folder, GRIDS[arguments.grid], arguments.pages)
+        print(json.dumps(figures, indent=2))
     else:
         torch.set_num_threads(arguments.threads)
         if torch.cuda.is_available():

@@ -2,29 +2,34 @@
 
 from __future__ import annotations
 
+import hashlib
 import sys
+import zlib
 from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
+import numpy.typing as npt
 import pytest
 
 from conftest import CommandLine
 from sparsemm_edge.demo import DemoModel, marked
 from sparsemm_edge.evaluation.metrics import character_accuracy
+from sparsemm_edge.pages import grid
 from sparsemm_edge.pages.grid import (
     CELL,
     DIGITS,
+    GRIDS,
     LETTERS,
     LOOKUP_PROMPTS,
-    N_LINES,
     READ_PROMPT,
     READ_PROMPTS,
+    Grid,
     grid_page,
     lookup_prompt,
 )
 from sparsemm_edge.ranking import held_by_top
-from sparsemm_edge.runtime import VisionModel
+from sparsemm_edge.runtime import Conversation, VisionModel
 from sparsemm_edge.runtime.prompt import ImagePart, TextPart
 from sparsemm_edge.scores import HeadScores
 
@@ -32,6 +37,8 @@ ROOT = Path(__file__).resolve().parent.parent
 CHECKPOINT = ROOT / "models" / "demo"
 SEEDS = range(500, 505)
 N_PATCHES = 576
+
+sys.path.insert(0, str(ROOT / "scripts"))
 
 
 @pytest.fixture(scope="module")
@@ -59,6 +66,35 @@ def test_it_looks_up_a_key_on_five_pages(model: VisionModel) -> None:
     assert right >= 4
 
 
+def test_four_look_ups_in_turn_are_answered(model: VisionModel) -> None:
+    right = [0, 0, 0, 0]
+    for seed in SEEDS:
+        page = grid_page(seed)
+        with Conversation(model, n_ctx=800) as conversation:
+            for turn in range(4):
+                key, answer = page.lookups[(seed + turn) % len(page.lookups)]
+                image = [page.image] if turn == 0 else []
+                right[turn] += "".join(conversation.ask(lookup_prompt(key), image, n_predict=16)) == answer
+    assert min(right) >= 4, right
+
+
+def test_it_reads_and_looks_up_in_either_order(model: VisionModel) -> None:
+    read, found = [], 0
+    for seed in SEEDS:
+        page = grid_page(seed)
+        key, answer = page.lookups[seed % len(page.lookups)]
+        for questions in ((READ_PROMPT, lookup_prompt(key)), (lookup_prompt(key), READ_PROMPT)):
+            with Conversation(model, n_ctx=800) as conversation:
+                "".join(conversation.ask(questions[0], [page.image], n_predict=96))
+                said = "".join(conversation.ask(questions[1], n_predict=96))
+            if questions[1] == READ_PROMPT:
+                read.append(character_accuracy(said, [page.text]))
+            else:
+                found += said == answer
+    assert np.mean(read) >= 0.97
+    assert found >= 4
+
+
 @pytest.mark.parametrize("question", [*READ_PROMPTS, *(form.format("KQ") for form in LOOKUP_PROMPTS), "Hé!"])
 def test_llama_cpp_and_transformers_see_the_same_tokens(model: VisionModel, question: str) -> None:
     from transformers import AutoTokenizer
@@ -79,15 +115,66 @@ def test_llama_cpp_and_transformers_see_the_same_tokens(model: VisionModel, ques
         assert len(after) <= 8, "the question must fit into a window of 8 positions"
 
 
-def test_the_training_script_writes_the_tokens_that_the_model_reads() -> None:
+def test_a_conversation_has_the_tokens_that_the_model_was_trained_on(model: VisionModel) -> None:
+    """As the runtime feeds it turn by turn, as the template writes it in one, and as training does."""
+    from demo_tokenizer import EOS, encode
+    from train_demo_model import PREFIX, make_tail
     from transformers import AutoTokenizer
 
-    sys.path.insert(0, str(ROOT / "scripts"))
+    tokenizer = AutoTokenizer.from_pretrained(CHECKPOINT)
+    image = tokenizer.convert_tokens_to_ids("<image>")
+    page = grid_page(3)
+    conversation = [
+        (lookup_prompt(page.lookups[0][0]), page.lookups[0][1]),
+        (READ_PROMPTS[1], page.text),
+        (LOOKUP_PROMPTS[1].format(page.lookups[1][0]), page.lookups[1][1]),
+    ]
+    fed: list[int] = []
+    messages: list[dict[str, object]] = []
+    for turn, (question, answer) in enumerate(conversation):
+        images = [page.image] if turn == 0 else []
+        text = model.chat_prompt(question, len(images), first=turn == 0)
+        with model.tokenize(text, images, first=turn == 0) as prompt:
+            for part in prompt.parts:
+                fed += part.tokens.tolist() if isinstance(part, TextPart) else [image]
+        fed += encode(answer)  # as sampled: the end token is not fed, the next turn begins with it
+        shown = [{"type": "image"}] * len(images)
+        messages.append({"role": "user", "content": [*shown, {"type": "text", "text": question}]})
+        messages.append({"role": "assistant", "content": [{"type": "text", "text": answer}]})
+    tail = make_tail([[conversation]], N_PATCHES)
+    assert [*PREFIX, image, *tail.tokens[0].tolist()] == fed
+    assert tokenizer(tokenizer.apply_chat_template(messages, tokenize=False)).input_ids == [*fed, EOS]
+    n = len(PREFIX) + N_PATCHES
+    assert tail.positions[0].tolist() == list(range(n, n + tail.tokens.shape[1]))
+    answers = "".join(f"{answer}</s>" for _, answer in conversation)
+    assert tokenizer.decode(tail.targets[0][tail.targets[0] >= 0].tolist()) == answers
+
+
+def test_training_asks_what_the_page_answers_and_no_more_in_a_row_than_it_may() -> None:
+    from train_demo_model import draw_conversations
+
+    rng = np.random.default_rng(0)
+    n_turns, repeated = set(), 0
+    for seed in range(200):
+        page = grid_page(seed)
+        conversations = draw_conversations(page, 8, 6, rng)
+        known = dict(page.lookups)
+        for conversation in conversations:
+            n_turns.add(len(conversation))
+            repeated += len({answer for _, answer in conversation}) < len(conversation)
+            for question, answer in conversation:
+                assert answer == (page.text if question in READ_PROMPTS else known[question[-3:-1]])
+    assert n_turns == {1, 2, 3, 4, 5, 6}
+    assert repeated > 20, "someone asks the same again"
+
+
+def test_the_training_script_writes_the_tokens_that_the_model_reads() -> None:
     from demo_tokenizer import decode, encode
+    from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(CHECKPOINT)
     page = grid_page(7)
-    for text in (page.text, f"\n{READ_PROMPT} ASSISTANT:", f"\n{lookup_prompt('KQ')} ASSISTANT:"):
+    for text in (page.text, f"\n{READ_PROMPT} ASSISTANT:", f"USER: {lookup_prompt('KQ')} ASSISTANT:"):
         assert encode(text) == tokenizer(text, add_special_tokens=False).input_ids
         assert decode(encode(text)) == text == tokenizer.decode(encode(text))
 
@@ -106,17 +193,33 @@ def test_checkpoint_and_card_are_small_enough_to_ship() -> None:
 # --- the pages it reads -------------------------------------------------------------------------------
 
 
+def test_the_demo_pages_are_those_that_the_model_was_trained_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Bit for bit, but for the outlines of the glyphs, which come from Pillow."""
+
+    def mask(font: str, size: int, char: str) -> npt.NDArray[np.float32]:
+        seed = zlib.crc32(f"{font} {size} {char}".encode())
+        return np.random.default_rng(seed).random((20, 20, 1), np.float32)
+
+    monkeypatch.setattr(grid, "_glyph_mask", mask)
+    digest = hashlib.sha256()
+    for page in [*map(grid_page, range(8)), grid_page(9, 3)]:
+        digest.update(page.image.tobytes())
+        digest.update(repr((page.name, page.text, page.lookups, page.chunks)).encode())
+    assert digest.hexdigest()[:16] == "a47f719ec0ce1752"
+
+
 def test_a_seed_makes_the_same_page_again_and_another_seed_another() -> None:
     one, same, other = grid_page(3), grid_page(3), grid_page(4)
     assert one.image.tobytes() == same.image.tobytes() and one.text == same.text
     assert one.text != other.text
 
 
+@pytest.mark.parametrize("kind", GRIDS.values(), ids=lambda kind: kind.name)
 @pytest.mark.parametrize("seed", range(20))
-def test_a_page_says_what_its_glyphs_say(seed: int) -> None:
-    page = grid_page(seed)
+def test_a_page_says_what_its_glyphs_say(seed: int, kind: Grid) -> None:
+    page = grid_page(seed, grid=kind)
     lines = page.text.split("\n")
-    assert N_LINES[0] <= len(lines) <= N_LINES[1]
+    assert kind.n_lines[0] <= len(lines) <= kind.n_lines[1]
     assert "".join(chunk.text for chunk in page.chunks) == page.text.replace(" ", "").replace("\n", "")
     assert set("".join(chunk.text for chunk in page.chunks)) <= set(LETTERS + DIGITS)
     cells = [(chunk.box[1], chunk.box[0]) for chunk in page.chunks]
@@ -128,8 +231,9 @@ def test_a_page_says_what_its_glyphs_say(seed: int) -> None:
     assert [answer for _, answer in page.lookups] == lines
 
 
-def test_ink_is_where_the_glyphs_are() -> None:
-    page = grid_page(11)
+@pytest.mark.parametrize(("kind", "side"), [("grid", 24), ("grid-16", 16)])
+def test_ink_is_where_the_glyphs_are(kind: str, side: int) -> None:
+    page = grid_page(11, grid=GRIDS[kind])
     pixels = np.asarray(page.image).astype(float)
     paper = np.median(pixels.reshape(-1, 3), axis=0)
     distance = np.abs(pixels - paper).max(axis=2)
@@ -141,7 +245,7 @@ def test_ink_is_where_the_glyphs_are() -> None:
         left, top, right, bottom = (int(edge) for edge in chunk.box)
         distance[max(top - 3, 0) : bottom + 3, max(left - 3, 0) : right + 3] = 0
     assert distance.max() < 60
-    assert page.image.size == (CELL * 24, CELL * 24)
+    assert page.image.size == (CELL * side, CELL * side)
 
 
 # --- the command --------------------------------------------------------------------------------------

@@ -67,11 +67,12 @@ def test_pages_differ_in_what_they_say_and_how_they_look(pages: list[Page]) -> N
 
 
 def test_seeds_give_pages_that_no_other_seed_gives() -> None:
-    for data in ("documents", "grid"):
+    for data in ("documents", "grid", "grid-16"):
         names = [open_pages(data, 3, seed=seed, size=SIZE).page(i).name for seed in (0, 1) for i in range(3)]
         assert len(set(names)) == 6
     # evaluation reads the grid pages below 10,000, training those from a million on
     assert open_pages("grid", 1).page(0).name == "grid-10000"
+    assert open_pages("grid-16", 1).page(0).image.size == (224, 224)
 
 
 # --- users' pages -------------------------------------------------------------------------------------

@@ -19,10 +19,20 @@ from PIL import Image
 from sparsemm_edge.errors import SparseMMError
 from sparsemm_edge.evaluation.metrics import check_question
 from sparsemm_edge.files import read_json, read_json_lines, read_parquet
+from sparsemm_edge.pages.grid import (
+    DEMO,
+    FIRST_TRAINING_SEED,
+    GRIDS,
+    READ_PROMPT,
+    Grid,
+    grid_page,
+    lookup_prompt,
+)
 from sparsemm_edge.pictures import open_picture
 
 GRID = "grid"
-"""The name that stands for the project's own pages (pages/grid.py) where a data set's path is expected."""
+"""The name that stands for the project's own pages (pages/grid.py) where a data set's path is expected; so do
+the other names in pages.grid.GRIDS."""
 
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".jfif", ".webp", ".avif", ".bmp", ".tif", ".tiff", ".gif")
 
@@ -85,9 +95,9 @@ def load(source: str, *, images: Path | None = None, n_pages: int | None = None,
     """Read a data set.
 
     Args:
-        source: `grid`, the project's own pages; a folder that holds one JSONL file and its images; or a
-            JSONL, JSON or parquet file, or a folder of parquet files. Of a folder with several parts (test,
-            validation, train) the first one with answers is taken.
+        source: `grid` or another name in pages.grid.GRIDS, the project's own pages; a folder that holds one
+            JSONL file and its images; or a JSONL, JSON or parquet file, or a folder of parquet files. Of a
+            folder with several parts (test, validation, train) the first one with answers is taken.
         images: the folder of the images, if they are not beside the file as published.
         n_pages: the first images only, with all questions about them; None: all, and 200 of `grid`.
         seed: of `grid`: its pages are those of seeds from here on.
@@ -97,8 +107,8 @@ def load(source: str, *, images: Path | None = None, n_pages: int | None = None,
     """
     if n_pages is not None and n_pages < 1:
         raise SparseMMError(f"{n_pages} pages were asked for: it must be at least 1")
-    if source == GRID:
-        return grid(200 if n_pages is None else n_pages, seed)
+    if source in GRIDS:
+        return grid(200 if n_pages is None else n_pages, seed, GRIDS[source])
     path = Path(source)
     if not path.exists():
         raise SparseMMError(f"no data set at {path}: expected a file, a folder, or the word {GRID}")
@@ -131,13 +141,11 @@ def images_only(folder: Path, prompt: str = _DESCRIBE, n_pages: int | None = Non
     return DataSet(str(folder), questions, n_predict=128, notes=notes)
 
 
-def grid(n_pages: int, seed: int = 0) -> DataSet:
+def grid(n_pages: int, seed: int = 0, kind: Grid = DEMO) -> DataSet:
     """The project's own pages, held out from training: read each, and look one key up.
 
     After the look-up up to three other keys are looked up in turn; after reading, one is.
     """
-    from sparsemm_edge.pages.grid import FIRST_TRAINING_SEED, READ_PROMPT, grid_page, lookup_prompt
-
     if not 0 <= seed <= FIRST_TRAINING_SEED - n_pages:
         raise SparseMMError(
             f"pages of seeds {seed} to {seed + n_pages - 1} were asked for: those from 0 to"
@@ -145,7 +153,7 @@ def grid(n_pages: int, seed: int = 0) -> DataSet:
         )
     questions: list[Question] = []
     for page_seed in range(seed, seed + n_pages):
-        page = grid_page(page_seed)
+        page = grid_page(page_seed, grid=kind)
         rng = np.random.default_rng(page_seed)
         chosen = int(rng.integers(len(page.lookups)))
         others = rng.permutation([i for i in range(len(page.lookups)) if i != chosen])[: _GRID_TURNS - 1]
@@ -166,7 +174,7 @@ def grid(n_pages: int, seed: int = 0) -> DataSet:
         )
         questions.append(replace(lookups[0], later=tuple(lookups[1:])))
         questions.append(replace(reading, later=(lookups[0],)))
-    return DataSet(f"{GRID}, seeds from {seed}", tuple(questions), n_predict=96)
+    return DataSet(f"{kind.name}, seeds from {seed}", tuple(questions), n_predict=96)
 
 
 _SUFFIXES = (".jsonl", ".parquet", ".json")

@@ -1,8 +1,9 @@
 """Pages that the demo model reads: lines of a key and a value, one glyph per patch of the image encoder.
 
-A page is SIZE x SIZE pixels in GRID x GRID cells, as LLaVA-1.5 cuts an image into patches. Two to eight
-lines `KEY value`, such as `KQ 7F3`, lie on rows and from columns of their own; each has a font, a size and a
-colour. A key is two letters, and they appear nowhere else on the page.
+A page is a grid of square cells, as LLaVA cuts an image into patches: DEMO, what the demo model reads, has
+24 x 24 as LLaVA-1.5 has, SMALL has 16 x 16. Lines `KEY value`, such as `KQ 7F3`, lie on rows and from columns
+of their own; each has a font, a size and a colour. A key is two letters, and they appear nowhere else on the
+page.
 
 A seed makes a page: the same seed the same page (with the same Pillow and matplotlib, whose fonts are used).
 Seeds below FIRST_TRAINING_SEED are held out. The demo model is trained on seeds from there on only.
@@ -12,7 +13,6 @@ from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
-import matplotlib
 import numpy as np
 import numpy.typing as npt
 from PIL import Image, ImageDraw, ImageFont
@@ -20,11 +20,8 @@ from PIL import Image, ImageDraw, ImageFont
 from sparsemm_edge.pages import Chunk, Page
 
 CELL = 14
-GRID = 24
-SIZE = CELL * GRID
 LETTERS = "ABCDEFGHJKLMNPQRSTUVWXYZ"  # no I and O: they look like digits
 DIGITS = "0123456789"
-N_LINES = (2, 8)  # least and most
 VALUE_LENGTH = (3, 6)
 FIRST_TRAINING_SEED = 1_000_000
 
@@ -45,6 +42,32 @@ _FONTS = (
 _FONT_SIZES = (10, 11, 12, 13)  # pixels an em
 _MARGIN = 3  # by how much a glyph's mask is larger than its cell, on every side
 _LEAST_CONTRAST = 90.0  # of ink and paper, in steps of grey
+
+
+@dataclass(frozen=True)
+class Grid:
+    """A kind of pages.
+
+    Attributes:
+        name: what stands for these pages where a data set is expected.
+        side: cells in a row and in a column.
+        n_lines: least and most lines of a page.
+    """
+
+    name: str
+    side: int
+    n_lines: tuple[int, int]
+
+    @property
+    def size(self) -> int:
+        """Pixels in a row and in a column."""
+        return CELL * self.side
+
+
+DEMO = Grid("grid", 24, (2, 8))
+SMALL = Grid("grid-16", 16, (2, 6))
+GRIDS = {grid.name: grid for grid in (DEMO, SMALL)}
+SIZE = DEMO.size
 
 
 @dataclass(frozen=True)
@@ -74,31 +97,32 @@ def lookup_prompt(key: str) -> str:
     return LOOKUP_PROMPTS[0].format(key)
 
 
-def grid_page(seed: int, n_lines: int | None = None) -> GridPage:
+def grid_page(seed: int, n_lines: int | None = None, grid: Grid = DEMO) -> GridPage:
     """The page of a seed.
 
     Args:
         seed: 0 or more; below FIRST_TRAINING_SEED it is held out from training.
-        n_lines: N_LINES[0] to N_LINES[1]; None: the seed chooses.
+        n_lines: within grid.n_lines; None: the seed chooses.
+        grid: the kind of page.
     """
     rng = np.random.default_rng(seed)
     if n_lines is None:
-        n_lines = int(rng.integers(N_LINES[0], N_LINES[1] + 1))
-    lines = _random_lines(rng, n_lines)
+        n_lines = int(rng.integers(grid.n_lines[0], grid.n_lines[1] + 1))
+    lines = _random_lines(rng, n_lines, grid)
     texts = [line.text for line in lines]
     return GridPage(
-        name=f"grid-{seed}",
-        image=Image.fromarray(draw_lines(rng, lines)),
+        name=f"{grid.name}-{seed}",
+        image=Image.fromarray(draw_lines(rng, lines, grid)),
         chunks=tuple(chunk for line in lines for chunk in _glyphs(line)),
         text="\n".join(texts),
         lookups=tuple((text.split()[0], text) for text in texts),
     )
 
 
-def draw_lines(rng: np.random.Generator, lines: list[Line]) -> npt.NDArray[np.uint8]:
-    """A page with these lines, in random fonts and colours: [SIZE, SIZE, 3]."""
+def draw_lines(rng: np.random.Generator, lines: list[Line], grid: Grid = DEMO) -> npt.NDArray[np.uint8]:
+    """A page with these lines, in random fonts and colours: [grid.size, grid.size, 3]."""
     paper = rng.uniform(0, 255, 3)
-    page = np.empty((SIZE + 2 * _MARGIN, SIZE + 2 * _MARGIN, 3), np.float32)
+    page = np.empty((grid.size + 2 * _MARGIN, grid.size + 2 * _MARGIN, 3), np.float32)
     page[:] = paper
     for line in lines:
         font, size = rng.choice(_FONTS), int(rng.choice(_FONT_SIZES))
@@ -113,19 +137,19 @@ def draw_lines(rng: np.random.Generator, lines: list[Line]) -> npt.NDArray[np.ui
             region = page[y : y + len(mask), x : x + len(mask)]
             region += mask[: len(region), : region.shape[1]] * (ink - region)
     page = page[_MARGIN:-_MARGIN, _MARGIN:-_MARGIN]
-    noise = rng.standard_normal((SIZE, SIZE, 1), np.float32) * np.float32(rng.uniform(0, 10))
+    noise = rng.standard_normal((grid.size, grid.size, 1), np.float32) * np.float32(rng.uniform(0, 10))
     return np.clip(page + noise, 0, 255).astype(np.uint8)
 
 
-def _random_lines(rng: np.random.Generator, n_lines: int) -> list[Line]:
+def _random_lines(rng: np.random.Generator, n_lines: int, grid: Grid) -> list[Line]:
     shuffled = rng.permutation(list(LETTERS))
     keys = ["".join(shuffled[2 * i : 2 * i + 2]) for i in range(n_lines)]
     rest = [*shuffled[2 * n_lines :], *DIGITS]
     lines = []
-    for row, key in zip(np.sort(rng.choice(GRID, n_lines, replace=False)), keys, strict=True):
+    for row, key in zip(np.sort(rng.choice(grid.side, n_lines, replace=False)), keys, strict=True):
         length = int(rng.integers(VALUE_LENGTH[0], VALUE_LENGTH[1] + 1))
         text = f"{key} {''.join(rng.choice(rest, length))}"
-        lines.append(Line(int(row), int(rng.integers(0, GRID - len(text) + 1)), text))
+        lines.append(Line(int(row), int(rng.integers(0, grid.side - len(text) + 1)), text))
     return lines
 
 
@@ -151,6 +175,8 @@ def _ink(rng: np.random.Generator, paper: npt.NDArray[np.float64]) -> npt.NDArra
 @cache
 def _glyph_mask(font: str, size: int, char: str) -> npt.NDArray[np.float32]:
     """Coverage of a glyph in the middle of a cell with a margin all round: [side, side, 1], 0 to 1."""
+    import matplotlib  # slow, and who only asks for the names of the grids does not need it
+
     path = Path(matplotlib.get_data_path()) / "fonts" / "ttf" / f"{font}.ttf"
     # the basic layout is the same with and without libraqm
     face = ImageFont.truetype(str(path), size, layout_engine=ImageFont.Layout.BASIC)

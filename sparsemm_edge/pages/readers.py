@@ -49,7 +49,8 @@ def open_pages(
     """Pages to score on.
 
     Args:
-        data: "documents" (pages/documents.py), "grid" (what the demo model reads), or a folder.
+        data: "documents" (pages/documents.py), a name in grid.GRIDS ("grid": what the demo model reads), or a
+            folder.
         n_pages: how many; a folder with fewer gives all it has.
         seed: which pages are made; pages of different seeds differ. A folder ignores it.
         size: width and height in pixels of "documents".
@@ -69,16 +70,18 @@ def open_pages(
         return PageSource(
             name, documents.PROMPT, n_pages, lambda index: documents.document_page(first + index, size)
         )
-    if data == "grid":
+    if data in grid.GRIDS:
         return PageSource(
-            f"grid pages, seed {seed}",
+            f"{data} pages, seed {seed}",
             grid.READ_PROMPT,
             n_pages,
-            lambda index: grid.grid_page(first + index),
+            lambda index: grid.grid_page(first + index, grid=grid.GRIDS[data]),
         )
     folder = Path(data)
     if not folder.is_dir():
-        raise SparseMMError(f"there is no folder {data}; --data is documents, grid or a folder with pages")
+        raise SparseMMError(
+            f"there is no folder {data}; --data is documents, {', '.join(grid.GRIDS)} or a folder with pages"
+        )
     return _folder(folder, n_pages)
 
 
