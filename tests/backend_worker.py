@@ -3,7 +3,7 @@
 Reads a job from stdin, writes {"devices": [...], "answers": [...]} to stdout, llama.cpp's log to stderr:
 
     {"rpc": "127.0.0.1:50052" or null, "library": folder of libggml, "model", "mmproj": files, "n_predict",
-     "prompts": [{"text", "images": [files], "table": [n_layer][n_head_kv], "window", "vote", "residual",
+     "prompts": [{"question", "images": [files], "table": [n_layer][n_head_kv], "window", "vote", "residual",
                   "options": {...}}]}
 """
 
@@ -43,9 +43,10 @@ def answer(model: VisionModel, prompt: dict[str, Any], n_predict: int) -> dict[s
     table = np.array(prompt["table"], np.uint32)
     wanted = HeadBudgetTable(table, prompt["window"], 7, vote=prompt["vote"], residual=prompt["residual"])
     library.set_head_table(model.pointer, wanted)
+    text = model.chat_prompt(prompt["question"], len(prompt["images"]))
     heads = [(il, ih) for il in range(model.shape.n_layer) for ih in range(model.shape.n_head_kv)]
     with (
-        model.tokenize(prompt["text"], prompt["images"]) as tokenized,
+        model.tokenize(text, prompt["images"]) as tokenized,
         Session(model, tokenized, n_ctx=tokenized.n_tokens + n_predict, **prompt["options"]) as session,
     ):
         session.read_prompt()

@@ -25,7 +25,6 @@ from builds import ROOT, environment, tools
 from models import NAMES, sample_image, test_model
 from sparsemm_edge.budgets import head_budgets
 from sparsemm_edge.gguf_metadata import read_model_shape
-from sparsemm_edge.runtime import VisionModel
 
 N_PREDICT = 24
 LONG = "The quick brown fox jumps over the lazy dog; 3 apples and 14 pears cost $7.50, no? " * 2
@@ -77,13 +76,12 @@ def job(name: str, image: Path) -> dict[str, Any]:
     files = test_model(name)
     shape = read_model_shape(files.gguf())
     prompts = []
-    with VisionModel.load(files.gguf(), files.mmproj(), n_threads=1) as model:
-        kinds = [(model.chat_prompt(LONG, 0), []), (model.chat_prompt(QUESTION, 1), [str(image)])]
-    for seed, (text, images) in enumerate(kinds):
+    kinds: list[tuple[str, list[str]]] = [(LONG, []), (QUESTION, [str(image)])]
+    for seed, (question, images) in enumerate(kinds):
         for options, votes in itertools.product(WAYS, VOTES):
             policy = {"budget": 48, "window": 16, "seed": seed}
             table = head_budgets("random", None, n_layer=shape.n_layer, n_head_kv=shape.n_head_kv, **policy)
-            prompt = {"text": text, "images": images, "table": table.tolist(), "window": 16}
+            prompt = {"question": question, "images": images, "table": table.tolist(), "window": 16}
             prompts.append(prompt | votes | {"options": options})
     models = {"model": str(files.gguf()), "mmproj": str(files.mmproj())}
     return {"rpc": None, "n_predict": N_PREDICT, "prompts": prompts, **models}

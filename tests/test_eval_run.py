@@ -279,10 +279,11 @@ def test_a_conversation_that_does_not_fit_fails_where_it_is_full(models: Callabl
 def test_an_image_is_encoded_once_and_a_prompt_read_twice(
     models: Callable[[str], Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    from sparsemm_edge.runtime.image_store import ImageStore
     from sparsemm_edge.runtime.session import Session
 
     calls = {"encode": 0, "prefix": 0, "whole": 0}
-    encode, prefix, prompt = VisionModel.encode_image, Session.read_prefix, Session.read_prompt
+    encode, prefix, prompt = ImageStore.put, Session.read_prefix, Session.read_prompt
 
     def count(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
         def counted(self: Any, *arguments: Any) -> Any:
@@ -291,7 +292,7 @@ def test_an_image_is_encoded_once_and_a_prompt_read_twice(
 
         return counted
 
-    monkeypatch.setattr(VisionModel, "encode_image", count("encode", encode))
+    monkeypatch.setattr(ImageStore, "put", count("encode", encode))  # what was encoded
     monkeypatch.setattr(Session, "read_prefix", count("prefix", prefix))
     monkeypatch.setattr(Session, "read_prompt", count("whole", prompt))
     questions = [question("a", picture(models, 1)), question("a", picture(models, 1), "And this?")]
@@ -419,8 +420,8 @@ def test_eval_writes_a_table_a_plot_and_json(
     assert "1 of 3 questions failed" in printed and "none.png: no such file" in printed
     assert sorted(path.name for path in out.iterdir()) == ["eval.json", "eval.png", "results.jsonl"]
     report = json.loads((out / "eval.json").read_text())
-    # full in three types, sparsemm with and without water-filling, six more
-    assert len(report["rows"]) == 3 + 2 * 2 + 6 * 2
+    # full in three types, sparsemm with and without water-filling, five more
+    assert len(report["rows"]) == 3 + 2 * 2 + 5 * 2
     assert len(report["failures"]) == 1
     kept = {row["label"]: row["kv_share"] for row in report["rows"] if row["setting"]["retention"] == 50}
     assert kept["sparsemm"] == pytest.approx(kept["uniform"]) == pytest.approx(0.5, abs=0.01)
