@@ -38,6 +38,18 @@ def devices(folder: str) -> list[str]:
     return [name(get(i)).decode() for i in range(count)]
 
 
+def keep_weights_as_they_are() -> None:
+    """No copies of weights that suit the processor (AMX): a device behind RPC has none, and rounds otherwise."""
+    default = llama.llama_model_default_params
+
+    def params() -> Any:
+        found = default()
+        found.use_extra_bufts = False
+        return found
+
+    llama.llama_model_default_params = params
+
+
 def answer(model: VisionModel, prompt: dict[str, Any], n_predict: int) -> dict[str, Any]:
     """Greedy tokens, their leads over the second best, and the positions that each head keeps."""
     table = np.array(prompt["table"], np.uint32)
@@ -67,6 +79,7 @@ def main() -> None:
     folder = job["library"]
     library.require_patched()
     library.start(show_log=True)
+    keep_weights_as_they_are()
     if job["rpc"]:
         add = ggml(folder, "ggml-rpc", "ggml_backend_rpc_add_server", ctypes.c_void_p, ctypes.c_char_p)
         register = ggml(folder, "ggml", "ggml_backend_register", None, ctypes.c_void_p)
