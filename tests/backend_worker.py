@@ -39,7 +39,8 @@ def devices(folder: str) -> list[str]:
 
 
 def keep_weights_as_they_are() -> None:
-    """No copies of weights that suit the processor (AMX): a device behind RPC has none, and rounds otherwise."""
+    """No copies of weights that suit the processor (AMX): a device behind RPC has none, so it rounds in
+    another way."""
     default = llama.llama_model_default_params
 
     def params() -> Any:
