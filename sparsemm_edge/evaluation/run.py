@@ -626,13 +626,14 @@ def run(
         for _, group in groupby(data.questions, key=lambda question: question.page)
         if (missing := _missing(job, list(group), settings, results))
     ]
+    err = Console(stderr=True)
     with Progress(
         TextColumn("pages"),
         BarColumn(),
         MofNCompleteColumn(),
         TimeRemainingColumn(elapsed_when_finished=True),
-        console=Console(stderr=True),
-        disable=not show_progress,
+        console=err,
+        disable=not (show_progress and err.is_terminal),
     ) as progress:
         bar = progress.add_task("pages", total=len(work))
         for records in _answers(job, work, settings, n_jobs):
