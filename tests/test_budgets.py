@@ -16,13 +16,13 @@ EVICTING = [policy for policy in POLICIES if policy != "full"]
 
 def published_table(**arguments: object) -> np.ndarray:
     grouped = HeadScores.load(PUBLISHED).grouped(32)
-    settings = {"n_layer": 32, "n_head_kv": 32, "budget": 256, "window": 32} | arguments
+    settings = {"n_layer": 32, "n_head_kv": 32, "budget": 256, "window": 32, "floor_ratio": 0.1} | arguments
     return head_budgets("sparsemm", grouped, **settings)  # type: ignore[arg-type]
 
 
 def tiny_table(policy: str, scores: object = None, **arguments: object) -> np.ndarray:
     grouped = None if scores is None else np.array(scores, dtype=float)
-    settings = {"n_layer": 2, "n_head_kv": 2, "budget": 110, "window": 10} | arguments
+    settings = {"n_layer": 2, "n_head_kv": 2, "budget": 110, "window": 10, "floor_ratio": 0.1} | arguments
     return head_budgets(policy, grouped, **settings)  # type: ignore[arg-type]
 
 

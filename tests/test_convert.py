@@ -89,7 +89,7 @@ def test_the_keys_are_those_of_the_format_with_their_types(model: Path, scores: 
         "sparsemm.budget": ([U32], 64),
         "sparsemm.window": ([U32], 8),
         "sparsemm.pool_kernel": ([U32], 7),
-        "sparsemm.floor_ratio": ([F32], pytest.approx(0.1)),
+        "sparsemm.floor_ratio": ([F32], pytest.approx(0.2)),
         "sparsemm.water_fill_length": ([U32], 100),
         "sparsemm.seed": ([U32], 0),
         "sparsemm.vote": ([STRING], "mixkv"),
