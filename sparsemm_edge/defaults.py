@@ -16,8 +16,8 @@ RESIDUAL = True
 """Whether one place of a head that evicts stands for all that it lost."""
 
 FLOOR_RATIO = 0.2
-"""Share of the budget that every head gets (rho). The paper takes 0.1; with small budgets on a small model that
-leaves some heads next to nothing (README)."""
+"""Share of the budget that every head gets (rho). The paper takes 0.1, which leaves some heads of a small
+model next to nothing where budgets are small."""
 
 N_CTX = 8192
 """Most positions of a chat."""
