@@ -13,6 +13,7 @@ import pytest
 from PIL import Image
 
 from conftest import CommandLine
+from sparsemm_edge import defaults
 from sparsemm_edge.convert import convert
 from sparsemm_edge.demo import DemoModel
 from sparsemm_edge.errors import SparseMMError
@@ -28,7 +29,7 @@ N_PREDICT = 12
 
 
 def setting(policy: str, budget: int, window: int = 8, **changes: Any) -> Setting:
-    return Setting(policy, budget=budget, window=window, **{"floor_ratio": 0.1, **changes})
+    return Setting(policy, budget=budget, window=window, **{"floor_ratio": defaults.FLOOR_RATIO, **changes})
 
 
 @pytest.fixture
