@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from sparsemm_edge import defaults
+from sparsemm_edge.budgets import window_for
 from sparsemm_edge.errors import SparseMMError
 from sparsemm_edge.gguf_header import read_header, weight_bytes
 from sparsemm_edge.gguf_metadata import check_supported, model_shape, sparsemm_metadata
@@ -16,6 +17,7 @@ from sparsemm_edge.profiling.figures import setting_figures
 from sparsemm_edge.profiling.jobs import Event, Setting, Task, full
 from sparsemm_edge.profiling.progress import Progress
 from sparsemm_edge.profiling.runs import run_setting
+from sparsemm_edge.runtime.eviction import say_least_ubatch
 
 
 def profile(
@@ -51,6 +53,11 @@ def profile(
         full("q4_0", n_ubatch=n_ubatch),
         *(Setting(budget, n_ubatch=n_ubatch) for budget in dict.fromkeys(budgets)),
     ]
+    for budget in dict.fromkeys(budgets):  # each worker raises it, and nobody hears it
+        window = task.window or window_for(
+            budget, metadata.window if metadata is not None else defaults.WINDOW
+        )
+        say_least_ubatch(n_ubatch, window)
     given = None if task.scores is None else Path(task.scores)
     with shapes.scores_file(shape, metadata, given) as (path, source):
         task = replace(task, scores=None if path is None else str(path))

@@ -1,5 +1,6 @@
 """Which table of head budgets a prompt gets: the file's, or one shared out anew for this prompt."""
 
+import logging
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -11,6 +12,8 @@ from sparsemm_edge.budgets import VOTES, head_budgets, window_for
 from sparsemm_edge.errors import SparseMMError
 from sparsemm_edge.gguf_metadata import POOL_KERNEL, ModelShape, SparseMMMetadata
 from sparsemm_edge.scores import HeadScores, group_scores
+
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -57,6 +60,16 @@ class HeadBudgetTable:
     max_tail: int | None = None
     vote: str = "snapkv"
     residual: bool = False
+
+
+def say_least_ubatch(n_ubatch: int | None, window: int) -> None:
+    """Say that prompts are read in larger batches than asked for, where the window would be cut."""
+    if n_ubatch is not None and n_ubatch < window:
+        _log.warning(
+            "prompts are read %d tokens at a time, not %d: the observation window votes as a whole",
+            window,
+            n_ubatch,
+        )
 
 
 def same_budgets(a: HeadBudgetTable | None, b: HeadBudgetTable | None) -> bool:

@@ -1,7 +1,6 @@
 """A vision-language model in llama.cpp: load, ask about images, read off what it took."""
 
 import ctypes
-import logging
 import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -23,7 +22,7 @@ from sparsemm_edge.resources import machine_memory, usable_cores
 from sparsemm_edge.runtime import builtin_templates, chat_template, library, session_file
 from sparsemm_edge.runtime.chat_template import Turn
 from sparsemm_edge.runtime.conversation import Conversation, GenerationStats
-from sparsemm_edge.runtime.eviction import Eviction, HeadBudgetTable, plan
+from sparsemm_edge.runtime.eviction import Eviction, HeadBudgetTable, plan, say_least_ubatch
 from sparsemm_edge.runtime.image_store import ImageStore
 from sparsemm_edge.runtime.library import llama, mtmd
 from sparsemm_edge.runtime.loading import Adapters, Loading
@@ -38,8 +37,6 @@ from sparsemm_edge.runtime.prompt import (
 from sparsemm_edge.runtime.sampler import Sampler, Sampling
 from sparsemm_edge.runtime.session import Session, cache_type
 from sparsemm_edge.runtime.token_embeddings import PLAIN_EMBEDDINGS, TENSOR, TokenEmbeddings
-
-_log = logging.getLogger(__name__)
 
 
 class VisionModel:
@@ -338,12 +335,7 @@ class VisionModel:
         if table is not None:
             check_supported(self._header, self.shape)
             window = table.window
-            if n_ubatch is not None and n_ubatch < window:
-                _log.warning(
-                    "prompts are read %d tokens at a time, not %d: the observation window votes as a whole",
-                    window,
-                    n_ubatch,
-                )
+            say_least_ubatch(n_ubatch, window)
         n_at_a_time = max(window, min(n_ubatch or prompt.n_tokens, prompt.n_tokens))
         self._check_room(options["n_ctx"], n_at_a_time, table)
         library.set_head_table(self.pointer, table)
