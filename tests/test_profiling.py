@@ -429,15 +429,14 @@ def test_batches_below_the_window_are_raised_and_that_is_said(
     monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    from sparsemm_edge.profiling import bench, profile
-
     def run(*_: object) -> NoReturn:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(profile if command == "profile" else bench, "run_and_say", run)
+    monkeypatch.setattr(profile, "run_and_say", run)
+    monkeypatch.setattr(bench, "run_and_say", run)
     with pytest.raises(KeyboardInterrupt):
         if command == "profile":
-            profile.measure(llava_task, [64], Progress(), n_ubatch=4)
+            profile.profile(llava_task, [64], Progress(), n_ubatch=4)
         else:
-            bench.measure(Path(llava_task.model), [100], [64], Progress(), n_ubatch=4)
+            bench.bench(Path(llava_task.model), [100], [64], Progress(), n_ubatch=4)
     assert "prompts are read 16 tokens at a time, not 4" in caplog.text
