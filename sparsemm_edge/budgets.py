@@ -60,7 +60,7 @@ def head_budgets(
         n_layer, n_head_kv: the model's layers, and KV heads per layer.
         budget: B, the mean of the head budgets, in positions.
         window: w, the observation window, in positions; 1 <= w < B, at most MAX_WINDOW.
-        floor_ratio: rho, the share of B - w that every head gets, 0 to 1.
+        floor_ratio: rho, the share of B less window and slot that every head gets, 0 to 1.
         residual: whether one place of a head that evicts is the residual slot, which stands for what it lost.
         water_fill: a head cannot keep more positions than the prompt has. True gives what it cannot use to
             the other heads, in proportion to their score, until the budget is spent. False is the paper:
@@ -109,6 +109,12 @@ def head_budgets(
     if table.max() > FULL:
         raise SparseMMError(f"a budget of {budget} gives one head {table.max()} positions, more than {FULL}")
     return table.reshape(shape).astype(np.uint32)
+
+
+def check_vote(vote: str) -> None:
+    """Raise SparseMMError unless this is one of VOTES."""
+    if vote not in VOTES:
+        raise SparseMMError(f"unknown vote {vote!r}: expected one of {', '.join(VOTES)}")
 
 
 def window_for(budget: int, window: int = defaults.WINDOW) -> int:

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from sparsemm_edge import defaults
-from sparsemm_edge.budgets import VOTES, head_budgets, window_for
+from sparsemm_edge.budgets import check_vote, head_budgets, window_for
 from sparsemm_edge.errors import SparseMMError
 from sparsemm_edge.files import atomic_path
 from sparsemm_edge.gguf_copy import Progress, copy_with_fields
@@ -73,8 +73,7 @@ def convert(
     if policy == "full":
         raise SparseMMError("policy full evicts nothing: use the model as it is, without converting it")
 
-    if vote not in VOTES:
-        raise SparseMMError(f"unknown vote {vote!r}: expected one of {', '.join(VOTES)}")
+    check_vote(vote)
     window = window_for(budget) if window is None else window
 
     head_scores = HeadScores.load(scores)

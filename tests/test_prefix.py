@@ -11,7 +11,6 @@ import pytest
 from sparsemm_edge.budgets import FULL
 from sparsemm_edge.runtime import VisionModel
 from sparsemm_edge.runtime.eviction import HeadBudgetTable
-from sparsemm_edge.runtime.prompt import ImagePart
 from test_eviction import POOL_KERNEL, random_table
 
 QUESTION = "What is written here? Answer briefly, in the words of the page itself."
@@ -35,7 +34,6 @@ def test_from_a_prefix_heads_keep_and_say_what_they_do_from_the_whole_prompt(
             "n_ctx": n + 16,
             "cache_type_k": cache_type,
             "cache_type_v": cache_type,
-            "embeddings": [model.encode_image(part) for part in prompt.parts if isinstance(part, ImagePart)],
             "n_outputs": 16,
         }
         everything = np.full((shape.n_layer, shape.n_head_kv), FULL, dtype=np.uint32)

@@ -155,7 +155,6 @@ class _Reading:
     Attributes:
         asked: the first question, later ones, and the one in its place.
         prompt: the first question's.
-        embeddings: of the prompt's images.
         n_ctx: room for all of it.
         appended: the tokens of what is asked after it, by Asked.name.
         full: the full cache's answers, likewise.
@@ -165,7 +164,6 @@ class _Reading:
 
     asked: list[Asked]
     prompt: Prompt
-    embeddings: list[npt.NDArray[np.float32]]
     n_ctx: int = 0
     appended: dict[str, npt.NDArray[np.int32]] = field(default_factory=dict)
     full: dict[str, _Answer] = field(default_factory=dict)
@@ -178,7 +176,7 @@ class Evaluator:
 
     def __init__(self, job: Job) -> None:
         self._job = job
-        # the questions about an image follow one another
+        # an image is read again for every question and setting, and encoded once
         loading = Loading(image_cache=_IMAGE_CACHE)
         self._model = VisionModel.load(job.model, job.mmproj, n_threads=job.n_threads, loading=loading)
         try:
@@ -226,7 +224,7 @@ class Evaluator:
         asked = self._job.asked(question)
         try:
             with self._first_prompt(question) as prompt:
-                reading = _Reading(asked, prompt, self._encode(prompt))
+                reading = _Reading(asked, prompt)
                 reading.n_ctx = self._n_ctx(reading)
                 reference = self._converse(reading, _REFERENCE)
                 records = []
@@ -246,10 +244,6 @@ class Evaluator:
             given.check_fits(shape.n_layer, shape.n_head, shape.n_head_kv)
             return given.grouped(shape.n_head_kv)
         return None if metadata is None else group_scores(metadata.head_scores, shape.n_head_kv)
-
-    def _encode(self, prompt: Prompt) -> list[npt.NDArray[np.float32]]:
-        """What the prompt's images are to the text model."""
-        return [self._model.encode_image(part) for part in prompt.parts if isinstance(part, ImagePart)]
 
     def _n_ctx(self, reading: _Reading) -> int:
         """Room for the prompt, the later ones and all answers, within the limit."""
@@ -303,7 +297,6 @@ class Evaluator:
             n_ubatch=n_ubatch,
             cache_type_k=setting.cache_type,
             cache_type_v=setting.cache_type,
-            embeddings=reading.embeddings,
             n_outputs=max(2, longest),
         )
 

@@ -11,8 +11,6 @@ from typing import Any
 
 import numpy as np
 
-from sparsemm_edge import defaults
-from sparsemm_edge.budgets import window_for
 from sparsemm_edge.errors import SparseMMError
 from sparsemm_edge.gguf_header import GGUFHeader, read_header, weight_bytes
 from sparsemm_edge.gguf_metadata import check_supported, model_shape, sparsemm_metadata
@@ -21,11 +19,10 @@ from sparsemm_edge.profiling import machine as this_machine
 from sparsemm_edge.profiling import shapes
 from sparsemm_edge.profiling.figures import spread
 from sparsemm_edge.profiling.jobs import Event, Setting, Task, full
-from sparsemm_edge.profiling.profile import check_some_ran, run_and_say
+from sparsemm_edge.profiling.profile import check_some_ran, run_and_say, say_least_ubatches
 from sparsemm_edge.profiling.progress import Progress
 from sparsemm_edge.profiling.runs import run_by_turns
 from sparsemm_edge.resources import machine_memory
-from sparsemm_edge.runtime.eviction import say_least_ubatch
 
 _N_PREDICT = 16  # tokens that a setting decodes in its own process
 
@@ -82,10 +79,8 @@ def bench(
         full("q8_0", n_ubatch=n_ubatch),
     ]
     settings = full_settings + [Setting(budget, n_ubatch=n_ubatch) for budget in dict.fromkeys(budgets)]
-    for budget in dict.fromkeys(budgets):  # each worker raises it, and nobody hears it
-        window = window_for(budget, metadata.window if metadata is not None else defaults.WINDOW)
-        say_least_ubatch(n_ubatch, window)
     task = Task(str(model), n_predict=_N_PREDICT, n_threads=n_threads)
+    say_least_ubatches(task, settings, metadata)
     progress.doing("reading memory")
     bandwidth = this_machine.memory_bandwidth(n_threads)
 

@@ -7,7 +7,6 @@ from typing import Any
 
 import psutil
 
-from sparsemm_edge import defaults
 from sparsemm_edge.errors import SparseMMError
 from sparsemm_edge.gguf_header import read_header, weight_bytes
 from sparsemm_edge.gguf_metadata import check_supported, model_shape, sparsemm_metadata
@@ -16,7 +15,7 @@ from sparsemm_edge.profiling import shapes
 from sparsemm_edge.profiling.jobs import FULL_N_UBATCH
 from sparsemm_edge.resources import machine_memory
 from sparsemm_edge.runtime.estimate import Estimate
-from sparsemm_edge.runtime.eviction import Eviction, plan
+from sparsemm_edge.runtime.eviction import Eviction, budget_and_window, plan
 
 
 @dataclass(frozen=True)
@@ -147,7 +146,7 @@ def fit(wish: Wish) -> dict[str, Any]:
             kind = "" if wish.cache_type == "f16" else f", {wish.cache_type}"
             return row(f"evicted, budget {budget}{kind}", kv.now, kv.peak, compute, budget)
 
-        budget = wish.budget or (metadata.budget if metadata is not None else defaults.BUDGET)
+        budget = wish.budget or budget_and_window(Eviction(), metadata)[0]
         rows.append(evicted(budget))
         in_batches = None
         if wish.n_ubatch is None and n_prompt > FULL_N_UBATCH:

@@ -8,7 +8,7 @@ import numpy as np
 import numpy.typing as npt
 
 from sparsemm_edge import defaults
-from sparsemm_edge.budgets import VOTES, head_budgets, window_for
+from sparsemm_edge.budgets import check_vote, head_budgets, window_for
 from sparsemm_edge.errors import SparseMMError
 from sparsemm_edge.gguf_metadata import POOL_KERNEL, ModelShape, SparseMMMetadata
 from sparsemm_edge.scores import HeadScores, group_scores
@@ -60,6 +60,20 @@ class HeadBudgetTable:
     max_tail: int | None = None
     vote: str = "snapkv"
     residual: bool = False
+
+
+def budget_and_window(wanted: Eviction, metadata: SparseMMMetadata | None) -> tuple[int, int]:
+    """The mean head budget and the observation window, in positions.
+
+    A window that nobody asked for shrinks with another budget than the file's, see budgets.window_for.
+    """
+    budget, window = defaults.BUDGET, defaults.WINDOW
+    if metadata is not None:
+        budget, window = metadata.budget, metadata.window
+    if wanted.budget is not None and wanted.budget != budget:
+        budget = wanted.budget
+        window = window_for(budget, window)
+    return budget, window if wanted.window is None else wanted.window
 
 
 def say_least_ubatch(n_ubatch: int | None, window: int) -> None:
@@ -129,20 +143,9 @@ def _plan(
     n_later: int | None,
 ) -> HeadBudgetTable | None:
     """plan() without max_tail."""
-    wishes = any(
-        wish is not None
-        for wish in (
-            wanted.policy,
-            wanted.budget,
-            wanted.window,
-            wanted.scores,
-            wanted.vote,
-            wanted.residual,
-        )
-    )
     if not wanted.enabled or wanted.policy == "full":
         return None
-    if not wishes:
+    if replace(wanted, max_tail=None) == Eviction():  # no wishes
         if metadata is None or not metadata.enabled:
             return None
         if not metadata.water_fill_length:
@@ -166,21 +169,15 @@ def _plan(
         raise SparseMMError(
             f"{model} holds no head scores: convert it first (sparsemm-edge convert), or give --scores"
         )
-    budget, window = defaults.BUDGET, defaults.WINDOW
+    budget, window = budget_and_window(wanted, metadata)
     floor_ratio, pool_kernel, seed = defaults.FLOOR_RATIO, POOL_KERNEL, 0
     vote, residual = defaults.VOTE, defaults.RESIDUAL
     if metadata is not None:
-        budget, window = metadata.budget, metadata.window
         floor_ratio, pool_kernel, seed = metadata.floor_ratio, metadata.pool_kernel, metadata.seed
         vote, residual = metadata.vote, metadata.residual
-    if wanted.budget is not None and wanted.budget != budget:
-        budget = wanted.budget
-        window = window_for(budget, window)
-    window = window if wanted.window is None else wanted.window
     vote = vote if wanted.vote is None else wanted.vote
     residual = residual if wanted.residual is None else wanted.residual
-    if vote not in VOTES:
-        raise SparseMMError(f"unknown vote {vote!r}: expected one of {', '.join(VOTES)}")
+    check_vote(vote)
     if n_later is not None and n_prompt <= budget:
         n_prompt = max(n_prompt, n_later)
     table = head_budgets(

@@ -191,12 +191,13 @@ def heads_residual(
     Raises:
         SparseMMError: not an evicting cache, or no such layer or head.
     """
+    n = heads_n_lost(memory, layer, head_kv)
+    if not n:
+        return None
     k, v = np.empty(n_embd_head_k, dtype=np.float32), np.empty(n_embd_head_v, dtype=np.float32)
     pointers = (each.ctypes.data_as(ctypes.POINTER(ctypes.c_float)) for each in (k, v))
-    n = llama._lib.llama_memory_heads_residual(memory, layer, head_kv, *pointers)
-    if n < 0:
-        raise SparseMMError(f"no evicting cache, or no KV head {head_kv} in layer {layer}")
-    return (n, k, v) if n else None
+    llama._lib.llama_memory_heads_residual(memory, layer, head_kv, *pointers)
+    return n, k, v
 
 
 def heads_truncate(memory: int, n_tokens: int) -> bool:

@@ -157,7 +157,7 @@ class VisionModel:
             n_ctx: most positions of prompts and replies together; None: as many as they need.
             n_ubatch: prompt tokens computed at a time; None: all of them, which lets an evicting cache share
                 one layer's memory over all layers while it reads the prompt.
-            cache_type_k, cache_type_v: f16, f32, bf16 or q8_0.
+            cache_type_k, cache_type_v: one of session.CACHE_TYPES.
             system: what the model is told before everything.
             chat_template: jinja text to use instead of the model's own template, or a name of llama.cpp's.
             template_options: what else the template is told, such as {"enable_thinking": False}.

@@ -2,7 +2,7 @@
 
 import ctypes
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
@@ -112,7 +112,6 @@ class Session:
         one_batch: bool = True,
         flash_attn: bool = True,
         on_phase: Callable[[str], None] | None = None,
-        embeddings: Sequence[npt.NDArray[np.float32]] | None = None,
         n_outputs: int = 1,
         least_ubatch: int = 0,
     ) -> None:
@@ -128,7 +127,6 @@ class Session:
             flash_attn: False is for comparisons; a context that evicts uses flash attention all the same.
             on_phase: called with "image" and "prompt" when read_prompt begins to encode an image, and to run
                 the text model.
-            embeddings: of the prompt's images in order, see VisionModel.encode_image; None: encode them.
             n_outputs: most tokens that one decode_all appends; append needs 2.
             least_ubatch: tokens computed at a time at least, whatever n_ubatch and the prompt's length.
         """
@@ -142,7 +140,6 @@ class Session:
         self._after_prompt = (0, 0)
         self._n_calls = 0
         self._on_phase = on_phase or (lambda _: None)
-        self._embeddings = embeddings
         self._one_batch = one_batch
         self._cancelled: Callable[[], bool] | None = None
         self._types = (cache_type(cache_type_k), cache_type(cache_type_v))
@@ -216,8 +213,7 @@ class Session:
             Cancelled: `cancelled` said so.
             SparseMMError: llama.cpp failed.
         """
-        if prompt is not self._prompt:
-            self._prompt, self._embeddings = prompt, None
+        self._prompt = prompt
         if (n_uncut := self._n_uncut()) > self.n_ubatch:
             raise SparseMMError(f"an image of {n_uncut} tokens cannot be cut: it needs --n-ubatch {n_uncut}")
         before = (self._n_past, self.n_tokens)
@@ -415,7 +411,7 @@ class Session:
         model = self._model
         rows = np.zeros((self._prompt.n_tokens, model.n_embd_inp), dtype=np.float32)
         positions = np.zeros((_N_POS_MROPE if model.uses_mrope else 1, len(rows)), dtype=np.int32)
-        at, pos, n_images = 0, self._n_past, 0
+        at, pos = 0, self._n_past
         for part in self._prompt.parts:
             span = slice(at, at + part.n_tokens)
             if isinstance(part, TextPart):
@@ -424,21 +420,18 @@ class Session:
                 # M-RoPE: time, height and width are alike for text, the fourth is unused
                 positions[:3, span] = np.arange(pos, pos + part.n_tokens)
             else:
-                rows[span] = self._encode(part, n_images)
+                rows[span] = self._encode(part)
                 positions[:, span] = self._image_positions(part, pos)
-                n_images += 1
             at, pos = span.stop, pos + part.n_pos
         return rows, positions
 
     def _read_by_parts(self) -> None:
         """A call for each stretch of text and each image; only the last token asks for logits."""
-        n_images = 0
         for part, is_last in _with_last(self._prompt.parts):
             if isinstance(part, TextPart):
                 self._decode_tokens(part.tokens, n_outputs=int(is_last))
                 continue
-            embeddings = self._encode(part, n_images)
-            n_images += 1
+            embeddings = self._encode(part)
             after = ctypes.c_int32()
             status = mtmd.mtmd_helper_decode_image_chunk(
                 self._model.vision,
@@ -457,10 +450,8 @@ class Session:
             self.n_tokens += part.n_tokens
             self._n_calls += 1
 
-    def _encode(self, part: ImagePart, index: int) -> npt.NDArray[np.float32]:
-        """An image through the vision tower, or what was given for it: [n_tokens, n_embd_inp]."""
-        if self._embeddings is not None:
-            return self._embeddings[index]
+    def _encode(self, part: ImagePart) -> npt.NDArray[np.float32]:
+        """VisionModel.encode_image, and how long it took: [n_tokens, n_embd_inp]."""
         self._on_phase("image")
         start = time.perf_counter()
         embeddings = self._model.encode_image(part)
