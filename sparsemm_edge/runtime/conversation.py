@@ -329,7 +329,7 @@ class Conversation:
                 try:
                     session.read(prompt, cancelled)
                 except BaseException:
-                    if first:
+                    if first or not session.n_tokens:
                         self.close()
                     raise
                 self._pending = ()

@@ -211,7 +211,8 @@ class Session:
 
         Raises:
             Cancelled: `cancelled` said so.
-            SparseMMError: llama.cpp failed.
+            SparseMMError: llama.cpp failed. n_tokens is what it was, or 0 if the sequence was lost, which
+                the error says.
         """
         self._prompt = prompt
         if (n_uncut := self._n_uncut()) > self.n_ubatch:
@@ -223,13 +224,24 @@ class Session:
         llama.llama_set_abort_callback(self.context, callback, None)
         try:
             self.read_prompt()
-        except BaseException:
+        except BaseException as error:
             self._n_past, self.n_tokens = before
-            llama.llama_memory_seq_rm(self._memory(), 0, self._n_past, -1)
+            if not self._back_to(self._n_past) and isinstance(error, Exception):
+                raise SparseMMError(f"{error or 'interrupted'}; the conversation so far is lost") from error
             raise
         finally:
             self._cancelled = None
             llama.llama_set_abort_callback(self.context, llama.ggml_abort_callback(), None)
+
+    def _back_to(self, n_past: int) -> bool:
+        """Drop what a failed prompt left from position n_past on. False: the whole sequence is lost."""
+        memory = self._memory()
+        done = bool(llama.llama_memory_seq_rm(memory, 0, n_past, -1))
+        if done and (not n_past or llama.llama_memory_seq_pos_max(memory, 0) >= 0):
+            return True
+        llama.llama_memory_seq_rm(memory, 0, -1, -1)
+        self._n_past, self.n_tokens = 0, 0
+        return False
 
     def read_prompt(self, prefix: Prefix | None = None) -> None:
         """Encode the images and run the prompt; afterwards logits() are those of the first new token.
