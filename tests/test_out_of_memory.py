@@ -1,4 +1,4 @@
-"""Every allocation of a ggml buffer fails once: the error says so, and the next prompt is answered rightly."""
+"""Each allocation of a ggml buffer fails once: the error says so, and the next prompt is answered rightly."""
 
 import json
 import os
