@@ -21,29 +21,26 @@ def usable_cores(root: Path = _ROOT) -> int:
     cores = psutil.cpu_count(logical=False) or psutil.cpu_count() or 1
     if hasattr(os, "sched_getaffinity"):
         cores = min(cores, len(os.sched_getaffinity(0)))
-    return max(1, min([cores, *(math.ceil(quota) for quota in _cpu_quotas(root))]))
+    quotas = (_cpu_quota(group) for group in _control_groups(root, "cpu"))
+    return max(1, min([cores, *(math.ceil(quota) for quota in quotas if quota is not None)]))
 
 
 def machine_memory(root: Path = _ROOT) -> tuple[int, int]:
-    """Bytes of memory that this machine, or the container around us, has; and that are available now."""
+    """Bytes of memory that this machine, or the container around us, has; and that are available now.
+
+    Args:
+        root: as in usable_cores.
+    """
     memory = psutil.virtual_memory()
     total, available = memory.total, memory.available
-    folder = root / "sys/fs/cgroup"
-    try:
-        limit = (folder / "memory.max").read_text().strip()
-        used = int((folder / "memory.current").read_text())
-        files = dict(line.split() for line in (folder / "memory.stat").read_text().splitlines())
-    except (OSError, ValueError):
-        return total, available
-    if limit.isdigit() and int(limit) < total:
-        total = int(limit)
-        # what files hold is given back when memory is short
-        available = min(available, total - used + int(files.get("inactive_file", 0)))
-    return total, available
+    for group in _control_groups(root, "memory"):
+        limit, left = _memory_limit(group) or (total, available)
+        total, available = min(total, limit), min(available, left)
+    return total, max(0, available)
 
 
-def _cpu_quotas(root: Path) -> Iterator[float]:
-    """The cores' worth of time that each control group around this process allows, of either version."""
+def _control_groups(root: Path, controller: str) -> Iterator[Path]:
+    """The folders of the control groups around this process, of either version, that may hold a bound."""
     try:
         lines = (root / "proc/self/cgroup").read_text().splitlines()
     except OSError:
@@ -51,24 +48,40 @@ def _cpu_quotas(root: Path) -> Iterator[float]:
     for line in lines:
         _, _, rest = line.partition(":")
         controllers, _, path = rest.partition(":")
-        if controllers and "cpu" not in controllers.split(","):
+        if controllers and controller not in controllers.split(","):
             continue
         # the group may be known by a name outside the container: then only its parents are found here
-        for mount in (controllers, "cpu") if controllers else ("", "unified"):
+        for mount in (controllers, controller) if controllers else ("", "unified"):
             top = root / "sys/fs/cgroup" / mount
             group = top / path.lstrip("/")
             for folder in (group, *group.parents):
-                if folder.is_relative_to(top) and (quota := _cpu_quota(folder)) is not None:
-                    yield quota
+                if folder.is_relative_to(top):
+                    yield folder
 
 
-def _cpu_quota(folder: Path) -> float | None:
+def _cpu_quota(group: Path) -> float | None:
     """The cores' worth of time of one control group; None if it has no bound, or is none."""
     try:
-        if (folder / "cpu.max").exists():
-            quota, period = (folder / "cpu.max").read_text().split()
+        if (group / "cpu.max").exists():
+            quota, period = (group / "cpu.max").read_text().split()
         else:
-            quota, period = ((folder / f"cpu.cfs_{name}_us").read_text() for name in ("quota", "period"))
+            quota, period = ((group / f"cpu.cfs_{name}_us").read_text() for name in ("quota", "period"))
         return int(quota) / int(period) if int(quota) > 0 else None
     except (OSError, ValueError, ZeroDivisionError):  # "max" is no number
+        return None
+
+
+def _memory_limit(group: Path) -> tuple[int, int] | None:
+    """The bytes of one control group, and how many are left; None if it has no bound, or is none."""
+    if (group / "memory.max").exists():
+        limit, used, given_back = "memory.max", "memory.current", "inactive_file"
+    else:
+        limit, used, given_back = "memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"
+    try:
+        n_bytes = int((group / limit).read_text())
+        left = n_bytes - int((group / used).read_text())
+        stat = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
+        # what files hold is given back when memory is short
+        return n_bytes, left + int(stat.get(given_back, 0))
+    except (OSError, ValueError):  # "max" is no number; version 1 writes one that is larger than any memory
         return None

@@ -9,6 +9,7 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import psutil
@@ -21,7 +22,7 @@ from sparsemm_edge.commands.options import NUMBERS
 from sparsemm_edge.commands.output import whole_numbers
 from sparsemm_edge.demo import DemoModel
 from sparsemm_edge.errors import SparseMMError
-from sparsemm_edge.resources import usable_cores
+from sparsemm_edge.resources import machine_memory, usable_cores
 from sparsemm_edge.runtime import Conversation, Eviction, VisionModel
 
 CLI = (sys.executable, "-m", "sparsemm_edge.cli")
@@ -261,7 +262,7 @@ def test_a_short_first_question_does_not_cut_later_windows() -> None:
             assert conversation.session is not None and conversation.session.n_ubatch >= 32
 
 
-# --- threads
+# --- threads and memory of a container
 
 
 def put(root: Path, files: dict[str, str]) -> Path:
@@ -321,3 +322,61 @@ def test_where_no_physical_cores_are_known_all_count(tmp_path: Path, monkeypatch
     assert usable_cores(tmp_path) == 6
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0, 5}, raising=False)
     assert usable_cores(tmp_path) == 2
+
+
+GIB = 2**30
+V1 = "sys/fs/cgroup/memory"
+
+
+def of_version_1(group: str, limit: int, used: int, files: int) -> dict[str, str]:
+    """A control group of memory; what its own files hold is less than what those of its children hold."""
+    return {
+        f"{group}/memory.limit_in_bytes": f"{limit}\n",
+        f"{group}/memory.usage_in_bytes": f"{used}\n",
+        f"{group}/memory.stat": f"inactive_file 7\ntotal_cache {files}\ntotal_inactive_file {files}\n",
+    }
+
+
+def of_version_2(group: str, limit: object, used: int, files: int) -> dict[str, str]:
+    return {
+        f"{group}/memory.max": f"{limit}\n",
+        f"{group}/memory.current": f"{used}\n",
+        f"{group}/memory.stat": f"anon 7\ninactive_file {files}\n",
+    }
+
+
+@pytest.mark.parametrize(
+    ("cgroup", "files", "total", "available"),
+    [
+        ("", {}, 64, 40),
+        ("0::/", of_version_2("sys/fs/cgroup", "max", 9 * GIB, 0), 64, 40),
+        ("0::/", of_version_2("sys/fs/cgroup", 8 * GIB, 3 * GIB, GIB), 8, 6),
+        ("0::/", of_version_2("sys/fs/cgroup", 50 * GIB, 3 * GIB, GIB), 50, 40),  # others use the machine
+        ("0::/", of_version_2("sys/fs/cgroup", 2 * GIB, 3 * GIB, 0), 2, 0),
+        (
+            "0::/a/b",
+            of_version_2("sys/fs/cgroup/a", 8 * GIB, 7 * GIB, 0)
+            | of_version_2("sys/fs/cgroup/a/b", 4 * GIB, GIB, 0),
+            4,
+            1,
+        ),
+        ("4:memory:/\n0::/", of_version_1(V1, 8 * GIB, 3 * GIB, GIB), 8, 6),
+        ("4:memory:/docker/outside\n1:cpu:/", of_version_1(V1, 8 * GIB, 3 * GIB, GIB), 8, 6),
+        ("4:memory:/a", of_version_1(f"{V1}/a", 8 * GIB, 3 * GIB, GIB), 8, 6),
+        ("4:memory:/", of_version_1(V1, 2**63 - 4096, 3 * GIB, GIB), 64, 40),  # no limit
+        ("4:cpu:/", of_version_1(V1, 8 * GIB, 3 * GIB, GIB), 64, 40),
+        ("4:memory:/", {f"{V1}/memory.limit_in_bytes": "x"}, 64, 40),
+    ],
+)
+def test_memory_is_what_the_container_may_use(
+    cgroup: str,
+    files: dict[str, str],
+    total: int,
+    available: int,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    machine = SimpleNamespace(total=64 * GIB, available=40 * GIB)
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: machine)
+    root = put(tmp_path, files | {"proc/self/cgroup": cgroup})
+    assert machine_memory(root) == (total * GIB, available * GIB)
