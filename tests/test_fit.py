@@ -361,3 +361,18 @@ def test_the_table_advises_batches(small: VisionModel, sparsemm: CommandLine) ->
 @pytest.fixture(autouse=True)
 def _no_output_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
+
+
+def test_k_and_v_may_have_different_numbers(small: VisionModel) -> None:
+    def row(**types: str) -> dict[str, Any]:
+        return dict(fit(Wish(small.path, n_text=200, budget=64, **types))["rows"][-1])  # type: ignore[arg-type]
+
+    both, neither = row(cache_type_k="q8_0", cache_type_v="q8_0"), row()
+    k, v = row(cache_type_k="q8_0"), row(cache_type_v="q8_0")
+    assert k["kv"] == v["kv"] == (both["kv"] + neither["kv"]) / 2
+    assert [each["name"].removeprefix("evicted, budget 64") for each in (both, neither, k, v)] == [
+        ", q8_0",
+        "",
+        ", q8_0 and f16",
+        ", f16 and q8_0",
+    ]

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
 import gguf
 import numpy as np
 import pytest
+import typer
 
 from conftest import CommandLine
 from models import sample_image, test_model
+from sparsemm_edge import cli
 from sparsemm_edge.errors import SparseMMError
 from sparsemm_edge.runtime import Loading, Lora, VisionModel
 from sparsemm_edge.runtime.library import llama
@@ -137,25 +140,159 @@ def test_the_tokens_of_an_image_are_bounded_where_its_size_decides() -> None:
 # --- how they are written
 
 
-@pytest.mark.parametrize("command", ["generate", "profile", "kept", "chat"])
-def test_ngl_is_not_n_with_a_text(command: str, tmp_path: Path, sparsemm: CommandLine) -> None:
+SHORT = {
+    "n_ctx": "-c",
+    "n_ubatch": "-ub",
+    "threads": "-t",
+    "threads_batch": "-tb",
+    "cache_type_k": "-ctk",
+    "cache_type_v": "-ctv",
+    "n_gpu_layers": "-ngl",
+    "n_predict": "-n",
+    "seed": "-s",
+}
+RUNS_A_MODEL = ("generate", "chat", "serve", "fit", "profile", "bench", "kept", "eval")
+
+
+def all_options() -> dict[str, dict[str, list[str]]]:
+    """The names of every option, by command and parameter."""
+    group: Any = typer.main.get_command(cli.app)
+    commands = {
+        f"{name} {sub}".strip(): each
+        for name, command in group.commands.items()
+        for sub, each in getattr(command, "commands", {"": command}).items()
+    }
+    return {
+        name: {option.name: option.opts for option in each.params if option.param_type_name == "option"}
+        for name, each in commands.items()
+    }
+
+
+def test_options_have_the_short_names_of_llama_cpp() -> None:
+    for command, options in all_options().items():
+        for name, short in SHORT.items():
+            assert short in options.get(name, [short]), (command, name)
+        if command in RUNS_A_MODEL:
+            assert "n_gpu_layers" in options, command
+        # where -t is and -tb is not, -tb 4 would be read as -t b
+        assert ("threads" in options) == ("threads_batch" in options), command
+
+
+@pytest.mark.parametrize("command", ["generate", "profile", "kept", "chat", "eval", "fit", "bench"])
+def test_short_options_are_not_others_with_a_text(
+    command: str, tmp_path: Path, sparsemm: CommandLine
+) -> None:
     files = test_model("llava")
-    arguments: list[Any] = ["-m", files.gguf(), "--mmproj", files.mmproj(), "-ngl", "99", "-t", "1"]
-    arguments += ["-tb", "1", "--no-mmproj-offload", "--image-max-tokens", "9", "--no-mmap"]
     sample_image(files.image_size, 1).save(tmp_path / "page.png")
-    if command != "chat":
-        arguments += ["-p", "x", "--image", tmp_path / "page.png"]
+    arguments: list[Any] = ["-m", files.gguf(), "-t", "1", "-tb", "1"]
+    if command == "fit":
+        arguments = [files.gguf()]
+    if command != "bench":
+        arguments += ["--mmproj", files.mmproj()]
+    if command not in ("fit", "bench"):
+        arguments += ["--no-mmproj-offload", "--image-max-tokens", "9", "--no-mmap"]
+    asked = ["-p", "x", "--image", tmp_path / "page.png"]
+    evicted = ["--policy", "uniform", "--budget", "32", "--window", "8"]
     arguments += {
-        "generate": ["-c", "900", "-n", "2"],
-        "profile": ["-n", "2", "--out", tmp_path / "p", "--policy", "uniform", "--kv-max-tail", "64"],
-        "kept": ["--out", tmp_path / "k.png", "--policy", "uniform", "--budget", "32", "--window", "8"],
-        "chat": ["-c", "900", "--image", "nowhere.png"],
+        "generate": ["-c", "900", "-n", "2", "-s", "3", "-ub", "99", "-ctk", "f32", "-ctv", "bf16", *asked],
+        "profile": ["-n", "2", "--out", tmp_path / "p", *evicted[:2], "--kv-max-tail", "64", *asked],
+        "kept": ["--out", tmp_path / "k.png", *evicted, "-ctk", "f32", "-ctv", "f32", "-ub", "99", *asked],
+        "chat": ["-c", "900", "-s", "3", "-ctk", "f32", "-ctv", "f32", "--image", "nowhere.png"],
+        "eval": [
+            *("--fidelity-only", tmp_path, "-c", "900", "-n", "2", "-s", "3", "--out", tmp_path / "e"),
+            *("--policies", "uniform", "--budgets", "32", "--window", "8"),
+        ],
+        "fit": ["-c", "900", "-n", "2", "-ub", "99", "-ctk", "f32", "-ctv", "bf16", "--image", "99x99"],
+        "bench": [
+            "--n-prompt",
+            "20",
+            "--budgets",
+            "16",
+            "--rounds",
+            "1",
+            "-ub",
+            "99",
+            "--out",
+            tmp_path / "b",
+        ],
     }[command]
-    done = sparsemm(command, *arguments)
+    done = sparsemm(command, *arguments, "-ngl", "99")
     if command == "chat":  # it came as far as the image
         assert "nowhere.png" in done.refusal
     else:
         assert done.status == 0, done.err
+
+
+@pytest.mark.parametrize("command", ["generate", "eval", "fit"])
+def test_layers_on_the_gpu_are_what_llama_cpp_is_told(
+    command: str, tmp_path: Path, sparsemm: CommandLine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """This build has no GPU: what llama.cpp gets is all that can be seen."""
+    told: list[int] = []
+    load_model = llama.llama_model_load_from_file
+
+    def spy(path: bytes, params: Any) -> Any:
+        told.append(params.n_gpu_layers)
+        return load_model(path, params)
+
+    monkeypatch.setattr(llama, "llama_model_load_from_file", spy)
+    files = test_model("llava")
+    sample_image(files.image_size, 1).save(tmp_path / "page.png")
+    arguments: list[Any] = {
+        "generate": ["-m", files.gguf(), "-n", 1, "-p", "x", "-t", 1],
+        "eval": [
+            *("-m", files.gguf(), "--mmproj", files.mmproj(), "--fidelity-only", tmp_path, "-n", 1, "-t", 1),
+            *(
+                "--policies",
+                "uniform",
+                "--budgets",
+                "32",
+                "--window",
+                "8",
+                "--resume",
+                "--out",
+                tmp_path / "e",
+            ),
+        ],
+        "fit": [files.gguf()],
+    }[command]
+    assert sparsemm(command, *arguments, "-ngl", 7).status == 0
+    if command == "eval":
+        (tmp_path / "e" / "results.jsonl").unlink()
+    assert sparsemm(command, *arguments).status == 0
+    assert told == [7, llama.llama_model_default_params().n_gpu_layers]
+
+
+def test_a_build_without_a_gpu_fits_the_same_whatever_goes_onto_one(sparsemm: CommandLine) -> None:
+    totals = [
+        [
+            row["total"] - row["program"]
+            for row in sparsemm("fit", test_model("llava").gguf(), *more).report["rows"]
+        ]
+        for more in (["--json"], ["--json", "-ngl", 1])
+    ]
+    assert totals[0] == totals[1]
+
+
+def test_a_lora_in_eval_is_in_its_answers_and_in_the_way_of_resuming(
+    tmp_path: Path, sparsemm: CommandLine
+) -> None:
+    files, lora = test_model("llava"), write_lora(tmp_path / "a.gguf")
+    (tmp_path / "pages").mkdir()
+    sample_image(files.image_size, 1).save(tmp_path / "pages" / "page.png")
+    arguments: list[Any] = ["eval", "-m", files.gguf(), "--mmproj", files.mmproj(), "-n", 8, "-t", 1]
+    arguments += ["--fidelity-only", tmp_path / "pages", "--policies", "full", "--budgets", 32]
+    arguments += ["--cache-types", "f16", "--resume"]
+
+    def answer(*more: Any) -> list[str]:
+        out = tmp_path / str(len(more))
+        assert sparsemm(*arguments, "--out", out, *more).status == 0
+        return [json.loads(line)["answer"] for line in (out / "results.jsonl").read_text().splitlines()[1:]]
+
+    plain, changed = answer(), answer("--lora", lora)
+    assert plain != changed
+    refusal = sparsemm(*arguments, "--out", tmp_path / "0", "--lora", lora).refusal
+    assert "is of another run, --resume cannot go on with it: loras was None" in refusal
 
 
 def test_the_image_encoder_stays_off_the_gpu_if_it_should() -> None:

@@ -26,6 +26,8 @@ def bench(
     rounds: Annotated[int, typer.Option(help="How often each setting reads each prompt by turns.")] = 2,
     n_ubatch: options.NUbatchCompared = None,
     threads: options.Threads = None,
+    threads_batch: options.ThreadsBatch = None,
+    n_gpu_layers: options.NGpuLayers = None,
     out: Annotated[Path, typer.Option(help="Folder of the report.")] = Path("sparsemm-bench"),
     as_json: options.AsJson = False,
 ) -> None:
@@ -44,6 +46,7 @@ def bench(
     from sparsemm_edge.profiling.bench import check_memory
     from sparsemm_edge.profiling.machine import in_words
     from sparsemm_edge.profiling.progress import Progress
+    from sparsemm_edge.runtime.loading import Loading
 
     lengths, wanted = whole_numbers("--n-prompt", n_prompt), whole_numbers("--budgets", budgets)
     if (model is None) == (shape is None):
@@ -74,6 +77,7 @@ def bench(
             n_rounds=rounds,
             n_threads=threads,
             n_ubatch=n_ubatch,
+            loading=Loading(n_threads_batch=threads_batch, n_gpu_layers=n_gpu_layers),
         )
     bench_report.write(out, content)
     if as_json:

@@ -46,7 +46,7 @@ def convert(
         typer.Option("--water-fill/--no-water-fill", help="Give what a head cannot use to the others."),
     ] = True,
     n_prompt: Annotated[int, typer.Option(help="Prompt length to water-fill for, in positions.")] = 2944,
-    seed: Annotated[int, typer.Option(help="Seed of policy random.")] = 0,
+    seed: Annotated[int, typer.Option("--seed", "-s", help="Seed of policy random.")] = 0,
     force: options.Force = False,
     as_json: options.AsJson = False,
 ) -> None:

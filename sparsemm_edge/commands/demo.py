@@ -11,7 +11,10 @@ from sparsemm_edge.commands.output import print_json, whole_numbers
 
 def demo(
     seed: Annotated[
-        int | None, typer.Option(help="The page to draw, 0 to 999999 [default: a new one].", show_default="")
+        int | None,
+        typer.Option(
+            "--seed", "-s", help="The page to draw, 0 to 999999 [default: a new one].", show_default=""
+        ),
     ] = None,
     image: Annotated[
         Path | None, typer.Option(help="Your own picture instead of a page; it is resized to 336 x 336.")

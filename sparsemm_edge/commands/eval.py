@@ -15,9 +15,9 @@ from sparsemm_edge.errors import SparseMMError
 _T = TypeVar("_T")
 
 
+@options.grouped
 def evaluate(
-    model: options.Model,
-    mmproj: options.Mmproj,
+    loaded: options.Loaded,
     data: Annotated[
         str | None,
         typer.Option(
@@ -88,12 +88,16 @@ def evaluate(
         int | None, typer.Option("--n-predict", "-n", help="Most tokens of an answer [default: the data's].")
     ] = None,
     n_ctx: Annotated[
-        int | None, typer.Option(help="Most positions of prompt and answer [default: as trained].")
+        int | None,
+        typer.Option("--n-ctx", "-c", help="Most positions of prompt and answer [default: as trained]."),
     ] = None,
     chat_template: options.ChatTemplate = None,
-    seed: Annotated[int, typer.Option(help="First seed of the grid pages, and of the bootstrap.")] = 0,
-    jobs: Annotated[int, typer.Option(help="Processes, each with the model loaded.")] = 1,
-    threads: Annotated[int | None, typer.Option(help="Threads of a process [default: cores / jobs].")] = None,
+    seed: Annotated[
+        int, typer.Option("--seed", "-s", help="First seed of the grid pages, and of the bootstrap.")
+    ] = 0,
+    jobs: Annotated[
+        int, typer.Option(help="Processes, each with the model loaded and its share of the cores.")
+    ] = 1,
     out: Annotated[Path, typer.Option(help="Folder for results.jsonl, eval.json and eval.png.")] = Path(
         "sparsemm-eval"
     ),
@@ -135,6 +139,8 @@ def evaluate(
         laters=_list("--later", later, str),
         n_random=random_seeds,
     )
+    if loaded.mmproj is None:
+        raise SparseMMError("the questions are about images: give the model's image encoder with --mmproj")
     if fidelity_only is not None:
         data_set = datasets.images_only(fidelity_only, prompt, pages)
     else:
@@ -143,12 +149,13 @@ def evaluate(
     for note in data_set.notes:
         print(f"note: {note}", file=sys.stderr)
     job = Job(
-        model=model,
-        mmproj=mmproj,
+        model=loaded.model,
+        mmproj=loaded.mmproj,
         scores=scores,
         n_predict=n_predict or data_set.n_predict,
         n_ctx=n_ctx,
-        n_threads=threads or max(1, usable_cores() // jobs),
+        n_threads=loaded.threads or max(1, usable_cores() // jobs),
+        loading=loaded.loading(),
         chat_template=None if chat_template is None else read_template(chat_template),
         n_turns=turns,
         cross=cross,
@@ -169,8 +176,8 @@ def evaluate(
         )
 
     about = {
-        "model": model.name,
-        "mmproj": mmproj.name,
+        "model": job.model.name,
+        "mmproj": job.mmproj.name,
         "data": data_set.name,
         "n_pages": len({question.page for question in data_set.questions}),
         "seed": seed,
@@ -184,7 +191,7 @@ def evaluate(
     report.save_json(found, out / "eval.json", about=about)
     if found.rows:
         report.save_plot(
-            found, out / "eval.png", title=f"{model.name}: {data_set.name}, {about['n_pages']} images"
+            found, out / "eval.png", title=f"{job.model.name}: {data_set.name}, {about['n_pages']} images"
         )
     if as_json:
         print_json(report.as_json(found, about))

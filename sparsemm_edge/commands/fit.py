@@ -16,7 +16,7 @@ _UNITS = {"K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 
 def fit(
     model: Annotated[Path, typer.Argument(help="The text model, a GGUF file.", show_default=False)],
-    mmproj: options.OptionalMmproj = None,
+    mmproj: options.Mmproj = None,
     image: Annotated[
         list[str] | None,
         typer.Option(help="An image file, or a size in pixels such as 1344x896; may be given several times."),
@@ -24,16 +24,24 @@ def fit(
     n_text: Annotated[int, typer.Option(help="Positions of the prompt's text, template included.")] = 64,
     n_predict: Annotated[int, typer.Option("--n-predict", "-n", help="Tokens of the reply.")] = 256,
     n_ctx: Annotated[
-        int | None, typer.Option(help="Places in the KV cache [default: what prompt and reply need].")
+        int | None,
+        typer.Option("--n-ctx", "-c", help="Places in the KV cache [default: what prompt and reply need]."),
     ] = None,
     budget: Annotated[int | None, typer.Option(help="Budget to evict to [default: the file's].")] = None,
-    cache_type: Annotated[
-        str, typer.Option(help="Numbers of K and V where evicted: f16, f32, bf16 or q8_0.")
+    cache_type_k: Annotated[
+        str,
+        typer.Option(
+            "--cache-type-k", "-ctk", help="Numbers of K where evicted: f16, f32, bf16, q8_0, q4_0."
+        ),
+    ] = "f16",
+    cache_type_v: Annotated[
+        str, typer.Option("--cache-type-v", "-ctv", help="Numbers of V where evicted, likewise.")
     ] = "f16",
     n_ubatch: options.NUbatchCompared = None,
     scores: options.Scores = None,
     window: options.Window = None,
     kv_max_tail: options.KvMaxTail = None,
+    n_gpu_layers: options.NGpuLayers = None,
     memory: Annotated[
         str | None, typer.Option(help="Memory to fit into, such as 8G [default: what is available here].")
     ] = None,
@@ -42,7 +50,7 @@ def fit(
     """Does it fit? What model, images and cache would take, without running anything.
 
     K and V are exact. Compute buffers are what llama.cpp says it would allocate, the image encoder's for the
-    image that it warms up with.
+    image that it warms up with. What a GPU holds counts like the rest: totals are of all devices together.
 
     \b
     Example:
@@ -58,11 +66,13 @@ def fit(
         n_text=n_text,
         n_predict=n_predict,
         n_ctx=n_ctx,
-        cache_type=cache_type,
+        cache_type_k=cache_type_k,
+        cache_type_v=cache_type_v,
         budget=budget,
         window=window,
         max_tail=kv_max_tail,
         n_ubatch=n_ubatch,
+        n_gpu_layers=n_gpu_layers,
         scores=scores,
         memory=None if memory is None else _bytes(memory),
     )

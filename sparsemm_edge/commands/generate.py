@@ -20,9 +20,7 @@ def generate(
     image: options.Images = None,
     n_predict: Annotated[int, typer.Option("--n-predict", "-n", help="Most tokens to generate.")] = 256,
     n_ctx: options.NCtx = None,
-    n_ubatch: Annotated[
-        int | None, typer.Option(help="Prompt tokens computed at a time [default: the whole prompt].")
-    ] = None,
+    n_ubatch: options.NUbatch = None,
     cache_type_k: options.CacheTypeK = "f16",
     cache_type_v: options.CacheTypeV = "f16",
     save_session: Annotated[

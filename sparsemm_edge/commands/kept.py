@@ -20,9 +20,7 @@ def kept(
         str,
         typer.Option(help="all: heads that keep a position; layer: the same by layer; head: single heads."),
     ] = "all",
-    n_ubatch: Annotated[
-        int | None, typer.Option(help="Prompt tokens computed at a time [default: the whole prompt].")
-    ] = None,
+    n_ubatch: options.NUbatch = None,
     cache_type_k: options.CacheTypeK = "f16",
     cache_type_v: options.CacheTypeV = "f16",
     verbose: options.Verbose = False,

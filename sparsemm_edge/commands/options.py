@@ -25,11 +25,8 @@ from sparsemm_edge.files import check_text, decode_text, read_text
 if TYPE_CHECKING:
     from sparsemm_edge.runtime import Eviction, Loading, Sampling, VisionModel
 
-_MMPROJ = "Its image encoder, a GGUF file."
-
 Model = Annotated[Path, typer.Option("--model", "-m", help="The text model, a GGUF file.")]
-Mmproj = Annotated[Path, typer.Option(help=_MMPROJ)]
-OptionalMmproj = Annotated[Path | None, typer.Option(help=_MMPROJ)]
+Mmproj = Annotated[Path | None, typer.Option(help="Its image encoder, a GGUF file.")]
 Images = Annotated[
     list[str] | None,
     typer.Option(
@@ -45,19 +42,46 @@ ChatTemplate = Annotated[
 Threads = Annotated[
     int | None, typer.Option("--threads", "-t", help="Threads [default: the physical cores].")
 ]
+ThreadsBatch = Annotated[
+    int | None, typer.Option("--threads-batch", "-tb", help="Threads that read prompts [default: --threads].")
+]
+NGpuLayers = Annotated[
+    int | None,
+    typer.Option(
+        "--n-gpu-layers", "-ngl", help="Layers on the GPU of a build that has one; -1: all [default: all]."
+    ),
+]
 Verbose = Annotated[bool, typer.Option("--verbose", help="Show llama.cpp's log.")]
 NCtx = Annotated[
     int | None,
     typer.Option("--n-ctx", "-c", help="Most positions of prompt and reply [default: what they need]."),
 ]
-CacheTypeK = Annotated[str, typer.Option(help="Numbers of K: f16, f32, bf16, q8_0 or q4_0.")]
-CacheTypeV = Annotated[str, typer.Option(help="Numbers of V: f16, f32, bf16, q8_0 or q4_0.")]
+CacheTypeK = Annotated[
+    str, typer.Option("--cache-type-k", "-ctk", help="Numbers of K: f16, f32, bf16, q8_0 or q4_0.")
+]
+CacheTypeV = Annotated[
+    str, typer.Option("--cache-type-v", "-ctv", help="Numbers of V: f16, f32, bf16, q8_0 or q4_0.")
+]
 ImageCache = Annotated[
     int, typer.Option(help="MiB of images that stay encoded, so that one that comes again is not.")
 ]
+NUbatch = Annotated[
+    int | None,
+    typer.Option("--n-ubatch", "-ub", help="Prompt tokens computed at a time [default: the whole prompt]."),
+]
+NUbatchOfChat = Annotated[
+    int | None,
+    typer.Option(
+        "--n-ubatch", "-ub", help="Prompt tokens computed at a time [default: all of a first message]."
+    ),
+]
 NUbatchCompared = Annotated[
     int | None,
-    typer.Option(help="Prompt tokens computed at a time [default: 512; evicted: the whole prompt]."),
+    typer.Option(
+        "--n-ubatch",
+        "-ub",
+        help="Prompt tokens computed at a time [default: 512; evicted: the whole prompt].",
+    ),
 ]
 
 # How it evicts; what is not given is the model file's.
@@ -109,20 +133,10 @@ class Loaded:
     """The model, and how llama.cpp loads it."""
 
     model: Model
-    mmproj: OptionalMmproj = None
+    mmproj: Mmproj = None
     threads: Threads = None
-    threads_batch: Annotated[
-        int | None,
-        typer.Option("--threads-batch", "-tb", help="Threads that read prompts [default: --threads]."),
-    ] = None
-    n_gpu_layers: Annotated[
-        int | None,
-        typer.Option(
-            "--n-gpu-layers",
-            "-ngl",
-            help="Layers on the GPU of a build that has one; -1: all [default: all].",
-        ),
-    ] = None
+    threads_batch: ThreadsBatch = None
+    n_gpu_layers: NGpuLayers = None
     mmproj_offload: Annotated[
         bool,
         typer.Option(
@@ -266,7 +280,9 @@ class Sampled:
     """How an answer is sampled, and what it must look like. The defaults are runtime.Sampling's."""
 
     temp: Annotated[float, typer.Option(help="0: the likeliest token; above: sample.")] = 0.0
-    seed: Annotated[int, typer.Option(help="Seed for sampling; -1: another one each time.")] = 0
+    seed: Annotated[
+        int, typer.Option("--seed", "-s", help="Seed for sampling; -1: another one each time.")
+    ] = 0
     top_k: Annotated[int, typer.Option(help="Sample from so many likeliest tokens; 0: all.")] = 40
     top_p: Annotated[float, typer.Option(help="Sample from the likeliest with this probability.")] = 0.95
     min_p: Annotated[float, typer.Option(help="Sample from those with this share of the likeliest's.")] = 0.05

@@ -28,7 +28,7 @@ def score(
         ),
     ] = "documents",
     pages: Annotated[int, typer.Option(help="How many pages, at most.")] = 100,
-    seed: Annotated[int, typer.Option(help="Which pages are made.")] = 0,
+    seed: Annotated[int, typer.Option("--seed", "-s", help="Which pages are made.")] = 0,
     size: Annotated[str, typer.Option("--page-size", help="Of documents, in pixels.")] = "896x672",
     prompt: Annotated[
         str | None,

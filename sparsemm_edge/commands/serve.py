@@ -15,7 +15,9 @@ from sparsemm_edge.errors import SparseMMError
 class Sampled(options.Sampled):
     """How an answer is sampled where a request says nothing."""
 
-    seed: Annotated[int, typer.Option(help="Seed for sampling; -1: another one each time.")] = -1
+    seed: Annotated[
+        int, typer.Option("--seed", "-s", help="Seed for sampling; -1: another one each time.")
+    ] = -1
 
 
 @options.grouped
@@ -33,9 +35,7 @@ def serve(
         int | None, typer.Option("--n-predict", "-n", help="Most tokens of an answer [default: what fits].")
     ] = None,
     n_ctx: options.NCtxOfChat = None,
-    n_ubatch: Annotated[
-        int | None, typer.Option(help="Prompt tokens computed at a time [default: all of a first message].")
-    ] = None,
+    n_ubatch: options.NUbatchOfChat = None,
     cache_type_k: options.CacheTypeK = "f16",
     cache_type_v: options.CacheTypeV = "f16",
     image_cache: options.ImageCache = defaults.IMAGE_CACHE,

@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from itertools import groupby
 from pathlib import Path
@@ -43,6 +43,7 @@ class Job:
         n_predict: most tokens of an answer.
         n_ctx: most positions of prompts and answers; None: what the model was trained for.
         n_threads: threads of a process; None: the physical cores.
+        loading: how the model is loaded; images stay encoded whatever it says.
         chat_template: jinja text to use instead of the model's own template.
         n_turns: most questions of a conversation; 1: no later ones.
         cross: whether a second question is asked in the place of the first as well.
@@ -54,6 +55,7 @@ class Job:
     n_predict: int
     n_ctx: int | None = None
     n_threads: int | None = None
+    loading: Loading = field(default_factory=Loading)
     chat_template: str | None = None
     n_turns: int = 1
     cross: bool = False
@@ -177,7 +179,7 @@ class Evaluator:
     def __init__(self, job: Job) -> None:
         self._job = job
         # an image is read again for every question and setting, and encoded once
-        loading = Loading(image_cache=_IMAGE_CACHE)
+        loading = replace(job.loading, image_cache=_IMAGE_CACHE)
         self._model = VisionModel.load(job.model, job.mmproj, n_threads=job.n_threads, loading=loading)
         try:
             self._scores = self._read_scores()
@@ -532,6 +534,10 @@ class Results:
             "n_predict": job.n_predict,
             "n_ctx": job.n_ctx,
             "chat_template": job.chat_template,
+            # None where nothing is said, as files read that older versions wrote
+            "loras": [[_identity(Path(lora.path)), lora.scale] for lora in job.loading.loras] or None,
+            "image_min_tokens": job.loading.image_min_tokens,
+            "image_max_tokens": job.loading.image_max_tokens,
         }
         if path.exists():
             if not resume:

@@ -23,6 +23,7 @@ from sparsemm_edge.profiling.profile import check_some_ran, run_and_say, say_lea
 from sparsemm_edge.profiling.progress import Progress
 from sparsemm_edge.profiling.runs import run_by_turns
 from sparsemm_edge.resources import machine_memory
+from sparsemm_edge.runtime.loading import Loading
 
 _N_PREDICT = 16  # tokens that a setting decodes in its own process
 
@@ -37,6 +38,7 @@ def bench(
     n_rounds: int = 2,
     n_threads: int | None = None,
     n_ubatch: int | None = None,
+    loading: Loading | None = None,
 ) -> dict[str, Any]:
     """Measure a model on prompts of random tokens.
 
@@ -50,6 +52,7 @@ def bench(
         n_threads: None: the physical cores.
         n_ubatch: prompt tokens computed at a time in every setting; None: llama.cpp's default for the full
             cache, the whole prompt where it is evicted.
+        loading: how the model is loaded; None: as llama.cpp does it.
 
     Returns:
         `machine`, `model`, `scores` (where they come from), `rows` (see _row), and `lengths`: for each prompt
@@ -79,7 +82,7 @@ def bench(
         full("q8_0", n_ubatch=n_ubatch),
     ]
     settings = full_settings + [Setting(budget, n_ubatch=n_ubatch) for budget in dict.fromkeys(budgets)]
-    task = Task(str(model), n_predict=_N_PREDICT, n_threads=n_threads)
+    task = Task(str(model), n_predict=_N_PREDICT, n_threads=n_threads, loading=loading or Loading())
     say_least_ubatches(task, settings, metadata)
     progress.doing("reading memory")
     bandwidth = this_machine.memory_bandwidth(n_threads)

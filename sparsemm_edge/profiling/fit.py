@@ -28,11 +28,12 @@ class Wish:
         n_text: positions of the prompt's text, template included.
         n_predict: tokens of the reply.
         n_ctx: places in the KV cache; None: what prompt and reply need.
-        cache_type: of K and V where the cache is evicted.
+        cache_type_k, cache_type_v: of K and V where the cache is evicted.
         budget: mean head budget; None: the file's, or the default.
         window: observation window; None: the file's, or the default.
         max_tail: most generated positions that a head holds where the cache is evicted; None: all of them.
         n_ubatch: prompt tokens computed at a time; None: 512, and the whole prompt where it is evicted.
+        n_gpu_layers: see Loading; on how many devices buffers lie changes their size.
         scores: head scores file; None: those in the file, or ones like the published.
         memory: bytes to fit into; None: this machine's.
     """
@@ -43,11 +44,13 @@ class Wish:
     n_text: int = 64
     n_predict: int = 256
     n_ctx: int | None = None
-    cache_type: str = "f16"
+    cache_type_k: str = "f16"
+    cache_type_v: str = "f16"
     budget: int | None = None
     window: int | None = None
     max_tail: int | None = None
     n_ubatch: int | None = None
+    n_gpu_layers: int | None = None
     scores: Path | None = None
     memory: int | None = None
 
@@ -79,7 +82,7 @@ def fit(wish: Wish) -> dict[str, Any]:
     weights = weight_bytes(wish.model)
     metadata = sparsemm_metadata(header)
     with (
-        Estimate(header, wish.mmproj) as estimate,
+        Estimate(header, wish.mmproj, wish.n_gpu_layers) as estimate,
         shapes.scores_file(shape, metadata, wish.scores) as (scores, source),
     ):
         images = estimate.image_tokens(wish.image_sizes) if wish.image_sizes else None
@@ -133,17 +136,18 @@ def fit(wish: Wish) -> dict[str, Any]:
                 n_ctx=n_ctx,
                 one_ubatch=one_batch and n_ubatch >= n_prompt,
                 max_tail=wish.max_tail,
-                type_k=wish.cache_type,
-                type_v=wish.cache_type,
+                type_k=wish.cache_type_k,
+                type_v=wish.cache_type_v,
             )
             compute = estimate.compute_bytes(
                 n_ctx=n_ctx,
                 n_ubatch=n_ubatch,
-                type_k=wish.cache_type,
-                type_v=wish.cache_type,
+                type_k=wish.cache_type_k,
+                type_v=wish.cache_type_v,
                 table=found,
             )
-            kind = "" if wish.cache_type == "f16" else f", {wish.cache_type}"
+            kinds = dict.fromkeys((wish.cache_type_k, wish.cache_type_v))
+            kind = "" if list(kinds) == ["f16"] else f", {' and '.join(kinds)}"
             return row(f"evicted, budget {budget}{kind}", kv.now, kv.peak, compute, budget)
 
         budget = wish.budget or budget_and_window(Eviction(), metadata)[0]

@@ -12,6 +12,7 @@ from sparsemm_edge.gguf_header import GGUFHeader
 from sparsemm_edge.runtime import library
 from sparsemm_edge.runtime.eviction import HeadBudgetTable
 from sparsemm_edge.runtime.library import llama, mtmd
+from sparsemm_edge.runtime.loading import Loading
 from sparsemm_edge.runtime.prompt import ImagePart, image_marker, tokenize_with_images
 from sparsemm_edge.runtime.session import cache_type
 from sparsemm_edge.runtime.token_embeddings import PLAIN_EMBEDDINGS, TENSOR
@@ -36,10 +37,11 @@ class Estimate:
     Close it, or use it in a `with`: it owns memory of llama.cpp.
     """
 
-    def __init__(self, header: GGUFHeader, mmproj: Path | None) -> None:
+    def __init__(self, header: GGUFHeader, mmproj: Path | None, n_gpu_layers: int | None = None) -> None:
         """Args:
         header: of the text model's file.
         mmproj: GGUF file of its image encoder; None: text only.
+        n_gpu_layers: see Loading.
 
         Raises:
             SparseMMError: llama-cpp-python without the patches, or a file that cannot be used.
@@ -50,7 +52,7 @@ class Estimate:
         library.logged_buffers()
         self._header = header
         self._vision: int | None = None
-        params = llama.llama_model_default_params()
+        params = Loading(n_gpu_layers=n_gpu_layers).model_params()
         params.no_alloc = True
         params.load_mode = llama.LLAMA_LOAD_MODE_NONE
         self._model: int | None = llama.llama_model_load_from_file(os.fsencode(header.path), params)
