@@ -254,13 +254,35 @@ def test_what_is_no_scorable_checkpoint_is_said_in_one_line(tmp_path: Path) -> N
         load(checkpoint(), device="abacus")
 
 
-@pytest.mark.parametrize(("encoding", "said"), [("utf-8-sig", "a byte order mark"), ("utf-16", "UTF-16")])
-def test_an_encoding_that_transformers_does_not_read_is_named(
-    encoding: str, said: str, tmp_path: Path
-) -> None:
-    (tmp_path / "config.json").write_text('{"model_type": "llava"}', encoding=encoding)
-    with pytest.raises(SparseMMError, match=rf"config\.json is .*{said}.*save it as plain UTF-8"):
-        load(str(tmp_path))
+@pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16", "utf-16-be"])
+def test_every_text_file_of_a_checkpoint_may_be_as_an_editor_saved_it(encoding: str, tmp_path: Path) -> None:
+    """transformers reads most of them by itself, and plain UTF-8 only."""
+    folder = Path(_copy(tmp_path))
+    load(checkpoint()).model.save_pretrained(folder, max_shard_size="50KB")
+    (folder / "model.safetensors").unlink(missing_ok=True)
+    files = [path for path in folder.iterdir() if path.suffix in (".json", ".jinja")]
+    for name in ("config", "generation_config", "tokenizer", "tokenizer_config", "model.safetensors.index"):
+        assert folder / f"{name}.json" in files
+    assert {folder / "preprocessor_config.json", folder / "chat_template.jinja"} <= set(files)
+    for path in files:
+        path.write_bytes(path.read_text(encoding="utf-8").encode(encoding))
+    score(job(model=str(folder)), tmp_path / "s.json")
+    found, wanted = (json.loads(data) for data in ((tmp_path / "s.json").read_bytes(), expected()))
+    assert (found["model"], found["scores"]) == ("model", wanted["scores"])
+    assert found["character_accuracy"] == wanted["character_accuracy"]
+
+
+def test_what_is_wrong_with_such_a_checkpoint_is_said_of_its_own_folder(tmp_path: Path) -> None:
+    folder = Path(_copy(tmp_path, without="model.safetensors"))
+    config = folder / "config.json"
+    config.write_bytes(b"\xef\xbb\xbf" + config.read_bytes())
+    with pytest.raises(SparseMMError) as caught:
+        load(str(folder))
+    assert "cannot load the weights" in str(caught.value) and str(folder) in str(caught.value)
+    assert "sparsemm-edge-" not in str(caught.value)
+    config.write_bytes("{".encode("utf-16") + b"\0")
+    with pytest.raises(SparseMMError, match=r"config\.json: not a text file \(UTF-16 was expected"):
+        load(str(folder))
 
 
 def test_a_model_without_chat_template_takes_a_whole_prompt(tmp_path: Path) -> None:

@@ -7,9 +7,10 @@ transformers builds some whole processors only where torchvision is there for th
 import inspect
 import json
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
@@ -333,37 +334,60 @@ def load(name: str, *, device: str | None = None, dtype: str = "auto") -> Vision
     device = _checked_device(device)
     offline: dict[str, Any] = {"local_files_only": True} if local else {}
     logging.disable_progress_bar()
-    if local:
-        _check_plain_utf8(Path(name))
-    with _one_line(name, "config.json"):
-        config = AutoConfig.from_pretrained(name, **offline)
-    check_architecture(name, config)
-    with _one_line(name, "the tokenizer"):
-        tokenizer = AutoTokenizer.from_pretrained(name, **offline)
-    with _one_line(name, "the image processor (preprocessor_config.json or processor_config.json)"):
-        image_processor = AutoImageProcessor.from_pretrained(name, **offline)
-    with _one_line(name, "the weights"):
-        model: Any = AutoModelForImageTextToText.from_pretrained(
-            name,
-            config=config,
-            dtype=DTYPES[dtype],
-            attn_implementation="sdpa",
-            device_map="auto" if device == "auto" else None,
-            **offline,
-        )
-        if device != "auto":
-            model.to(device)
-    return VisionLanguageModel(name, model, tokenizer, image_processor, _chat_template(name, offline))
+    with _readable(name) if local else nullcontext(name) as source:
+        with _one_line(name, "config.json"):
+            config = AutoConfig.from_pretrained(source, **offline)
+        check_architecture(name, config)
+        with _one_line(name, "the tokenizer"):
+            tokenizer = AutoTokenizer.from_pretrained(source, **offline)
+        with _one_line(name, "the image processor (preprocessor_config.json or processor_config.json)"):
+            image_processor = AutoImageProcessor.from_pretrained(source, **offline)
+        with _one_line(name, "the weights"):
+            model: Any = AutoModelForImageTextToText.from_pretrained(
+                source,
+                config=config,
+                dtype=DTYPES[dtype],
+                attn_implementation="sdpa",
+                device_map="auto" if device == "auto" else None,
+                **offline,
+            )
+            if device != "auto":
+                model.to(device)
+        return VisionLanguageModel(name, model, tokenizer, image_processor, _chat_template(source, offline))
 
 
-def _check_plain_utf8(folder: Path) -> None:
-    """Raise SparseMMError for a JSON file that transformers would call no valid JSON."""
-    for path in sorted(folder.glob("*.json")):
-        with path.open("rb") as file:
-            encoding = json.detect_encoding(file.read(4))
-        if encoding != "utf-8":
-            kind = "UTF-8 with a byte order mark" if encoding == "utf-8-sig" else encoding.upper()
-            raise SparseMMError(f"{path} is {kind}, which transformers does not read: save it as plain UTF-8")
+_TEXT_FILES = (".json", ".jinja", ".txt")
+
+
+@contextmanager
+def _readable(name: str) -> Iterator[str]:
+    """A folder that transformers can read: the checkpoint's, or one of links to it.
+
+    transformers takes every text file for plain UTF-8. One that is UTF-8 with a byte order mark, or UTF-16,
+    is written anew there, without the mark.
+    """
+    folder = Path(name).expanduser().resolve()
+    anew = {}
+    for path in sorted(folder.iterdir()):
+        if path.suffix in _TEXT_FILES and path.is_file():
+            with path.open("rb") as file:
+                encoding = json.detect_encoding(file.read(4))
+            if encoding != "utf-8":
+                anew[path.name] = read_text(path)
+    if not anew:
+        yield str(folder)
+        return
+    with TemporaryDirectory(prefix="sparsemm-edge-") as links:
+        for path in folder.iterdir():
+            target = Path(links) / path.name
+            if path.name in anew:
+                target.write_text(anew[path.name], encoding="utf-8", newline="")
+            else:
+                target.symlink_to(path)
+        try:
+            yield links
+        except SparseMMError as error:
+            raise SparseMMError(str(error).replace(links, name)) from error
 
 
 def check_architecture(name: str, config: Any) -> None:
