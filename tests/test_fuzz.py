@@ -10,6 +10,7 @@ import io
 import json
 import os
 import random
+import shutil
 import subprocess
 import sys
 import threading
@@ -180,11 +181,13 @@ def arguments(folder: Path, rng: random.Random) -> Iterator[Case]:
         "fit": [tiny],
         "generate": ["-m", tiny, "-p", "x"],
         "chat": ["-m", tiny],
+        "serve": ["-m", tiny, "--port", "0"],
         "kept": ["-m", tiny, "--mmproj", tiny, "--image", tiny, "-p", "x"],
         "profile": ["-m", "nowhere.gguf"],
         "bench": ["-m", "nowhere.gguf"],
         "eval": ["-m", tiny, "--mmproj", tiny, "--data", "grid", "--pages", "1"],
         "mmproj": [str(folder)],
+        "score": [str(folder), "--pages", "1"],
         "scores show": [str(DEMO.scores)],
         "scores compare": [str(DEMO.scores), str(DEMO.scores)],
     }
@@ -335,6 +338,46 @@ def checkpoints(folder: Path, rng: random.Random) -> Iterator[Case]:
         yield Case(["mmproj", str(folder), "--out", str(folder / "mmproj.gguf"), "--force"])
 
 
+def scored(folder: Path, rng: random.Random) -> Iterator[Case]:
+    """What score reads: a checkpoint's files, pages, and an unfinished run; answers are two tokens long."""
+    from vision_models import letters_folder, make
+
+    whole, pages = make("llava", folder / "whole"), letters_folder(folder / "pages", 1)
+    texts = [path.name for path in whole.iterdir() if path.suffix == ".json"]
+    records = json.loads((pages / "pages.json").read_text())
+    key = {"model": "m", "data": "letters", "question": "?", "max_new_tokens": 2, "dtype": "auto"}
+    done = {"name": "a", "n_tokens": 2, "n_scored": 1, "accuracy": 0.5, "scores": [[0, 1, 0.5]]}
+    partial = {"key": key, "shape": {"n_layer": 3, "n_head": 4, "n_head_kv": 2}, "pages": {"0": done}}
+    out = folder / "s.json"
+    words = ["--max-new-tokens", "2", "--pages", "1", "--device", "cpu", "--prompt", "?"]
+    checkpoint = folder / "m"
+    while True:
+        shutil.rmtree(checkpoint, ignore_errors=True)
+        checkpoint.mkdir()
+        for path in whole.iterdir():
+            (checkpoint / path.name).symlink_to(path)
+        (pages / "pages.json").write_text(json.dumps(records))
+        more: list[str] = ["--force"]
+        kind = rng.random()
+        if kind < 0.6:
+            name = rng.choice((*texts, "config.json", "config.json", "model.safetensors"))
+            (checkpoint / name).unlink()
+            if name == "model.safetensors":
+                data = (whole / name).read_bytes()
+                data = spoiled(data[:2000], rng) + data[2000:]  # mostly within its head
+            else:
+                data = spoiled_json(json.loads((whole / name).read_text()), rng)
+            (checkpoint / name).write_bytes(data)
+        elif kind < 0.85:
+            (pages / "pages.json").write_bytes(spoiled_json(records, rng))
+        else:
+            out.unlink(missing_ok=True)
+            own = partial | {"key": key | {"model": str(checkpoint), "data": "pages"}}
+            out.with_name("s.json.partial").write_bytes(spoiled_json(own, rng))
+            more = ["--resume"]
+        yield Case(["score", str(checkpoint), "--data", str(pages), "--out", str(out), *words, *more])
+
+
 def templates(folder: Path, rng: random.Random) -> Iterator[Case]:
     known = [shape[0] for shape in test_chat_template.SHAPES.values()]
     pieces = (
@@ -432,6 +475,7 @@ KINDS: dict[Callable[[Path, random.Random], Iterator[Case]], int] = {
     questions: 60,
     headers: 100,
     checkpoints: 12,
+    scored: 60,
     templates: 40,
     typed: 15,
     sessions: 15,

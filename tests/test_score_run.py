@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import socket
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 from tempfile import mkdtemp
+from typing import Any
 
 import numpy as np
 import pytest
@@ -114,6 +116,35 @@ def test_an_interrupted_run_goes_on_where_it_stopped(tmp_path: Path) -> None:
     assert seen == [3, 4, 5]
     assert out.read_bytes() == expected()
     assert [path.name for path in tmp_path.iterdir()] == ["s.json"]
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"shape": {"n_layer": 3, "n_head": 4}}, "is no partial result"),
+        ({"shape": {"n_layer": 10**9, "n_head": 4, "n_head_kv": 2}}, "is no partial result"),
+        ({"shape": {"n_layer": 3, "n_head": 9, "n_head_kv": 3}}, "was made with a model of another shape"),
+        ({"pages": {"first": {}}}, "is no partial result"),
+        ({"pages": {"0": {"scores": [[0, 4, 1.0]]}}}, "is no partial result"),  # there is no head 4
+        ({"pages": {"0": {"scores": [[0, 0, float("nan")]]}}}, "is no partial result"),
+        ({"pages": {"0": {"scores": [[0, 0]]}}}, "is no partial result"),
+        ({"pages": {"0": {"accuracy": None}}}, "is no partial result"),
+        ({"pages": {"0": {"n_scored": -1}}}, "is no partial result"),
+    ],
+)
+def test_a_damaged_unfinished_run_is_not_gone_on_with(
+    changes: dict[str, Any], said: str, tmp_path: Path
+) -> None:
+    page = {"name": "p", "n_tokens": 3, "n_scored": 1, "accuracy": 0.5, "scores": [[0, 1, 0.5]]}
+    shape = {"n_layer": 3, "n_head": 4, "n_head_kv": 2}
+    content = {"key": job().key(), "shape": shape, "pages": {"0": page}} | changes
+    if "0" in content["pages"]:
+        content["pages"] = {"0": page | content["pages"]["0"]}
+    partial = tmp_path / "s.json.partial"
+    partial.write_text(json.dumps(content))
+    with pytest.raises(SparseMMError, match=said):
+        score(job(), tmp_path / "s.json", resume=True)
+    assert partial.read_text() == json.dumps(content)
 
 
 def test_resuming_a_finished_run_with_more_pages_only_reads_the_new_ones(tmp_path: Path) -> None:
@@ -248,6 +279,17 @@ def test_what_is_no_scorable_checkpoint_is_said_in_one_line(tmp_path: Path) -> N
             load(name)
         assert reason in str(caught.value), name
         assert "\n" not in str(caught.value)
+    config = json.loads((Path(checkpoint()) / "config.json").read_text())
+    for part, n_layer, reason in (
+        ("text_config", 2**31, "in config.json, layers of llama is 2147483648: it must be 1 to 1000"),
+        ("vision_config", 2**31, "in config.json, layers of clip_vision_model is 2147483648"),
+        ("text_config", 0, "layers of llama is 0"),
+        # not answered for with random weights
+        ("text_config", 4, "9 tensors of the text model are missing, such as model.language_model.layers.3."),
+    ):
+        shape = {part: config[part] | {"num_hidden_layers": n_layer}}
+        with pytest.raises(SparseMMError, match=re.escape(reason)):
+            load(_copy(tmp_path / f"{part}-{n_layer}", shape))
     with pytest.raises(SparseMMError, match="unknown dtype 'int3': expected one of auto, float32"):
         load(checkpoint(), dtype="int3")
     with pytest.raises(SparseMMError, match="device 'abacus' cannot be used"):

@@ -6,7 +6,7 @@ transformers builds some whole processors only where torchvision is there for th
 
 import inspect
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,11 +21,12 @@ from transformers import AutoConfig, AutoImageProcessor, AutoModelForImageTextTo
 from transformers.image_processing_utils import select_best_resolution
 from transformers.utils import cached_file, logging
 
-from sparsemm_edge.errors import SparseMMError
+from sparsemm_edge.errors import SparseMMError, check_within
 from sparsemm_edge.files import read_json, read_text
 from sparsemm_edge.scoring import geometry
 from sparsemm_edge.scoring.geometry import ImageLayout
 
+_MOST_LAYERS = 1000
 DTYPES = {"auto": "auto", "float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
 
@@ -125,6 +126,10 @@ class VisionLanguageModel:
         Raises:
             SparseMMError: prompt or processor do not go with the model.
         """
+        with _one_line(self.name, "make a prompt of a page"):
+            return self._prompt(question, page)
+
+    def _prompt(self, question: str, page: Image.Image) -> Prompt:
         text = self.question(question)
         if text.count(self.image_token) != 1:
             raise SparseMMError(
@@ -153,19 +158,24 @@ class VisionLanguageModel:
 
     @torch.inference_mode()
     def answer(self, prompt: Prompt, max_new_tokens: int) -> list[int]:
-        """The greedy answer's tokens, the end token included."""
+        """The greedy answer's tokens, the end token included.
+
+        Raises:
+            SparseMMError: the model cannot answer, for instance for want of memory.
+        """
         own = self.model.generation_config
-        done = self.model.generate(
-            **prompt.inputs,
-            # what else a checkpoint states (sampling, penalties) would not be greedy
-            generation_config=type(own)(
-                do_sample=False,
-                max_new_tokens=max_new_tokens,
-                bos_token_id=own.bos_token_id,
-                eos_token_id=own.eos_token_id,
-                pad_token_id=_first(own.pad_token_id, own.eos_token_id),
-            ),
-        )
+        with _one_line(self.name, "answer"):
+            done = self.model.generate(
+                **prompt.inputs,
+                # what else a checkpoint states (sampling, penalties) would not be greedy
+                generation_config=type(own)(
+                    do_sample=False,
+                    max_new_tokens=max_new_tokens,
+                    bos_token_id=own.bos_token_id,
+                    eos_token_id=own.eos_token_id,
+                    pad_token_id=_first(own.pad_token_id, own.eos_token_id),
+                ),
+            )
         return list(done[0, prompt.n_tokens :].tolist())
 
     def decode(self, tokens: list[int]) -> str:
@@ -335,25 +345,30 @@ def load(name: str, *, device: str | None = None, dtype: str = "auto") -> Vision
     offline: dict[str, Any] = {"local_files_only": True} if local else {}
     logging.disable_progress_bar()
     with _readable(name) if local else nullcontext(name) as source:
-        with _one_line(name, "config.json"):
+        with _one_line(name, "load config.json"):
             config = AutoConfig.from_pretrained(source, **offline)
-        check_architecture(name, config)
-        with _one_line(name, "the tokenizer"):
+            check_architecture(name, config)
+        with _one_line(name, "load the tokenizer"):
             tokenizer = AutoTokenizer.from_pretrained(source, **offline)
-        with _one_line(name, "the image processor (preprocessor_config.json or processor_config.json)"):
+        with _one_line(name, "load the image processor (preprocessor_config.json or processor_config.json)"):
             image_processor = AutoImageProcessor.from_pretrained(source, **offline)
-        with _one_line(name, "the weights"):
-            model: Any = AutoModelForImageTextToText.from_pretrained(
+        with _one_line(name, "load the weights"):
+            loaded: Any = AutoModelForImageTextToText.from_pretrained(
                 source,
                 config=config,
                 dtype=DTYPES[dtype],
                 attn_implementation="sdpa",
                 device_map="auto" if device == "auto" else None,
+                output_loading_info=True,
                 **offline,
             )
+            model, about = loaded
+            _check_all_there(name, model, about["missing_keys"])
             if device != "auto":
                 model.to(device)
-        return VisionLanguageModel(name, model, tokenizer, image_processor, _chat_template(source, offline))
+        template = _chat_template(source, offline)
+    with _one_line(name, "use what it holds"):
+        return VisionLanguageModel(name, model, tokenizer, image_processor, template)
 
 
 _TEXT_FILES = (".json", ".jinja", ".txt")
@@ -390,9 +405,22 @@ def _readable(name: str) -> Iterator[str]:
             raise SparseMMError(str(error).replace(links, name)) from error
 
 
+def _check_all_there(name: str, model: Any, missing: Iterable[str]) -> None:
+    """Raise SparseMMError if weights of the text model are missing: transformers makes up random ones."""
+    decoder = model.get_decoder()
+    where = next(prefix for prefix, module in model.named_modules() if module is decoder)
+    lost = sorted(key for key in missing if key.startswith(f"{where}."))
+    if lost:
+        raise SparseMMError(f"{name}: {len(lost)} tensors of the text model are missing, such as {lost[0]}")
+
+
 def check_architecture(name: str, config: Any) -> None:
     """Raise SparseMMError unless a checkpoint with this config can be scored."""
     if config.model_type in ARCHITECTURES:
+        # transformers would make layers until no memory is left
+        for part in (config.text_config, config.vision_config):
+            n_layer = getattr(part, "num_hidden_layers", getattr(part, "depth", 1))
+            check_within(f"{name}: in config.json, layers of {part.model_type}", n_layer, 1, _MOST_LAYERS)
         return
     supported = ", ".join(ARCHITECTURES)
     if getattr(config, "vision_config", None) is None:
@@ -459,7 +487,7 @@ def _chat_template(name: str, offline: dict[str, Any]) -> str | None:
             **offline,
         )
         if path is not None:
-            with _one_line(name, file):
+            with _one_line(name, f"load {file}"):
                 template: str = read(Path(path))
                 return template
     return None
@@ -467,13 +495,17 @@ def _chat_template(name: str, offline: dict[str, Any]) -> str | None:
 
 @contextmanager
 def _one_line(name: str, what: str) -> Iterator[None]:
-    """Whatever goes wrong in loading becomes one line."""
+    """Whatever goes wrong with a checkpoint becomes one line: what could not be done, and why.
+
+    A damaged one fails anywhere in transformers, and some of its parts raise Exception itself.
+    """
     try:
         yield
-    except (OSError, ValueError, KeyError, ImportError, RuntimeError, AttributeError, TypeError) as error:
-        raise SparseMMError(f"{name}: cannot load {what}: {_line(error)}") from error
+    except SparseMMError:
+        raise
+    except Exception as error:
+        raise SparseMMError(f"{name}: cannot {what}: {_line(error)}") from error
 
 
 def _line(error: BaseException) -> str:
-    lines = str(error).strip().splitlines()
-    return lines[0].strip() if lines else type(error).__name__
+    return " ".join(str(error).split("\n\n")[0].split()) or type(error).__name__

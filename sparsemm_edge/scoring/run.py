@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 import numpy as np
 import torch
@@ -25,6 +25,8 @@ from sparsemm_edge.scoring.target_response import PageScores, score_page
 from sparsemm_edge.workers import in_processes
 
 SAVE_EVERY = 30.0  # seconds between two saves of what is done
+
+_MOST_HEADS = 1000  # of a layer, and layers, that an unfinished run is believed to have
 
 FEW_TOKENS = 1000
 """Scored tokens below which a ranking is called unsettled (scores/README.md: how that was found)."""
@@ -131,7 +133,12 @@ def score(
     saved = time.monotonic()
     progress(len(done), pages.n_pages)
     try:
-        for index, shape, result in _results(job, todo, n_jobs):
+        for index, found, result in _results(job, todo, n_jobs):
+            if shape not in ({}, found):
+                raise SparseMMError(
+                    f"{partial} was made with a model of another shape: start anew with --force"
+                )
+            shape = found
             done[index] = _to_json(index, pages, result)
             progress(len(done), pages.n_pages)
             if time.monotonic() - saved > SAVE_EVERY:
@@ -207,7 +214,12 @@ def _read_partial(path: Path, job: Job, n_pages: int) -> tuple[dict[int, dict[st
     content = read_json(path)
     known = isinstance(content, dict)
     key, shape, pages = (content.get(name) if known else None for name in ("key", "shape", "pages"))
-    if not (isinstance(key, dict) and isinstance(shape, dict) and isinstance(pages, dict)):
+    if not (
+        isinstance(key, dict)
+        and _is_shape(shape)
+        and isinstance(pages, dict)
+        and all(index.isdecimal() and len(index) < 10 and _is_page(pages[index], shape) for index in pages)
+    ):
         raise SparseMMError(f"{path} is no partial result: start anew with --force")
     for name, value in job.key().items():
         if key.get(name) != value:
@@ -216,6 +228,38 @@ def _read_partial(path: Path, job: Job, n_pages: int) -> tuple[dict[int, dict[st
                 " or start anew with --force"
             )
     return {int(index): page for index, page in pages.items() if int(index) < n_pages}, shape
+
+
+def _is_shape(found: Any) -> TypeGuard[dict[str, int]]:
+    """Whether this is the shape of a model, as _score_pages makes it."""
+    names = ("n_layer", "n_head", "n_head_kv")
+    return isinstance(found, dict) and all(_is_count(found.get(name), 1, _MOST_HEADS) for name in names)
+
+
+def _is_page(found: Any, shape: dict[str, int]) -> bool:
+    """Whether this is what a page says of a model of this shape, as _to_json makes it."""
+    if not (isinstance(found, dict) and isinstance(found.get("scores"), list)):
+        return False
+    return (
+        isinstance(found.get("name"), str)
+        and all(_is_count(found.get(name), 0, 2**31) for name in ("n_tokens", "n_scored"))
+        and _is_number(found.get("accuracy"))
+        and all(isinstance(entry, list) and len(entry) == 3 for entry in found["scores"])
+        and all(
+            _is_count(il, 0, shape["n_layer"] - 1)
+            and _is_count(ih, 0, shape["n_head"] - 1)
+            and _is_number(value)
+            for il, ih, value in found["scores"]
+        )
+    )
+
+
+def _is_count(value: Any, low: int, high: int) -> bool:
+    return type(value) is int and low <= value <= high
+
+
+def _is_number(value: Any) -> bool:
+    return type(value) in (int, float) and 0 <= value <= 2**31  # nor NaN
 
 
 # --- the report ---------------------------------------------------------------------------------------
