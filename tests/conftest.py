@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Callable
-from typing import Any, NamedTuple
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import pytest
+
+if TYPE_CHECKING:
+    from sparsemm_edge.runtime import VisionModel
 
 
 class Done(NamedTuple):
@@ -61,3 +65,25 @@ def models() -> Callable[[str], object]:
     from models import test_model  # imports torch: only for tests that want a model
 
     return test_model
+
+
+@pytest.fixture(scope="module")
+def llava() -> Iterator[VisionModel]:
+    """The small LLaVA with its image encoder, as its files say; a module may have another of this name."""
+    from models import test_model
+    from sparsemm_edge.runtime import VisionModel
+
+    files = test_model("llava")
+    with VisionModel.load(files.gguf("f16"), files.mmproj("f16"), n_threads=1) as opened:
+        yield opened
+
+
+@pytest.fixture
+def pages(tmp_path: Path) -> list[Path]:
+    """The files of two different images, as large as that LLaVA takes them."""
+    from models import sample_image, test_model
+
+    paths = [tmp_path / "one.png", tmp_path / "two.png"]
+    for seed, path in enumerate(paths):
+        sample_image(test_model("llava").image_size, seed).save(path)
+    return paths

@@ -19,35 +19,12 @@ from typing import Any
 import pytest
 
 from conftest import CommandLine
-from models import sample_image, test_model
-from sparsemm_edge.runtime import Conversation, Eviction, Sampling, VisionModel
+from models import test_model
+from sparsemm_edge.runtime import Conversation, Sampling, VisionModel
+from talks import EVICTION, OPTIONS, QUESTIONS, said
 from test_asking import without_template
 
 CLI = (sys.executable, "-m", "sparsemm_edge.cli", "chat")
-EVICTION = Eviction(policy="uniform", budget=24, window=8)
-OPTIONS = ("--policy", "uniform", "--budget", "24", "--window", "8", "--threads", "1")
-QUESTIONS = ("What is written here?", "And what here, on the other one?", "Which of the two is longer?")
-
-
-@pytest.fixture(scope="module")
-def llava() -> Iterator[VisionModel]:
-    files = test_model("llava")
-    with VisionModel.load(files.gguf("f16"), files.mmproj("f16"), n_threads=1) as opened:
-        yield opened
-
-
-@pytest.fixture
-def pages(tmp_path: Path) -> list[Path]:
-    paths = [tmp_path / "one.png", tmp_path / "two.png"]
-    for seed, path in enumerate(paths):
-        sample_image(test_model("llava").image_size, seed).save(path)
-    return paths
-
-
-def said(conversation: Conversation, *arguments: Any, **options: Any) -> tuple[int, ...]:
-    """The tokens of an answer."""
-    list(conversation.ask(*arguments, n_predict=12, **options))
-    return conversation.stats().tokens
 
 
 def chat(typed: str | bytes, *options: object) -> subprocess.CompletedProcess[bytes]:

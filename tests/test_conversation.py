@@ -5,10 +5,8 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -22,6 +20,7 @@ from sparsemm_edge.runtime.chat_template import render
 from sparsemm_edge.runtime.library import llama
 from sparsemm_edge.runtime.prompt import TextPart
 from sparsemm_edge.runtime.session import Session
+from talks import EVICTION, OPTIONS, QUESTIONS, said
 from test_eviction import (
     answers_alike,
     context,
@@ -33,24 +32,6 @@ from test_eviction import (
 )
 
 CLI = (sys.executable, "-m", "sparsemm_edge.cli")
-EVICTION = Eviction(policy="uniform", budget=24, window=8)
-OPTIONS = ("--policy", "uniform", "--budget", "24", "--window", "8", "--threads", "1")
-QUESTIONS = ("What is written here?", "And what here, on the other one?", "Which of the two is longer?")
-
-
-@pytest.fixture(scope="module")
-def llava() -> Iterator[VisionModel]:
-    files = test_model("llava")
-    with VisionModel.load(files.gguf("f16"), files.mmproj("f16"), n_threads=1) as opened:
-        yield opened
-
-
-@pytest.fixture
-def pages(tmp_path: Path) -> list[Path]:
-    paths = [tmp_path / "one.png", tmp_path / "two.png"]
-    for seed, path in enumerate(paths):
-        sample_image(test_model("llava").image_size, seed).save(path)
-    return paths
 
 
 # --- the oracle
@@ -107,12 +88,6 @@ def test_a_later_message_begins_with_the_end_of_the_reply(template: str, expecte
 
 
 # --- conversations
-
-
-def said(conversation: Conversation, *arguments: Any, **options: Any) -> tuple[int, ...]:
-    """The tokens of an answer."""
-    list(conversation.ask(*arguments, n_predict=12, **options))
-    return conversation.stats().tokens
 
 
 def test_a_turn_reads_only_what_is_new(llava: VisionModel, pages: list[Path]) -> None:
