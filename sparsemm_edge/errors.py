@@ -1,7 +1,5 @@
 """The package's one exception for mistakes that its user can mend."""
 
-import math
-
 
 class SparseMMError(Exception):
     """A user's mistake, or a file that is not what it should be.
@@ -17,5 +15,5 @@ class ContextFullError(SparseMMError):
 
 def check_within(name: str, value: float, low: float, high: float) -> None:
     """Raise SparseMMError, naming the number, unless it is one from low to high."""
-    if not (math.isfinite(value) and low <= value <= high):
+    if not low <= value <= high:  # nor NaN
         raise SparseMMError(f"{name} is {value}: it must be {low} to {high}")

@@ -23,6 +23,7 @@ from fastapi.responses import JSONResponse, Response, StreamingResponse
 from llama_cpp.server.types import CreateChatCompletionRequest, ModelData, ModelList
 from PIL import Image
 from pydantic import Field
+from starlette.exceptions import HTTPException
 
 from sparsemm_edge.errors import ContextFullError, SparseMMError
 from sparsemm_edge.image_urls import open_image
@@ -248,6 +249,11 @@ def make_app(slot: Slot, model_name: str) -> FastAPI:
         where = ".".join(str(part) for part in first["loc"] if part != "body")
         return _error(f"{where}: {first['msg']}" if where else str(first["msg"]))
 
+    @app.exception_handler(HTTPException)
+    async def failed(_: Request, error: HTTPException) -> Response:
+        """FastAPI's own errors: no such address, a body that is not UTF-8."""
+        return _error(str(error.detail), status=error.status_code)
+
     @app.get("/health")
     async def health() -> dict[str, str]:
         return {"status": "ok"}
@@ -330,8 +336,10 @@ async def _unless_gone(request: Request, wanted: Awaitable[_T]) -> _T | None:
 
 def _said(message: dict[str, Any]) -> _Said:
     role, content = message.get("role"), message.get("content")
-    if role not in _ROLES:
+    if not isinstance(role, str) or role not in _ROLES:
         raise SparseMMError(f"a message of role {role!r}: expected one of {', '.join(_ROLES)}")
+    if not isinstance(content, str | list | None):
+        raise SparseMMError(f"a message's content is {content!r}: expected a text or a list of parts")
     texts, images = [], []
     for part in [{"type": "text", "text": content}] if isinstance(content, str) else content or []:
         kind = part.get("type") if isinstance(part, dict) else None
@@ -382,8 +390,8 @@ def _described(message: str, code: str | None = None) -> dict[str, Any]:
     return {"message": message, "type": "invalid_request_error", "param": None, "code": code}
 
 
-def _error(message: str, code: str | None = None) -> Response:
-    return JSONResponse({"error": _described(message, code)}, status_code=400)
+def _error(message: str, code: str | None = None, status: int = 400) -> Response:
+    return JSONResponse({"error": _described(message, code)}, status_code=status)
 
 
 def _gone() -> Response:

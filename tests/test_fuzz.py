@@ -6,6 +6,7 @@ SPARSEMM_FUZZ_CASES=50 python -m pytest tests/test_fuzz.py multiplies the cases 
 
 from __future__ import annotations
 
+import base64
 import io
 import json
 import os
@@ -486,3 +487,55 @@ KINDS: dict[Callable[[Path, random.Random], Iterator[Case]], int] = {
 def test_bad_input_is_one_line(kind: Callable[[Path, random.Random], Iterator[Case]], tmp_path: Path) -> None:
     cases = kind(tmp_path, random.Random(kind.__name__))
     check((next(cases) for _ in range(KINDS[kind] * FACTOR)), tmp_path)
+
+
+def test_bad_requests_are_answered_in_one_line() -> None:
+    """What a server is sent: an answer, or a 400 that says why; never a 500."""
+    from starlette.testclient import TestClient
+
+    from sparsemm_edge.runtime import Conversation, Eviction, Sampling, VisionModel
+    from sparsemm_edge.server import Slot, make_app
+
+    file = io.BytesIO()
+    Image.new("RGB", (8, 8)).save(file, "PNG")
+    url = "data:image/png;base64," + base64.b64encode(file.getvalue()).decode()
+    shown = [{"type": "image_url", "image_url": {"url": url}}, {"type": "text", "text": "?"}]
+    asked = [{"role": "system", "content": "x"}, {"role": "user", "content": "Hello"}]
+    bodies: list[dict[str, Any]] = [
+        {"messages": asked},
+        {"messages": [{"role": "user", "content": shown}], "stop": ["x"], "seed": 3},
+        {"messages": [*asked, {"role": "assistant", "content": "y"}, asked[1]], "temperature": 0.5},
+        {"messages": asked, "response_format": {"type": "json_object", "schema": {"type": "integer"}}},
+        {
+            "messages": asked,
+            "response_format": {"type": "json_schema", "json_schema": {"schema": {"enum": [1]}}},
+        },
+        {"messages": asked, "top_k": 3, "top_p": 0.5, "min_p": 0.1, "repeat_penalty": 1.1, "model": "x"},
+        {
+            "messages": asked,
+            "stream": True,
+            "stream_options": {"include_usage": True},
+            "grammar": "root ::= [a]",
+        },
+    ]
+    rng, statuses, bad = random.Random("requests"), [], []
+    eviction = Eviction(policy="uniform", budget=64, window=8)
+    with (
+        VisionModel.load(DEMO.model, DEMO.mmproj, n_threads=1) as model,
+        Conversation(model, n_ctx=600, eviction=eviction) as conversation,
+        Slot(conversation, sampling=Sampling(), n_predict=2, system=None) as slot,
+        TestClient(make_app(slot, "m"), raise_server_exceptions=False) as client,
+    ):
+        for _ in range(150 * FACTOR):
+            data = spoiled_json(rng.choice(bodies) | {"max_tokens": 2}, rng)
+            answer = client.post(
+                "/v1/chat/completions", content=data, headers={"Content-Type": "application/json"}
+            )
+            statuses.append(answer.status_code)
+            message = answer.json()["error"]["message"] if answer.status_code == 400 else "x"
+            if answer.status_code not in (200, 400) or not message or "\n" in message:
+                bad.append((data[:300], answer.text))
+        plain = client.post("/v1/chat/completions", json=bodies[0])
+    assert not bad, "\n\n".join(map(str, bad[:5])) + f"\n{len(bad)} of {len(statuses)}"
+    assert plain.status_code == 200, "it goes on"
+    assert statuses.count(400) > len(statuses) / 4

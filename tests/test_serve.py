@@ -79,13 +79,6 @@ def client(address: str) -> openai.OpenAI:
     return openai.OpenAI(base_url=address, api_key="none", max_retries=0, timeout=60)
 
 
-@pytest.fixture(scope="module")
-def llava() -> Iterator[VisionModel]:
-    files = test_model("llava")
-    with VisionModel.load(files.gguf(), files.mmproj(), n_threads=1) as model:
-        yield model
-
-
 def ask(client: openai.OpenAI, *messages: Any, **options: Any) -> Any:
     return client.chat.completions.create(
         model="any", messages=list(messages), **{"max_tokens": N, "temperature": 0} | options
@@ -260,11 +253,17 @@ def test_what_the_server_was_told_is_for_requests_that_say_nothing(llava: Vision
             {"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": "data:,x"}]}]},
             "the data URL: not an image",
         ),
+        ({"messages": [{"role": [None], "content": "x"}]}, "a message of role [None]"),
+        (
+            {"messages": [{"role": "user", "content": 0.5}]},
+            "a message's content is 0.5: expected a text or a",
+        ),
         ({"temperature": -1}, "temperature is -1"),
         ({"temperature": "warm"}, "temperature: Input should be a valid number"),
         ({"n": 2}, "n must be 1"),
         ({"logprobs": True}, "logprobs is not supported"),
         ({"max_tokens": -3}, "n_predict is -3"),
+        ({"max_tokens": 10**400}, "n_predict is 1000"),
         ({"response_format": {"type": "xml"}}, "response_format 'xml'"),
         ({"response_format": {"type": "json_object", "schema": {"type": "thing"}}}, "Unrecognized schema"),
         ({"grammar": "root ::= nothing"}, "the grammar is broken"),
@@ -285,13 +284,19 @@ def test_what_cannot_be_answered_is_a_400_in_openais_words(
     assert ask(client, user("Hello")).usage.completion_tokens > 0, "it goes on"
 
 
-def test_what_is_no_json_is_a_400(address: str) -> None:
-    request = urllib.request.Request(
-        f"{address}/chat/completions", b"\xff{", {"Content-Type": "application/json"}
-    )
+@pytest.mark.parametrize(
+    ("where", "data", "status"),
+    [("/chat/completions", b"\xff{", 400), ("/chat/completions", b"{", 400), ("/nowhere", b"{}", 404)],
+)
+def test_what_no_client_asks_is_refused_in_openais_words(
+    where: str, data: bytes, status: int, address: str
+) -> None:
+    request = urllib.request.Request(f"{address}{where}", data, {"Content-Type": "application/json"})
     with pytest.raises(urllib.error.HTTPError) as caught:
         urllib.request.urlopen(request)
-    assert caught.value.code == 400
+    assert caught.value.code == status
+    error = json.load(caught.value)["error"]
+    assert error["message"] and error["type"] == "invalid_request_error"
 
 
 @pytest.mark.parametrize(
