@@ -28,6 +28,20 @@ class Converted:
     metadata: SparseMMMetadata
 
 
+def check_out(model: Path, out: Path | None, *, force: bool) -> Path:
+    """The file that convert writes: `out`, or `<model's stem>.sparsemm.gguf` beside the model.
+
+    Raises:
+        SparseMMError: it is the model, or it exists and `force` is not set.
+    """
+    out = out or model.with_name(f"{re.sub('-00001-of-[0-9]{5}$', '', model.stem)}.sparsemm.gguf")
+    if out.exists() and model.exists() and out.samefile(model):
+        raise SparseMMError(f"{out} is the model itself; choose another --out")
+    if out.exists() and not force:
+        raise SparseMMError(f"{out} exists already; --force replaces it")
+    return out
+
+
 def convert(
     model: Path,
     scores: Path,
@@ -62,14 +76,10 @@ def convert(
         SparseMMError: the model or the scores cannot be read or do not go together, the model is not
             supported, an argument is out of its range, or `out` exists or cannot be written.
     """
-    out = out or model.with_name(f"{re.sub('-00001-of-[0-9]{5}$', '', model.stem)}.sparsemm.gguf")
     header = read_header(model)
     shape = model_shape(header)
     check_supported(header, shape)
-    if out.exists() and out.samefile(model):
-        raise SparseMMError(f"{out} is the model itself; choose another --out")
-    if out.exists() and not force:
-        raise SparseMMError(f"{out} exists already; --force replaces it")
+    out = check_out(model, out, force=force)
     if policy == "full":
         raise SparseMMError("policy full evicts nothing: use the model as it is, without converting it")
 

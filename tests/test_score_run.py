@@ -30,6 +30,7 @@ from sparsemm_edge.scoring.knockout import knockout, silenced
 from sparsemm_edge.scoring.models import load
 from sparsemm_edge.scoring.reading import reading_accuracy
 from sparsemm_edge.scoring.run import Job, score
+from sparsemm_edge.scoring.sources import Checkpoint
 from vision_models import letters_folder, make
 
 torch.set_num_threads(1)
@@ -48,16 +49,16 @@ def letters() -> str:
 
 
 def job(**changes: object) -> Job:
+    source = {"name": checkpoint(), "device": "cpu", "dtype": "auto"}
+    source = {key: changes.pop("model" if key == "name" else key, value) for key, value in source.items()}
     settings: dict[str, object] = {
-        "model": checkpoint(),
+        "source": Checkpoint(**source),  # type: ignore[arg-type]
         "data": letters(),
         "n_pages": N_PAGES,
         "seed": 0,
         "size": (896, 672),
         "question": None,
         "max_new_tokens": 24,
-        "device": "cpu",
-        "dtype": "auto",
     }
     return Job(**(settings | changes))  # type: ignore[arg-type]
 

@@ -13,13 +13,8 @@ from transformers import AutoModelForImageTextToText
 
 from sparsemm_edge.pages import Chunk, Page
 from sparsemm_edge.scoring.models import VisionLanguageModel, load
-from sparsemm_edge.scoring.target_response import (
-    _strongest,
-    score_page,
-    strongest_positions,
-    table,
-    unique_chunk,
-)
+from sparsemm_edge.scoring.strongest import _strongest, strongest_positions, table
+from sparsemm_edge.scoring.target_response import score_page, unique_chunk
 from vision_models import ARCHITECTURES, letters_page, make
 
 torch.set_num_threads(1)

@@ -356,6 +356,7 @@ NUMBERS: dict[str, tuple[float, float]] = {
     "top_k": (0, 2**31 - 1),
     "top_p": (0, 1),
     "turns": (1, 1000),
+    "until": (0, 2),
     "window": (1, 1024),
 }
 """What every option that is a number may be, from and to, in all commands: beyond it something crashes, wraps

@@ -8,17 +8,19 @@ import typer
 
 from sparsemm_edge.commands import options
 from sparsemm_edge.commands.output import print_json, progress_bar
+from sparsemm_edge.errors import SparseMMError
 
 
 def score(
     model: Annotated[
         str,
         typer.Argument(
-            metavar="HF_MODEL",
-            help="Folder of a Hugging Face checkpoint, or a hub id to download.",
+            metavar="MODEL",
+            help="A GGUF file; or the folder of a Hugging Face checkpoint, or a hub id to download.",
             show_default=False,
         ),
     ],
+    mmproj: Annotated[Path | None, typer.Option(help="A GGUF file's image encoder, a GGUF file.")] = None,
     out: Annotated[Path, typer.Option(help="File to write.")] = Path("scores.json"),
     data: Annotated[
         str,
@@ -28,6 +30,12 @@ def score(
         ),
     ] = "documents",
     pages: Annotated[int, typer.Option(help="How many pages, at most.")] = 100,
+    until: Annotated[
+        float,
+        typer.Option(
+            help="Stop once the halves of the pages so far agree on the ranking: their rank correlation; 2: never."
+        ),
+    ] = 0.95,
     seed: Annotated[int, typer.Option("--seed", "-s", help="Which pages are made.")] = 0,
     size: Annotated[str, typer.Option("--page-size", help="Of documents, in pixels.")] = "896x672",
     prompt: Annotated[
@@ -40,15 +48,28 @@ def score(
     max_new_tokens: Annotated[
         int | None, typer.Option(help="Most tokens of an answer [default: twice what the page's text takes].")
     ] = None,
+    convert: Annotated[
+        bool, typer.Option("--convert", help="Go on: write head budgets into a copy of the GGUF file.")
+    ] = False,
+    threads: options.Threads = None,
+    n_gpu_layers: options.NGpuLayers = None,
+    image_min_tokens: Annotated[
+        int | None, typer.Option(help="Least tokens of an image, where its size decides (Qwen-VL).")
+    ] = None,
+    image_max_tokens: Annotated[int | None, typer.Option(help="Most tokens of an image, likewise.")] = None,
+    chat_template: options.ChatTemplate = None,
     device: Annotated[
         str | None,
         typer.Option(
-            help="cpu, cuda, cuda:1, mps, or auto: over all devices (needs accelerate)"
+            help="Of a checkpoint: cpu, cuda, cuda:1, mps, or auto: over all devices (needs accelerate)"
             " [default: the GPU if there is one]."
         ),
     ] = None,
     dtype: Annotated[
-        str, typer.Option(help="auto (the checkpoint's own), float32, float16 or bfloat16.")
+        str,
+        typer.Option(
+            help="Numbers of a checkpoint: auto (the checkpoint's own), float32, float16 or bfloat16."
+        ),
     ] = "auto",
     jobs: Annotated[int, typer.Option(help="Processes, each with the model; the i-th takes GPU i.")] = 1,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with an unfinished run.")] = False,
@@ -59,23 +80,51 @@ def score(
 ) -> None:
     """Score the attention heads of a vision-language model: which of them look at what is being read.
 
-    LLaVA-1.5, LLaVA-NeXT, LLaVA-OneVision, Qwen2-VL, Qwen2.5-VL, Qwen3-VL, InternVL, Idefics3 and SmolVLM
-    checkpoints. A folder is read without the network. What is done is saved beside the output now and then.
+    A GGUF file is scored as llama.cpp runs it, without torch, until the ranking has settled. So are LLaVA-1.5,
+    LLaVA-NeXT, LLaVA-OneVision, Qwen2-VL, Qwen2.5-VL, Qwen3-VL, InternVL, Idefics3 and SmolVLM checkpoints, with
+    torch; a folder is read without the network. What is done is saved beside the output now and then.
 
     \b
     Examples:
+      sparsemm-edge score llava-7b-q4_0.gguf --mmproj mmproj.gguf --convert
       sparsemm-edge score llava-hf/llava-1.5-7b-hf --out llava.scores.json --dtype bfloat16
       sparsemm-edge score path/to/checkpoint --data my-pages --pages 300 --jobs 2
     """
+    from sparsemm_edge.convert import check_out
+    from sparsemm_edge.convert import convert as convert_model
     from sparsemm_edge.commands.scores import figures, print_convergence, print_figures
     from sparsemm_edge.extras import needs_torch
     from sparsemm_edge.pages.readers import page_size
+    from sparsemm_edge.scoring.run import Job
+    from sparsemm_edge.scoring.run import score as score_heads
+    from sparsemm_edge.scoring.sources import Checkpoint, GgufFiles, Source
 
-    with needs_torch():
-        from sparsemm_edge.scoring.run import Job
-        from sparsemm_edge.scoring.run import score as score_heads
+    source: Source
+    if Path(model).suffix.lower() == ".gguf" or Path(model).is_file():
+        if mmproj is None:
+            raise SparseMMError(f"{model}: heads are scored on images: give its image encoder with --mmproj")
+        if device is not None or dtype != "auto":
+            raise SparseMMError(f"{model}: --device and --dtype are for checkpoints, a GGUF file takes -ngl")
+        from sparsemm_edge.runtime.chat_template import read_template
 
-    job = Job(model, data, pages, seed, page_size(size), prompt, max_new_tokens, device, dtype)
+        source = GgufFiles(
+            Path(model),
+            mmproj,
+            n_threads=threads,
+            n_gpu_layers=n_gpu_layers,
+            image_min_tokens=image_min_tokens,
+            image_max_tokens=image_max_tokens,
+            chat_template=None if chat_template is None else read_template(chat_template),
+        )
+        if convert:  # known before the pages are read
+            check_out(Path(model), None, force=force)
+    else:
+        if mmproj is not None or convert:
+            raise SparseMMError(f"{model}: --mmproj and --convert are for GGUF files, with .gguf in their names")
+        with needs_torch():
+            import sparsemm_edge.scoring.models  # noqa: F401
+        source = Checkpoint(model, device, dtype)
+    job = Job(source, data, pages, seed, page_size(size), prompt, max_new_tokens, until)
     with progress_bar("reading pages") as progress:
         report = score_heads(
             job,
@@ -87,17 +136,22 @@ def score(
         )
     for warning in report.warnings:
         print(f"warning: {warning}", file=sys.stderr)
+    converted = None
+    if convert:
+        with progress_bar("copying", of_bytes=True) as progress:
+            converted = convert_model(Path(model), out, force=force, progress=progress).path
     if as_json:
         print_json(
             {
                 "path": str(out),
+                **({"converted": str(converted)} if converted else {}),
                 **figures(report.scores),
                 "unread": report.unread,
                 "warnings": report.warnings,
             }
         )
         return
-    print(f"wrote {out}")
+    print(f"wrote {out}" + (f" and {converted}" if converted else ""))
     print_figures(report.scores)
     print_convergence(report.scores)
     if report.unread:

@@ -13,6 +13,7 @@ from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
 
 from sparsemm_edge.errors import SparseMMError
 from sparsemm_edge.runtime import library
+from sparsemm_edge.runtime.attention import StrongestPositions
 from sparsemm_edge.runtime.library import llama, mtmd
 from sparsemm_edge.runtime.prompt import ImagePart, Prompt, TextPart
 
@@ -114,6 +115,7 @@ class Session:
         on_phase: Callable[[str], None] | None = None,
         n_outputs: int = 1,
         least_ubatch: int = 0,
+        attention: StrongestPositions | None = None,
     ) -> None:
         """Make the context. What is evicted was set on the model before (VisionModel.start does it).
 
@@ -129,6 +131,7 @@ class Session:
                 the text model.
             n_outputs: most tokens that one decode_all appends; append needs 2.
             least_ubatch: tokens computed at a time at least, whatever n_ubatch and the prompt's length.
+            attention: told which positions the heads attend to; needs flash_attn of False, and no eviction.
         """
         self.image_ms = 0.0
         self.prompt_ms = 0.0
@@ -156,6 +159,9 @@ class Session:
             llama.LLAMA_FLASH_ATTN_TYPE_ENABLED if flash_attn else llama.LLAMA_FLASH_ATTN_TYPE_DISABLED
         )
         params.type_k, params.type_v = (int(kind) for kind in self._types)
+        self._attention = attention  # the context calls it as long as it lives
+        if attention is not None:
+            params.cb_eval = attention.callback
         library.forget_errors()
         self._context: int | None = llama.llama_init_from_model(model.pointer, params)
         if not self._context:

@@ -17,6 +17,9 @@ from sparsemm_edge.errors import SparseMMError
 Spans = npt.NDArray[np.float64]
 """[n, 2]: where n neighbouring columns (or rows) of tokens begin and end on the page, in pixels."""
 
+Rects = npt.NDArray[np.float64]
+"""[..., 4]: left, top, right and bottom of what tokens show, in pixels of the page."""
+
 Size = tuple[int, int]
 """Height and width, as image processors order them."""
 
@@ -51,13 +54,13 @@ class ImageLayout:
         return np.flatnonzero((wide > 0) & (high > 0) & (self.detail == detail))
 
 
-def _join(*parts: tuple[npt.NDArray[np.float64], bool]) -> ImageLayout:
+def join(*parts: tuple[Rects, bool]) -> ImageLayout:
     """Groups of tokens (rects, detail) one after the other."""
     rects = np.concatenate([part.reshape(-1, 4) for part, _ in parts])
     return ImageLayout(rects, np.concatenate([np.full(part.size // 4, detail) for part, detail in parts]))
 
 
-def _grid(rows: Spans, columns: Spans) -> npt.NDArray[np.float64]:
+def cells(rows: Spans, columns: Spans) -> Rects:
     """[n_rows, n_columns, 4]: the rects of a grid of tokens."""
     rects = np.empty((len(rows), len(columns), 4))
     rects[..., 1::2] = rows[:, None]
@@ -65,19 +68,19 @@ def _grid(rows: Spans, columns: Spans) -> npt.NDArray[np.float64]:
     return rects
 
 
-def _even(n: int, length: float) -> Spans:
+def even(n: int, length: float) -> Spans:
     """A length cut into n equal parts."""
     edges = np.arange(n + 1) * (length / n)
     return np.stack([edges[:-1], edges[1:]], axis=1)
 
 
-def _patches(n_tiles: int, tile: int, patch: int) -> Spans:
+def patches(n_tiles: int, tile: int, patch: int) -> Spans:
     """Where the patches of neighbouring tiles lie; what a tile has beyond its last patch is lost."""
     starts = (np.arange(n_tiles)[:, None] * tile + np.arange(tile // patch) * patch).ravel()
     return np.stack([starts, starts + patch], axis=1).astype(np.float64)
 
 
-def _on_page(spans: Spans, offset: float, scale: float) -> Spans:
+def on_page(spans: Spans, offset: float, scale: float) -> Spans:
     """Spans on a canvas as spans on the page, whose pixel x lies at `offset + scale * x`."""
     return (spans - offset) / scale
 
@@ -129,9 +132,9 @@ def cropped_square(
         scale = resized[axis] / padded[axis]
         crop = (resized[axis] - pixels[axis]) // 2
         margin = (padded[axis] - page[axis]) // 2
-        spans.append(_on_page(_patches(1, pixels[axis], patch), margin * scale - crop, scale))
-    rects = np.concatenate([np.full((n_class_tokens, 4), np.nan), _grid(*spans).reshape(-1, 4)])
-    return _join((rects[n_dropped:], True))
+        spans.append(on_page(patches(1, pixels[axis], patch), margin * scale - crop, scale))
+    rects = np.concatenate([np.full((n_class_tokens, 4), np.nan), cells(*spans).reshape(-1, 4)])
+    return join((rects[n_dropped:], True))
 
 
 # --- LLaVA-NeXT, LLaVA-OneVision ----------------------------------------------------------------------
@@ -166,8 +169,8 @@ def padded_tiles(
         for axis in range(2)
     ]
     rows, columns = (
-        _on_page(
-            _patches(canvas[axis] // tile, tile, patch),
+        on_page(
+            patches(canvas[axis] // tile, tile, patch),
             (canvas[axis] - resized[axis]) // 2,
             resized[axis] / page[axis],
         )
@@ -190,13 +193,13 @@ def padded_tiles(
             rows = _interpolated(rows, int(len(rows) // ratio))
             columns = _interpolated(columns, int(len(columns) // ratio))
 
-    base = _grid(_even(side, page[0]), _even(side, page[1]))
+    base = cells(even(side, page[0]), even(side, page[1]))
     if tile % patch:  # the copy, too, loses what lies beyond the last patch
-        spans = [_on_page(_patches(1, tile, patch), 0, tile / length) for length in page]
-        base = _grid(*spans)
-    fine = _grid(rows, columns)
+        spans = [on_page(patches(1, tile, patch), 0, tile / length) for length in page]
+        base = cells(*spans)
+    fine = cells(rows, columns)
     row_ends = np.full((len(rows), 1, 4), np.nan)
-    return _join((base, False), (np.concatenate([fine, row_ends], axis=1), True))
+    return join((base, False), (np.concatenate([fine, row_ends], axis=1), True))
 
 
 def _interpolated(spans: Spans, n: int) -> Spans:
@@ -212,8 +215,8 @@ def _interpolated(spans: Spans, n: int) -> Spans:
 
 def merged_patches(page: Size, grid: Size, *, merge: int) -> ImageLayout:
     """The page stretched to `grid` patches, of which merge x merge become a token (Qwen-VL)."""
-    rows, columns = (_even(grid[axis] // merge, page[axis]) for axis in range(2))
-    return _join((_grid(rows, columns), True))
+    rows, columns = (even(grid[axis] // merge, page[axis]) for axis in range(2))
+    return join((cells(rows, columns), True))
 
 
 # --- InternVL, Idefics3, SmolVLM ----------------------------------------------------------------------
@@ -228,11 +231,11 @@ def stretched_tiles(page: Size, tiles: Size, side: int) -> ImageLayout:
         side: tokens a side of a tile.
     """
     n_rows, n_columns = tiles
-    fine = _grid(_even(n_rows * side, page[0]), _even(n_columns * side, page[1]))
+    fine = cells(even(n_rows * side, page[0]), even(n_columns * side, page[1]))
     by_tile = fine.reshape(n_rows, side, n_columns, side, 4).swapaxes(1, 2)
     if n_rows * n_columns == 1:
-        return _join((by_tile, True))
-    return _join((by_tile, True), (_grid(_even(side, page[0]), _even(side, page[1])), False))
+        return join((by_tile, True))
+    return join((by_tile, True), (cells(even(side, page[0]), even(side, page[1])), False))
 
 
 def tiling(page: Size, n_tiles: int) -> Size:

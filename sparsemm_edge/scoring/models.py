@@ -25,6 +25,8 @@ from sparsemm_edge.errors import SparseMMError, check_within
 from sparsemm_edge.files import read_json, read_text
 from sparsemm_edge.scoring import geometry
 from sparsemm_edge.scoring.geometry import ImageLayout
+from sparsemm_edge.scoring.strongest import strongest_positions, table
+from sparsemm_edge.scoring.target_response import Answer
 
 _MOST_LAYERS = 1000
 DTYPES = {"auto": "auto", "float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
@@ -178,10 +180,25 @@ class VisionLanguageModel:
             )
         return list(done[0, prompt.n_tokens :].tolist())
 
+    def read(self, question: str, page: Image.Image, max_new_tokens: int) -> Answer:
+        """The greedy answer to a question about a page, and what the heads attended to meanwhile.
+
+        Raises:
+            SparseMMError: prompt or processor do not go with the model, or it cannot answer.
+        """
+        prompt = self.prompt(question, page)
+        with strongest_positions(self, prompt.n_tokens) as taps:
+            tokens = self.answer(prompt, max_new_tokens)
+            return Answer(tokens, table(taps), prompt.image_positions, prompt.layout)
+
     def decode(self, tokens: list[int]) -> str:
         """Tokens as text, without special tokens."""
         text: str = self.tokenizer.decode(tokens, skip_special_tokens=True)
         return text
+
+    def n_text_tokens(self, text: str) -> int:
+        """How many tokens a text takes, without special tokens."""
+        return len(self.tokenizer(text, add_special_tokens=False)["input_ids"])
 
     def _process(self, page: Image.Image, **options: Any) -> dict[str, Any]:
         """What the image processor makes of a page; arrays as tensors."""

@@ -4,23 +4,22 @@ import functools
 import json
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
+from contextlib import closing
 from dataclasses import dataclass, field
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any, TypeGuard
 
 import numpy as np
-import torch
+import numpy.typing as npt
 
 from sparsemm_edge import __version__
 from sparsemm_edge.errors import SparseMMError
 from sparsemm_edge.files import atomic_path, read_json
 from sparsemm_edge.pages.readers import PageSource, open_pages
 from sparsemm_edge.ranking import convergence
-from sparsemm_edge.resources import usable_cores
 from sparsemm_edge.scores import HeadScores
-from sparsemm_edge.scoring.models import load
+from sparsemm_edge.scoring.sources import Source
 from sparsemm_edge.scoring.target_response import PageScores, score_page
 from sparsemm_edge.workers import in_processes
 
@@ -32,27 +31,32 @@ FEW_TOKENS = 1000
 """Scored tokens below which a ranking is called unsettled (scores/README.md: how that was found)."""
 
 
+UNTIL = 0.95
+"""Rank correlation of the halves of the pages from which on a ranking is called settled."""
+
+_FIRST_CHECK, _CHECK_EVERY = 20, 10  # pages
+
+
 @dataclass(frozen=True)
 class Job:
     """What to score: everything that the scores depend on, and a worker needs.
 
     Attributes:
-        model: checkpoint folder or hub id.
+        source: the model.
         data, n_pages, seed, size: as `open_pages` takes them.
         question: what is asked about each page; None: what its source says.
         max_new_tokens: where an answer is cut off; None: after twice what the page's own text takes.
-        device, dtype: as `load` takes them.
+        until: stop at this rank correlation of the halves of the pages so far; above 1: never.
     """
 
-    model: str
+    source: Source
     data: str
     n_pages: int
     seed: int
     size: tuple[int, int]
     question: str | None
     max_new_tokens: int | None
-    device: str | None
-    dtype: str
+    until: float = UNTIL
 
     def pages(self) -> PageSource:
         return open_pages(self.data, self.n_pages, seed=self.seed, size=self.size)
@@ -60,12 +64,10 @@ class Job:
     def key(self) -> dict[str, Any]:
         """What two runs must have in common for one to go on where the other stopped."""
         pages = self.pages()
-        return {
-            "model": self.model,
+        return self.source.key() | {
             "data": pages.name,
             "question": self.question or pages.prompt,
             "max_new_tokens": self.max_new_tokens,
-            "dtype": self.dtype,
         }
 
 
@@ -100,7 +102,8 @@ def score(
     """Score a model's heads and write them to `out`.
 
     What is done is saved to `<out>.partial` now and then, and removed at the end. The scores do not depend on
-    the number of processes: each page is scored alone, and the pages are summed in their order.
+    the number of processes, nor on interruptions: each page is scored alone, and the pages are summed in their
+    order, up to the first number of them at which the ranking has settled.
 
     Args:
         n_jobs: processes, each with the model in its own memory (the i-th takes GPU i if there are several).
@@ -118,6 +121,8 @@ def score(
         raise SparseMMError(f"cannot write {out}: there is no directory {out.parent}")
     if not 1 <= n_jobs <= 64:
         raise SparseMMError(f"{n_jobs} processes: it must be 1 to 64")
+    if not job.until > 0:
+        raise SparseMMError(f"a rank correlation of {job.until}: it must be above 0")
     if job.max_new_tokens is not None and job.max_new_tokens < 1:
         raise SparseMMError(f"answers of at most {job.max_new_tokens} tokens: it must be at least 1")
     done: dict[int, dict[str, Any]] = {}
@@ -129,27 +134,32 @@ def score(
             f"{partial} holds an unfinished run: go on with --resume, or start anew with --force"
         )
 
-    todo = [index for index in range(pages.n_pages) if index not in done]
+    settled = _Settled(job.until, pages.n_pages)
+    n_pages = settled.after(done, shape)
+    todo = [] if n_pages else [index for index in range(pages.n_pages) if index not in done]
     saved = time.monotonic()
     progress(len(done), pages.n_pages)
     try:
-        for index, found, result in _results(job, todo, n_jobs):
-            if shape not in ({}, found):
-                raise SparseMMError(
-                    f"{partial} was made with a model of another shape: start anew with --force"
-                )
-            shape = found
-            done[index] = _to_json(index, pages, result)
-            progress(len(done), pages.n_pages)
-            if time.monotonic() - saved > SAVE_EVERY:
-                _write_partial(partial, job, shape, done)
-                saved = time.monotonic()
+        with closing(_results(job, todo, n_jobs)) as results:
+            for index, found, result in results:
+                if shape not in ({}, found):
+                    raise SparseMMError(
+                        f"{partial} was made with a model of another shape: start anew with --force"
+                    )
+                shape = found
+                done[index] = _to_json(index, pages, result)
+                progress(len(done), pages.n_pages)
+                if n_pages := settled.after(done, shape):
+                    break
+                if time.monotonic() - saved > SAVE_EVERY:
+                    _write_partial(partial, job, shape, done)
+                    saved = time.monotonic()
     except BaseException:  # interrupted, too
         if done:
             _write_partial(partial, job, shape, done)
         raise
 
-    report = _report(job, pages, shape, [done[index] for index in range(pages.n_pages)])
+    report = _report(job, pages, shape, [done[index] for index in range(n_pages or pages.n_pages)])
     report.scores.save(out)
     partial.unlink(missing_ok=True)
     return report
@@ -161,7 +171,7 @@ _Result = tuple[int, dict[str, int], PageScores]
 """A page's index, the model's shape, and what the page says."""
 
 
-def _results(job: Job, todo: list[int], n_jobs: int) -> Iterator[_Result]:
+def _results(job: Job, todo: list[int], n_jobs: int) -> Generator[_Result, None, None]:
     if not todo:
         return
     if n_jobs == 1:
@@ -172,20 +182,45 @@ def _results(job: Job, todo: list[int], n_jobs: int) -> Iterator[_Result]:
 
 
 def _score_in_process(job: Job, n_jobs: int, rank: int, indices: Iterator[int]) -> Iterator[_Result]:
-    """Pages of one of several processes: on its share of the GPUs, or of the cores."""
-    if job.device in (None, "cuda") and torch.cuda.device_count() > 1:
-        job = Job(**{**vars(job), "device": f"cuda:{rank % torch.cuda.device_count()}"})
-    torch.set_num_threads(max(1, usable_cores() // n_jobs))
-    yield from _score_pages(job, indices)
+    """Pages of one of several processes."""
+    yield from _score_pages(job, indices, rank, n_jobs)
 
 
-def _score_pages(job: Job, indices: Iterator[int]) -> Iterator[_Result]:
+def _score_pages(job: Job, indices: Iterator[int], rank: int = 0, n_jobs: int = 1) -> Iterator[_Result]:
     pages = job.pages()
-    model = load(job.model, device=job.device, dtype=job.dtype)
-    shape = {"n_layer": model.n_layer, "n_head": model.n_head, "n_head_kv": model.n_head_kv}
-    for index in indices:
-        page = pages.page(index)
-        yield index, shape, score_page(model, page, job.question or pages.prompt, job.max_new_tokens)
+    with job.source.reader(rank, n_jobs) as reader:
+        shape = {"n_layer": reader.n_layer, "n_head": reader.n_head, "n_head_kv": reader.n_head_kv}
+        for index in indices:
+            page = pages.page(index)
+            result = score_page(reader, page, job.question or pages.prompt, job.max_new_tokens)
+            yield index, shape, result
+
+
+class _Settled:
+    """Looks at the pages so far every now and then, in their order, until their halves agree on the ranking."""
+
+    def __init__(self, until: float, total: int) -> None:
+        self._until = until
+        self._next = _FIRST_CHECK
+        self._total = total
+
+    def after(self, done: dict[int, dict[str, Any]], shape: dict[str, int]) -> int | None:
+        """The number of pages, from the first one, at which the ranking has settled, None if it has not."""
+        while self._until <= 1 and self._next < self._total and all(i in done for i in range(self._next)):
+            tables = _tables([done[i] for i in range(self._next)], shape)
+            if tables.any() and convergence(tables)[-1]["spearman"] >= self._until:
+                return self._next
+            self._next += _CHECK_EVERY
+        return None
+
+
+def _tables(done: list[dict[str, Any]], shape: dict[str, int]) -> npt.NDArray[np.float64]:
+    """The scores of each page: [n_pages, n_layer, n_head]."""
+    tables = np.zeros((len(done), shape["n_layer"], shape["n_head"]))
+    for table, page in zip(tables, done, strict=True):
+        for il, ih, value in page["scores"]:
+            table[il, ih] = value
+    return tables
 
 
 # --- partial results ----------------------------------------------------------------------------------
@@ -266,25 +301,22 @@ def _is_number(value: Any) -> bool:
 
 
 def _report(job: Job, pages: PageSource, shape: dict[str, int], done: list[dict[str, Any]]) -> Report:
-    tables = np.zeros((len(done), shape["n_layer"], shape["n_head"]))
-    for table, page in zip(tables, done, strict=True):
-        for il, ih, value in page["scores"]:
-            table[il, ih] = value
+    tables = _tables(done, shape)
     n_scored = sum(page["n_scored"] for page in done)
     unread = [page["name"] for page in done if not page["n_scored"]]
     accuracy = math.fsum(page["accuracy"] for page in done) / len(done)
     if not n_scored:
         raise SparseMMError(
-            f"{job.model} named nothing that stands on any of {len(done)} pages (character accuracy"
+            f"{job.source.label} named nothing that stands on any of {len(done)} pages (character accuracy"
             f" {accuracy:.1%}): it does not read them; try other pages (--data) or another --prompt"
         )
     if not tables.any():
         raise SparseMMError(
-            f"{job.model}: no head looked at what was being read, for {n_scored} tokens on {len(done)} pages"
+            f"{job.source.label}: no head looked at what was being read, for {n_scored} tokens on {len(done)} pages"
         )
     halves = convergence(tables)
     scores = HeadScores(
-        model=Path(job.model).resolve().name if Path(job.model).is_dir() else job.model,
+        model=job.source.label,
         scores=tables.mean(axis=0),
         n_head_kv=shape["n_head_kv"],
         provenance={
@@ -295,9 +327,10 @@ def _report(job: Job, pages: PageSource, shape: dict[str, int], done: list[dict[
             "n_tokens": sum(page["n_tokens"] for page in done),
             "n_tokens_scored": n_scored,
             "character_accuracy": round(accuracy, 4),
+            "until": job.until,
             "convergence": halves,
             "created_by": f"sparsemm-edge {__version__}",
-            "packages": {name: version(name) for name in ("torch", "transformers", "pillow", "numpy")},
+            **job.source.provenance(),
         },
     )
     warnings = []

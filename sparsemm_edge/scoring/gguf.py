@@ -1,0 +1,112 @@
+"""A GGUF model that tells what its heads attend to while llama.cpp answers. Needs no torch and no checkpoint."""
+
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+from PIL import Image
+
+from sparsemm_edge.gguf_header import read_header
+from sparsemm_edge.gguf_metadata import check_supported
+from sparsemm_edge.runtime import VisionModel
+from sparsemm_edge.runtime.attention import StrongestPositions
+from sparsemm_edge.runtime.library import mtmd
+from sparsemm_edge.runtime.prompt import ImagePart, Prompt
+from sparsemm_edge.scoring.mtmd_layout import ImageEncoder, Tile
+from sparsemm_edge.scoring.target_response import Answer
+
+N_UBATCH = 256
+"""Prompt tokens computed at a time. The attention weights of so many queries are held at once, for one layer."""
+
+
+class GgufReader:
+    """Reads pages through llama.cpp, with the full cache and without flash attention. See Reader."""
+
+    def __init__(self, model: VisionModel, mmproj: Path, chat_template: str | None = None) -> None:
+        """Args:
+            model: loaded with its image encoder; must outlive this.
+            mmproj: the image encoder's file.
+            chat_template: instead of the model's own.
+
+        Raises:
+            SparseMMError: the model's heads cannot be scored.
+        """
+        check_supported(read_header(model.path), model.shape)
+        limits = (model.loading.image_min_tokens, model.loading.image_max_tokens)
+        self._encoder = ImageEncoder.of(read_header(mmproj), limits)
+        self._model = model
+        self._template = chat_template
+        self.n_layer = model.shape.n_layer
+        self.n_head = model.shape.n_head
+        self.n_head_kv = model.shape.n_head_kv
+        self._attention = StrongestPositions(self.n_layer, self.n_head)
+
+    def read(self, question: str, page: Image.Image, max_new_tokens: int) -> Answer:
+        """The greedy answer to a question about a page, and what the heads attended to meanwhile.
+
+        Raises:
+            SparseMMError: the model has no chat template, or the page does not fit into its context.
+        """
+        self._attention.stop.clear()
+        # in a thread, so that Ctrl-C is not lost in llama.cpp's callback; the pool waits for its end
+        with ThreadPoolExecutor(1) as pool:
+            reading = pool.submit(self._read, question, page, max_new_tokens)
+            try:
+                return reading.result()
+            except BaseException:
+                self._attention.stop.set()
+                raise
+
+    def decode(self, tokens: list[int]) -> str:
+        """Tokens as text, without special tokens."""
+        return self._model.text_of(tokens)
+
+    def n_text_tokens(self, text: str) -> int:
+        """How many tokens a text takes, without special tokens."""
+        return self._model.tokenize(text, first=False).n_tokens if text else 0
+
+    def _read(self, question: str, page: Image.Image, max_new_tokens: int) -> Answer:
+        text = self._model.chat_prompt(question, 1, self._template)
+        page = page.convert("RGB")
+        with self._model.tokenize(text, [page]) as prompt:
+            positions, tiles = _image_chunks(prompt)
+            layout = self._encoder.layout((page.height, page.width), tiles)
+            limit = max(1, min(max_new_tokens, self._model.n_ctx_train - prompt.n_pos))
+            tokens, strongest = self._answer(prompt, limit)
+        return Answer(tokens, np.stack(strongest), positions, layout)
+
+    def _answer(self, prompt: Prompt, limit: int) -> tuple[list[int], list[npt.NDArray[np.int64]]]:
+        """The greedy answer, and for each of its tokens the strongest positions [n_layer, n_head]."""
+        tokens: list[int] = []
+        strongest = []
+        with self._model.start_with(
+            prompt,
+            None,
+            n_ctx=self._model.n_ctx_for(prompt, limit, None),
+            n_ubatch=N_UBATCH,
+            flash_attn=False,
+            attention=self._attention,
+        ) as session:
+            session.read_prompt()
+            while True:
+                strongest.append(self._attention.take())
+                tokens.append(int(session.logits().argmax()))
+                if len(tokens) == limit or self._model.ends_turn(tokens[-1]):
+                    return tokens, strongest
+                session.decode(tokens[-1])
+
+
+def _image_chunks(prompt: Prompt) -> tuple[npt.NDArray[np.int64], list[Tile]]:
+    """Where in a prompt its image tokens are, and the chunks that they come in."""
+    positions, tiles, start = [], [], 0
+    for part in prompt.parts:
+        if isinstance(part, ImagePart):
+            chunk = mtmd.mtmd_input_chunk_get_tokens_image(part.chunk)
+            n_columns, n_rows = (
+                int(count(chunk)) for count in (mtmd.mtmd_image_tokens_get_nx, mtmd.mtmd_image_tokens_get_ny)
+            )
+            tiles.append(Tile(part.n_tokens, n_columns, n_rows))
+            positions.append(np.arange(start, start + part.n_tokens))
+        start += part.n_tokens
+    return np.concatenate(positions), tiles

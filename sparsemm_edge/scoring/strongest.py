@@ -1,0 +1,101 @@
+"""Which position every head of a PyTorch model attends to most, for each token that the model says.
+
+Nothing of size prompt x prompt is ever held. While the model answers, each attention layer is computed as
+usual (sdpa), and beside it, for the last query alone, which position it attends to most. That is one number
+per head and token, and all that the scores need.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
+
+if TYPE_CHECKING:
+    from sparsemm_edge.scoring.models import VisionLanguageModel
+
+_ATTENTION = "sparsemm_target_response"
+
+
+class _Tap:
+    """The strongest positions of one layer's heads, a tensor [n_head] for each forward pass.
+
+    Attributes:
+        n_prompt: length of the prompt; None: not listening.
+    """
+
+    def __init__(self) -> None:
+        self.n_prompt: int | None = None
+        self.strongest: list[torch.Tensor] = []
+
+
+def _attention(
+    module: Any,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    **kwargs: Any,
+) -> tuple[torch.Tensor, None]:
+    tap: _Tap = module.sparsemm_tap
+    if tap.n_prompt is not None:
+        # a layer with a sliding window holds only the end of the context
+        offset = tap.n_prompt + len(tap.strongest) - key.shape[2]
+        tap.strongest.append(_strongest(query, key, attention_mask) + offset)
+    return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
+
+
+def _strongest(query: torch.Tensor, key: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
+    """The key that each head's last query attends to most: int64 [n_head].
+
+    The largest logit is the largest weight, so there is no softmax. Computed in float32: in half precision
+    the largest of thousands of weights is often a tie.
+
+    Args:
+        query: [1, n_head, n, head_dim].
+        key: [1, n_head_kv, n_kv, head_dim].
+        mask: None, or [1, 1 or n_head, n, n_kv]; bool (True: visible) or added to the logits.
+    """
+    n_head, n_head_kv = query.shape[1], key.shape[1]
+    row = query[0, :, -1].float().view(n_head_kv, n_head // n_head_kv, -1)
+    logits = (row @ key[0].float().transpose(1, 2)).view(n_head, -1)
+    if mask is not None:
+        seen = mask[0, :, -1, : logits.shape[1]]
+        logits = logits.masked_fill(~seen, -torch.inf) if seen.dtype == torch.bool else logits + seen.float()
+    return logits.argmax(dim=1)
+
+
+AttentionInterface.register(_ATTENTION, _attention)
+AttentionMaskInterface.register(_ATTENTION, sdpa_mask)
+
+
+@contextmanager
+def strongest_positions(model: "VisionLanguageModel", n_prompt: int) -> Iterator[list[_Tap]]:
+    """Within, the model remembers for every forward pass which position each head attends to most.
+
+    Yields the taps of the layers; `table` reads them.
+    """
+    if model.decoder.config._attn_implementation != _ATTENTION:
+        model.decoder.set_attn_implementation(_ATTENTION)
+        for attention in model.attentions:
+            attention.sparsemm_tap = _Tap()
+    taps = [attention.sparsemm_tap for attention in model.attentions]
+    for tap in taps:
+        tap.n_prompt = n_prompt
+    try:
+        yield taps
+    finally:
+        for tap in taps:
+            tap.n_prompt = None
+            tap.strongest.clear()
+
+
+def table(taps: list[_Tap]) -> npt.NDArray[np.int64]:
+    """The strongest positions: [n_passes, n_layer, n_head]."""
+    layers = [torch.stack(tap.strongest).cpu().numpy() for tap in taps]
+    return np.stack(layers, axis=1)

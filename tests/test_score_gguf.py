@@ -1,0 +1,240 @@
+"""Scores of a GGUF file: what llama.cpp's heads attend to is what PyTorch's do, with nothing but the files."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from conftest import CommandLine
+from sparsemm_edge import SparseMMError
+from sparsemm_edge.demo import DemoModel
+from sparsemm_edge.gguf_header import read_header
+from sparsemm_edge.gguf_metadata import sparsemm_metadata
+from sparsemm_edge.pages.readers import open_pages
+from sparsemm_edge.ranking import convergence, spearman
+from sparsemm_edge.scores import HeadScores
+from sparsemm_edge.scoring import run
+from sparsemm_edge.scoring.run import Job, score
+from sparsemm_edge.scoring.sources import Checkpoint, GgufFiles
+from sparsemm_edge.scoring.target_response import Reader, score_page
+from stopping import HOW, stop
+from vision_models import letters_folder, letters_page
+
+ROOT = Path(__file__).resolve().parents[1]
+FILES = DemoModel()
+N_NEW = 20
+
+
+@contextmanager
+def both(files: Any, outtype: str = "f32") -> Iterator[tuple[Reader, Reader]]:
+    """A test model as llama.cpp runs it, and as PyTorch does."""
+    gguf = GgufFiles(files.gguf(outtype), files.mmproj(outtype), n_threads=1)
+    with gguf.reader() as ours, Checkpoint(str(files.hf), "cpu").reader() as theirs:
+        yield ours, theirs
+
+
+@pytest.mark.parametrize("name", ["llava", "llava-gqa", "llava-siglip", "qwen2vl"])
+def test_hits_are_those_of_the_checkpoint(name: str, models: Callable[[str], Any]) -> None:
+    files = models(name)
+    hits = 0.0
+    with both(files) as (ours, theirs):
+        assert (ours.n_layer, ours.n_head, ours.n_head_kv) == (theirs.n_layer, theirs.n_head, theirs.n_head_kv)
+        for seed in range(3):
+            page = letters_page((files.image_size, files.image_size), seed)
+            got, expected = (score_page(reader, page, "read", N_NEW) for reader in (ours, theirs))
+            assert got.answer == expected.answer
+            assert (got.n_tokens, got.n_scored) == (expected.n_tokens, expected.n_scored)
+            np.testing.assert_allclose(got.scores, expected.scores, rtol=1e-12)
+            hits += got.scores.sum()
+    assert hits > 0
+
+
+def test_every_strongest_position_is_that_of_the_checkpoint(models: Callable[[str], Any]) -> None:
+    """Whether or not it is a hit, of the prompt in several batches, which ends with the first token's query."""
+    files = models("llava-gqa")
+    page = letters_page((files.image_size, files.image_size))
+    with both(files) as (ours, theirs):
+        got, expected = (reader.read("read " * 60, page.image, 6) for reader in (ours, theirs))
+    assert got.tokens == expected.tokens
+    np.testing.assert_array_equal(got.image_positions, expected.image_positions)
+    assert got.image_positions[-1] > run_batch()
+    np.testing.assert_array_equal(got.strongest, expected.strongest)
+    assert len(np.unique(got.strongest)) > 10
+
+
+def run_batch() -> int:
+    from sparsemm_edge.scoring.gguf import N_UBATCH
+
+    return N_UBATCH
+
+
+def test_the_demo_models_scores_are_those_of_its_checkpoint() -> None:
+    pages = open_pages("grid", 12, seed=3)
+    gguf, checkpoint = GgufFiles(FILES.model, FILES.mmproj), Checkpoint(str(ROOT / "models" / "demo"), "cpu")
+    with gguf.reader() as ours, checkpoint.reader() as theirs:
+        got, expected = (
+            [score_page(reader, pages.page(i), pages.prompt) for i in range(pages.n_pages)]
+            for reader in (ours, theirs)
+        )
+    assert [page.answer for page in got] == [page.answer for page in expected]
+    assert [page.n_scored for page in got] == [page.n_scored for page in expected]
+    tables = [np.array([page.scores for page in pages]) for pages in (got, expected)]
+    # a near tie may fall to the neighbour in another order of summation
+    assert (tables[0] != tables[1]).mean() < 0.005
+    assert spearman(tables[0].sum(axis=0), tables[1].sum(axis=0)) > 0.995
+
+
+# --- the run ------------------------------------------------------------------------------------------
+
+
+def job(**changes: Any) -> Job:
+    settings: dict[str, Any] = {
+        "source": GgufFiles(FILES.model, FILES.mmproj, n_threads=1),
+        "data": "grid",
+        "n_pages": 6,
+        "seed": 0,
+        "size": (896, 672),
+        "question": None,
+        "max_new_tokens": 24,
+    }
+    return Job(**(settings | changes))
+
+
+def test_an_interrupted_run_goes_on_where_it_stopped_and_in_two_processes(tmp_path: Path) -> None:
+    score(job(), tmp_path / "whole.json")
+    expected = (tmp_path / "whole.json").read_bytes()
+
+    def interrupt(done: int, total: int) -> None:
+        if done == 3:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        score(job(), tmp_path / "s.json", progress=interrupt)
+    other = GgufFiles(FILES.model, FILES.mmproj, chat_template="{{ messages }}")
+    with pytest.raises(SparseMMError, match="made with chat_template None, not"):
+        score(job(source=other), tmp_path / "s.json", resume=True)
+    score(job(), tmp_path / "s.json", resume=True, n_jobs=2)
+    assert (tmp_path / "s.json").read_bytes() == expected
+
+    content = json.loads(expected)
+    assert content["model"] == FILES.model.stem
+    assert content["quantisation"] == ["F16", "F16"]
+    assert content["files"] == [FILES.model.name, FILES.mmproj.name]
+    assert content["llama_cpp"] == json.loads((ROOT / "patches" / "pin.json").read_text())["llama_cpp_commit"]
+    assert "llama-cpp-python" in content["packages"] and "torch" not in content["packages"]
+
+
+def test_it_stops_where_the_ranking_has_settled(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """At the first number of pages, of those that it looks at, whose halves agree; with any processes the same."""
+    monkeypatch.setattr(run, "_FIRST_CHECK", 2)
+    monkeypatch.setattr(run, "_CHECK_EVERY", 2)
+    score(job(n_pages=8, until=2), tmp_path / "all.json")
+    with GgufFiles(FILES.model, FILES.mmproj, n_threads=1).reader() as reader:
+        pages = open_pages("grid", 8)
+        tables = np.array([score_page(reader, pages.page(i), pages.prompt, 24).scores for i in range(8)])
+    agreed = {n: convergence(tables[:n])[-1]["spearman"] for n in (2, 4, 6)}
+    until = (agreed[2] + agreed[4]) / 2
+    assert agreed[2] < until < agreed[4]
+
+    for n_jobs in (1, 2):
+        out = tmp_path / f"{n_jobs}.json"
+        report = score(job(n_pages=8, until=until), out, n_jobs=n_jobs)
+        assert report.scores.provenance["n_pages"] == 4
+        np.testing.assert_allclose(report.scores.scores, tables[:4].mean(axis=0), rtol=1e-12)
+    assert HeadScores.load(tmp_path / "all.json").provenance["n_pages"] == 8
+
+
+@pytest.mark.parametrize("how", ["Ctrl-C", "SIGTERM"])
+def test_a_stopped_run_keeps_what_is_done(how: str, tmp_path: Path) -> None:
+    (tmp_path / "tmp").mkdir()
+    out = tmp_path / "s.json"
+    partial = tmp_path / "s.json.partial"
+    arguments = ["score", FILES.model, "--mmproj", FILES.mmproj, "--data", "grid", "--pages", 500, "--until", 2]
+    started = []
+
+    def at_work(_: object) -> bool:
+        started.append(1)
+        return len(started) > 300  # some seconds
+
+    assert stop(how, [*arguments, "--out", out], at_work, folder=tmp_path)[0] == HOW[how]
+    assert not out.exists()
+    assert 0 < len(json.loads(partial.read_text())["pages"]) < 500
+
+
+# --- the command line ---------------------------------------------------------------------------------
+
+
+def test_a_gguf_file_is_scored_and_converted_without_torch(tmp_path: Path) -> None:
+    model = tmp_path / "m.gguf"
+    model.symlink_to(FILES.model)
+    blocked = "import sys; sys.modules.update(torch=None, transformers=None); from sparsemm_edge.cli import main; main()"
+    arguments = [model, "--mmproj", FILES.mmproj, "--data", "grid", "--pages", 3, "--out", tmp_path / "s.json"]
+    done = subprocess.run(
+        [sys.executable, "-c", blocked, "score", *map(str, arguments), "--convert", "--json"],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    report = json.loads(done.stdout)
+    assert (report["n_pages"], report["quantisation"]) == (3, ["F16", "F16"])
+    assert report["character_accuracy"] > 0.9
+    metadata = sparsemm_metadata(read_header(Path(report["converted"])))
+    assert metadata is not None
+    made = HeadScores.load(tmp_path / "s.json")
+    np.testing.assert_allclose(metadata.head_scores, made.normalised(), rtol=1e-6)
+    assert made.sha256 in metadata.scores_source
+
+
+def test_what_cannot_be_scored_is_said_in_one_line(tmp_path: Path, sparsemm: CommandLine) -> None:
+    out = ("--out", tmp_path / "s.json", "--data", "grid", "--pages", 1)
+    vision = ("--mmproj", FILES.mmproj)
+    for arguments, said in (
+        ((FILES.model,), "give its image encoder with --mmproj"),
+        ((FILES.model, *vision, "--dtype", "float16"), "--device and --dtype are for checkpoints"),
+        ((tmp_path / "none.gguf", *vision), "none.gguf"),
+        ((FILES.model, "--mmproj", FILES.model), "not an image encoder (mmproj)"),
+        ((FILES.model, *vision, "--chat-template", "{{"), "chat template"),
+        ((ROOT / "models" / "demo", "--convert"), "--mmproj and --convert are for GGUF files"),
+        ((FILES.model, *vision, "--until", "0"), "a rank correlation of 0.0: it must be above 0"),
+    ):
+        failed = sparsemm("score", *arguments, *out)
+        assert failed.status == 2, arguments
+        assert said in failed.err.splitlines()[-1], failed.err
+    assert list(tmp_path.iterdir()) == []
+    converted = tmp_path / "m.sparsemm.gguf"
+    (tmp_path / "m.gguf").symlink_to(FILES.model)
+    converted.write_bytes(b"")
+    refused = sparsemm("score", tmp_path / "m.gguf", *vision, "--convert", *out).refusal
+    assert "m.sparsemm.gguf exists already" in refused  # before any page is read
+
+
+def test_weights_that_llama_cpp_does_not_compute_are_not_taken_for_scores(llava: Any) -> None:
+    from sparsemm_edge.runtime.attention import StrongestPositions
+
+    attention = StrongestPositions(llava.shape.n_layer, llava.shape.n_head)
+    with (
+        llava.tokenize("a b c") as prompt,
+        llava.start_with(prompt, None, n_ctx=16, flash_attn=True, attention=attention) as session,
+    ):
+        session.read_prompt()
+        with pytest.raises(SparseMMError, match="computed no attention weights in layer 0"):
+            attention.take()
+
+
+def test_scores_of_letters_in_a_folder_of_ones_own(models: Callable[[str], Any], tmp_path: Path) -> None:
+    """A page that is not square: it is padded, and its boxes lie where the tokens show them."""
+    files = models("llava")
+    folder = letters_folder(tmp_path / "letters", 2)
+    source = GgufFiles(files.gguf(), files.mmproj(), n_threads=1)
+    report = score(job(source=source, data=str(folder), n_pages=2), tmp_path / "s.json")
+    assert report.scores.provenance["dataset"] == "letters"
+    assert report.scores.provenance["n_tokens_scored"] > 0
