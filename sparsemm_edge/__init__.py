@@ -1,7 +1,7 @@
 """SparseMM Edge: visual-head KV-cache eviction for llama.cpp.
 
-    HF checkpoint --score--> scores.json --convert--> model.gguf with head budgets
-                                                        |
+    GGUF or HF checkpoint --score--> scores.json --convert--> model.gguf with head budgets
+                                                                |
     image + prompt + mmproj.gguf --generate--> patched llama.cpp evicts per head
 
 Method: SparseMM (arXiv 2506.05344). Importing this package imports neither torch nor llama_cpp; only

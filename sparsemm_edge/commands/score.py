@@ -33,7 +33,7 @@ def score(
     until: Annotated[
         float,
         typer.Option(
-            help="Stop once the halves of the pages so far agree on the ranking: their rank correlation; 2: never."
+            help="Stop once the halves of the pages so far rank the heads alike: their correlation; 2: never."
         ),
     ] = 0.95,
     seed: Annotated[int, typer.Option("--seed", "-s", help="Which pages are made.")] = 0,
@@ -80,9 +80,9 @@ def score(
 ) -> None:
     """Score the attention heads of a vision-language model: which of them look at what is being read.
 
-    A GGUF file is scored as llama.cpp runs it, without torch, until the ranking has settled. So are LLaVA-1.5,
-    LLaVA-NeXT, LLaVA-OneVision, Qwen2-VL, Qwen2.5-VL, Qwen3-VL, InternVL, Idefics3 and SmolVLM checkpoints, with
-    torch; a folder is read without the network. What is done is saved beside the output now and then.
+    A GGUF file is scored as llama.cpp runs it, without torch. So are checkpoints of LLaVA-1.5, LLaVA-NeXT,
+    LLaVA-OneVision, Qwen2-VL, Qwen2.5-VL, Qwen3-VL, InternVL, Idefics3 and SmolVLM, with torch; a folder is
+    read without the network. What is done is saved beside the output now and then.
 
     \b
     Examples:
@@ -90,9 +90,9 @@ def score(
       sparsemm-edge score llava-hf/llava-1.5-7b-hf --out llava.scores.json --dtype bfloat16
       sparsemm-edge score path/to/checkpoint --data my-pages --pages 300 --jobs 2
     """
+    from sparsemm_edge.commands.scores import figures, print_convergence, print_figures
     from sparsemm_edge.convert import check_out
     from sparsemm_edge.convert import convert as convert_model
-    from sparsemm_edge.commands.scores import figures, print_convergence, print_figures
     from sparsemm_edge.extras import needs_torch
     from sparsemm_edge.pages.readers import page_size
     from sparsemm_edge.scoring.run import Job
@@ -120,7 +120,7 @@ def score(
             check_out(Path(model), None, force=force)
     else:
         if mmproj is not None or convert:
-            raise SparseMMError(f"{model}: --mmproj and --convert are for GGUF files, with .gguf in their names")
+            raise SparseMMError(f"{model}: --mmproj and --convert are for GGUF files")
         with needs_torch():
             import sparsemm_edge.scoring.models  # noqa: F401
         source = Checkpoint(model, device, dtype)

@@ -32,8 +32,8 @@ _FUNCTIONS: dict[str, tuple[Any, list[Any]]] = {
 class StrongestPositions:
     """Listens to one context. It must outlive the context, whose parameters hold `callback`.
 
-    The context must have flash attention off, keep everything, and hold one sequence. Let it compute outside the
-    main thread: there a signal's exception would be raised in the callback, where it is lost.
+    The context must have flash attention off, keep everything, and hold one sequence. Let it compute outside
+    the main thread: there a signal's exception would be raised in the callback, where it is lost.
 
     Attributes:
         callback: the context parameter `cb_eval`.

@@ -1,1 +1,1 @@
-"""Head scores from a Hugging Face checkpoint. The only place that imports torch and transformers."""
+"""Head scores from a GGUF file or a Hugging Face checkpoint. Only what reads checkpoints imports torch."""

@@ -1,4 +1,4 @@
-"""A GGUF model that tells what its heads attend to while llama.cpp answers. Needs no torch and no checkpoint."""
+"""A GGUF model that tells what its heads attend to while llama.cpp answers."""
 
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -17,7 +17,7 @@ from sparsemm_edge.scoring.mtmd_layout import ImageEncoder, Tile
 from sparsemm_edge.scoring.target_response import Answer
 
 N_UBATCH = 256
-"""Prompt tokens computed at a time. The attention weights of so many queries are held at once, for one layer."""
+"""Prompt tokens computed at a time. The attention weights of so many queries are held at once."""
 
 
 class GgufReader:

@@ -1,4 +1,4 @@
-"""From a box on a page to image tokens, as llama.cpp's mtmd lays images out (tools/mtmd, llama.cpp 0c1e57098).
+"""From a box on a page to image tokens, as llama.cpp's mtmd (0c1e57098, tools/mtmd) lays images out.
 
 mtmd prepares images in its own way: where a checkpoint's image processor crops or stretches, it mostly keeps
 the shape of an image and pads it. What is chosen here again (the size of the canvas, the shape of the tiling)
@@ -81,8 +81,8 @@ class ImageEncoder:
         kind = header.value("clip.projector_type", header.value(f"{_KEYS}projector_type"))
         if kind not in SUPPORTED:
             raise SparseMMError(
-                f"{name}: for an image encoder of type {kind!r} it is not known which part of an image a token"
-                f" shows, so heads cannot be scored; known are {', '.join(SUPPORTED)}"
+                f"{name}: which part of an image a token shows is not known for image encoders of type"
+                f" {kind!r}, so heads cannot be scored; it is for {', '.join(SUPPORTED)}"
             )
 
         def number(key: str, default: int) -> int:
@@ -137,7 +137,7 @@ class ImageEncoder:
         if len(made) != n_tokens:
             raise SparseMMError(
                 f"{self.path}: an image of {page[1]} x {page[0]} takes {n_tokens} tokens, {len(made)} were"
-                f" expected of an encoder of type {self.kind!r}: which part of the image they show is not known"
+                f" expected of an encoder of type {self.kind!r}: which part of it they show is not known"
             )
         return made
 

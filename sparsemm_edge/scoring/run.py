@@ -102,8 +102,8 @@ def score(
     """Score a model's heads and write them to `out`.
 
     What is done is saved to `<out>.partial` now and then, and removed at the end. The scores do not depend on
-    the number of processes, nor on interruptions: each page is scored alone, and the pages are summed in their
-    order, up to the first number of them at which the ranking has settled.
+    the number of processes, nor on interruptions: each page is scored alone, and the pages are summed in
+    their order, up to the first number of them at which the ranking has settled.
 
     Args:
         n_jobs: processes, each with the model in its own memory (the i-th takes GPU i if there are several).
@@ -197,7 +197,7 @@ def _score_pages(job: Job, indices: Iterator[int], rank: int = 0, n_jobs: int = 
 
 
 class _Settled:
-    """Looks at the pages so far every now and then, in their order, until their halves agree on the ranking."""
+    """Looks at the pages so far, in their order, every now and then: do their halves agree on the ranking?"""
 
     def __init__(self, until: float, total: int) -> None:
         self._until = until
@@ -312,7 +312,8 @@ def _report(job: Job, pages: PageSource, shape: dict[str, int], done: list[dict[
         )
     if not tables.any():
         raise SparseMMError(
-            f"{job.source.label}: no head looked at what was being read, for {n_scored} tokens on {len(done)} pages"
+            f"{job.source.label}: no head looked at what was being read, for {n_scored} tokens on"
+            f" {len(done)} pages"
         )
     halves = convergence(tables)
     scores = HeadScores(

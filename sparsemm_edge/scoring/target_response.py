@@ -94,9 +94,7 @@ def answer_limit(reader: Reader, page: Page) -> int:
     return 2 * reader.n_text_tokens(page_text(page)) + 16
 
 
-def score_page(
-    reader: Reader, page: Page, question: str, max_new_tokens: int | None = None
-) -> PageScores:
+def score_page(reader: Reader, page: Page, question: str, max_new_tokens: int | None = None) -> PageScores:
     """Ask for the text of a page and score every head by what it attends to while answering.
 
     Args:
