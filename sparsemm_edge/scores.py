@@ -215,10 +215,9 @@ def _check_provenance(content: dict[str, Any], where: str) -> None:
     def is_number(value: Any) -> bool:
         return isinstance(value, int | float) and not isinstance(value, bool)
 
-    if not is_number(content.get("character_accuracy", 0)):
-        raise SparseMMError(
-            f"{where}: character_accuracy is {content['character_accuracy']!r}, expected a number"
-        )
+    for key in ("character_accuracy", "things_named"):
+        if not is_number(content.get(key, 0)):
+            raise SparseMMError(f"{where}: {key} is {content[key]!r}, expected a number")
     steps = content.get("convergence", [])
     for step in steps if isinstance(steps, list) else [steps]:
         if not isinstance(step, dict) or not all(

@@ -25,8 +25,8 @@ def score(
     data: Annotated[
         str,
         typer.Option(
-            help="Pages to read: documents (made here), grid (what the demo model reads), or a folder with"
-            " images and a JSON, JSON Lines or Parquet file of chunks and boxes."
+            help="Pages: documents to read or scenes to tell of (made here), grid (for the demo model),"
+            " or a folder with images and a JSON, JSON Lines or Parquet file of chunks and boxes."
         ),
     ] = "documents",
     pages: Annotated[int, typer.Option(help="How many pages, at most.")] = 100,

@@ -17,6 +17,8 @@ scores = typer.Typer(
     help="Look at head scores, compare them, put them to the test.",
 )
 
+_N_DIFFERENCES = 8  # heads of which compare tells how they differ
+
 ScoresFile = Annotated[Path, typer.Argument(help="Head scores, a JSON file.", show_default=False)]
 
 
@@ -49,29 +51,53 @@ def show(
 
 @scores.command()
 def compare(file: ScoresFile, other: ScoresFile, as_json: options.AsJson = False) -> None:
-    """How alike two files rank the heads of one model: rank correlation, and the top 5 % they share.
+    """How alike two files rank the heads of one model: rank correlation, top heads in common, differences.
 
     \b
     Example:
-      sparsemm-edge scores compare scores-a.json scores-b.json
+      sparsemm-edge scores compare reading.json scenes.json
     """
+    import numpy as np
+
     from sparsemm_edge.ranking import TOP_SHARES, overlap_of_top, spearman
     from sparsemm_edge.scores import HeadScores
 
     one, two = HeadScores.load(file), HeadScores.load(other)
     two.check_fits(one.n_layer, one.n_head)
+    shares = np.stack([one.normalised().ravel(), two.normalised().ravel()], axis=1)
+    most = np.argsort(-np.abs(shares[:, 0] - shares[:, 1]), kind="stable")[:_N_DIFFERENCES]
     report = {
+        "kinds": [scores.provenance.get("kind") for scores in (one, two)],
         "spearman": spearman(one.scores, two.scores),
         "top_overlap": {f"{share:g}": overlap_of_top(one.scores, two.scores, share) for share in TOP_SHARES},
+        "differences": [
+            {
+                "layer": int(head) // one.n_head,
+                "head": int(head) % one.n_head,
+                "shares": [float(share) for share in shares[head]],
+            }
+            for head in most
+        ],
     }
     if as_json:
         print_json(report)
         return
+    for path, scores in ((file, one), (other, two)):
+        kind, dataset = (scores.provenance.get(key, "not said") for key in ("kind", "dataset"))
+        print(f"{path}: kind {kind}, data set {dataset}")
     print(f"rank correlation (Spearman) of {one.scores.size} heads: {report['spearman']:.3f}")
     print_table(
         "heads that both name",
         ["top", "in common"],
         [[f"{share:.0%}", f"{overlap_of_top(one.scores, two.scores, share):.0%}"] for share in TOP_SHARES],
+    )
+    print_table(
+        "heads that differ most, and their part of the score",
+        ["head", "one", "other"],
+        [
+            [f"{head // one.n_head}-{head % one.n_head}", *(f"{share:.1%}" for share in shares[head])]
+            for head in most
+        ],
     )
 
 
@@ -199,6 +225,8 @@ def print_figures(scores: "HeadScores") -> None:
         lines["tokens"] = f"{report['n_tokens_scored']} scored of {report.get('n_tokens', '?')}"
     if "character_accuracy" in report:
         lines["accuracy"] = f"{report['character_accuracy']:.1%} of the characters read right"
+    if "things_named" in report:
+        lines["accuracy"] = f"{report['things_named']:.1%} of the things asked for named"
     lines["best heads"] = ", ".join(
         f"{head['layer']}-{head['head']} ({head['share']:.1%})" for head in report["top_heads"][:8]
     )

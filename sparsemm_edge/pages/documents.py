@@ -63,12 +63,12 @@ def document_page(seed: int, size: tuple[int, int] = SIZE) -> Page:
 
 
 @cache
-def _words() -> tuple[str, ...]:
+def words() -> tuple[str, ...]:
     return tuple((files("sparsemm_edge.pages") / "words.txt").read_text(encoding="utf-8").split())
 
 
 @cache
-def _font(name: str, size: int) -> ImageFont.FreeTypeFont:
+def font(name: str, size: int) -> ImageFont.FreeTypeFont:
     path = Path(matplotlib.get_data_path()) / "fonts" / "ttf" / f"{name}.ttf"
     # the basic layout is the same with and without libraqm
     return ImageFont.truetype(str(path), size, layout_engine=ImageFont.Layout.BASIC)
@@ -87,7 +87,7 @@ class _Page:
         self.width, self.height = image.size
         self.chunks: list[Chunk] = []
         self.used: set[str] = set()
-        self.unused = list(rng.permutation(_words()))
+        self.unused = list(rng.permutation(words()))
 
     def write(self) -> None:
         rng = self.rng
@@ -97,7 +97,7 @@ class _Page:
         family = str(rng.choice(_FONTS))
         size = max(8, round(rng.uniform(_LEAST_FONT_SIZE, 26) * self.scale))
         if rng.random() < 0.6:
-            heading = _font(str(rng.choice(_FONTS)), round(size * rng.uniform(1.3, 1.9)))
+            heading = font(str(rng.choice(_FONTS)), round(size * rng.uniform(1.3, 1.9)))
             top = self._line(heading, margin, top, self.width - margin) + size
             if rng.random() < 0.5:
                 self.draw.line([margin, top - size // 2, self.width - margin, top - size // 2], self.ink)
@@ -106,7 +106,7 @@ class _Page:
         for column in range(n_columns):
             left = round(margin + column * (column_width + gap))
             begin = top + int(max(0.0, rng.uniform(-0.3, 0.5)) * self.height)
-            self._column(_font(family, size), left, begin, round(left + column_width))
+            self._column(font(family, size), left, begin, round(left + column_width))
 
     def _column(self, font: ImageFont.FreeTypeFont, left: int, top: int, right: int) -> None:
         spacing = self.rng.uniform(1.25, 2.2)

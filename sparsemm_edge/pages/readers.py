@@ -16,7 +16,7 @@ from typing import Any
 
 from sparsemm_edge.errors import SparseMMError
 from sparsemm_edge.files import parse_json, read_json, read_json_lines, read_parquet
-from sparsemm_edge.pages import Chunk, Page, documents, grid
+from sparsemm_edge.pages import Chunk, Page, documents, grid, scenes
 from sparsemm_edge.pictures import open_picture
 
 FIRST_SCORING_SEED = 10_000
@@ -32,15 +32,17 @@ class PageSource:
 
     Attributes:
         name: what they are, for reports.
-        prompt: what a model is asked about them.
+        prompt: what a model is asked about them; scenes have a question each.
         n_pages: how many there are.
         page: the page of an index below n_pages.
+        kind: of task: "reading", or "scenes" (what is drawn there).
     """
 
     name: str
     prompt: str
     n_pages: int
     page: Callable[[int], Page]
+    kind: str = "reading"
 
 
 def open_pages(
@@ -49,8 +51,8 @@ def open_pages(
     """Pages to score on.
 
     Args:
-        data: "documents" (pages/documents.py), a name in grid.GRIDS ("grid": what the demo model reads), or a
-            folder.
+        data: "documents", "scenes", a name in grid.GRIDS ("grid": what the demo model reads), each made by
+            the module of pages/ of that name, or a folder.
         n_pages: how many; a folder with fewer gives all it has.
         seed: which pages are made; pages of different seeds differ. A folder ignores it.
         size: width and height in pixels of "documents".
@@ -70,6 +72,14 @@ def open_pages(
         return PageSource(
             name, documents.PROMPT, n_pages, lambda index: documents.document_page(first + index, size)
         )
+    if data == "scenes":
+        return PageSource(
+            f"scenes, seed {seed}",
+            scenes.PROMPT,
+            n_pages,
+            lambda index: scenes.scene(first + index),
+            kind="scenes",
+        )
     if data in grid.GRIDS:
         return PageSource(
             f"{data} pages, seed {seed}",
@@ -80,7 +90,8 @@ def open_pages(
     folder = Path(data)
     if not folder.is_dir():
         raise SparseMMError(
-            f"there is no folder {data}; --data is documents, {', '.join(grid.GRIDS)} or a folder with pages"
+            f"there is no folder {data}; --data is documents, scenes, {', '.join(grid.GRIDS)} or a folder"
+            " with pages"
         )
     return _folder(folder, n_pages)
 

@@ -17,6 +17,7 @@ from sparsemm_edge import __version__
 from sparsemm_edge.errors import SparseMMError
 from sparsemm_edge.files import atomic_path, read_json
 from sparsemm_edge.pages.readers import PageSource, open_pages
+from sparsemm_edge.pages.scenes import Scene
 from sparsemm_edge.ranking import convergence
 from sparsemm_edge.scores import HeadScores
 from sparsemm_edge.scoring.sources import Source
@@ -26,6 +27,9 @@ from sparsemm_edge.workers import in_processes
 SAVE_EVERY = 30.0  # seconds between two saves of what is done
 
 _MOST_HEADS = 1000  # of a layer, and layers, that an unfinished run is believed to have
+
+ACCURACIES = {"reading": "character_accuracy", "scenes": "things_named"}
+"""What scores call the accuracy of the answers, by the kind of the pages."""
 
 FEW_TOKENS = 1000
 """Scored tokens below which a ranking is called unsettled (scores/README.md: how that was found)."""
@@ -192,7 +196,8 @@ def _score_pages(job: Job, indices: Iterator[int], rank: int = 0, n_jobs: int = 
         shape = {"n_layer": reader.n_layer, "n_head": reader.n_head, "n_head_kv": reader.n_head_kv}
         for index in indices:
             page = pages.page(index)
-            result = score_page(reader, page, job.question or pages.prompt, job.max_new_tokens)
+            question = job.question or (page.question if isinstance(page, Scene) else pages.prompt)
+            result = score_page(reader, page, question, job.max_new_tokens)
             yield index, shape, result
 
 
@@ -303,12 +308,14 @@ def _is_number(value: Any) -> bool:
 def _report(job: Job, pages: PageSource, shape: dict[str, int], done: list[dict[str, Any]]) -> Report:
     tables = _tables(done, shape)
     n_scored = sum(page["n_scored"] for page in done)
+    measure = ACCURACIES[pages.kind]
     unread = [page["name"] for page in done if not page["n_scored"]]
     accuracy = math.fsum(page["accuracy"] for page in done) / len(done)
     if not n_scored:
         raise SparseMMError(
-            f"{job.source.label} named nothing that stands on any of {len(done)} pages (character accuracy"
-            f" {accuracy:.1%}): it does not read them; try other pages (--data) or another --prompt"
+            f"{job.source.label} named nothing that stands on any of {len(done)} pages"
+            f" ({measure.replace('_', ' ')} {accuracy:.1%}): it does not read them; try other pages (--data)"
+            " or another --prompt"
         )
     if not tables.any():
         raise SparseMMError(
@@ -321,13 +328,14 @@ def _report(job: Job, pages: PageSource, shape: dict[str, int], done: list[dict[
         scores=tables.mean(axis=0),
         n_head_kv=shape["n_head_kv"],
         provenance={
+            "kind": pages.kind,
             "dataset": pages.name,
             "prompt": job.question or pages.prompt,
             "n_pages": len(done),
             "n_pages_unread": len(unread),
             "n_tokens": sum(page["n_tokens"] for page in done),
             "n_tokens_scored": n_scored,
-            "character_accuracy": round(accuracy, 4),
+            measure: round(accuracy, 4),
             "until": job.until,
             "convergence": halves,
             "created_by": f"sparsemm-edge {__version__}",

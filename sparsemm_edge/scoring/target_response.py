@@ -67,7 +67,7 @@ class PageScores:
         n_tokens: tokens of the answer.
         n_scored: those found in exactly one chunk of the page, of which the model sees something.
         answer: the answer.
-        accuracy: its character accuracy, 0 to 1.
+        accuracy: its accuracy, 0 to 1, see reading_accuracy.
     """
 
     scores: npt.NDArray[np.float64]
