@@ -270,3 +270,50 @@ def test_scores_of_letters_in_a_folder_of_ones_own(models: Callable[[str], Any],
     report = score(job(source=source, data=str(folder), n_pages=2), tmp_path / "s.json")
     assert report.scores.provenance["dataset"] == "letters"
     assert report.scores.provenance["n_tokens_scored"] > 0
+
+
+def test_convert_scores_by_itself_says_how_long_it_takes_and_does_it_once(
+    models: Callable[[str], Any], tmp_path: Path, sparsemm: CommandLine
+) -> None:
+    files = models("llava")
+    model = tmp_path / "m.gguf"
+    model.symlink_to(files.gguf())
+    pages = letters_folder(tmp_path / "letters", 3)
+    auto = ("convert", model, "--scores", "auto", "--data", pages, "--json")
+    vision = ("--mmproj", files.mmproj())
+    assert "give the model's image encoder with --mmproj" in sparsemm(*auto).refusal
+
+    done = sparsemm(*auto, *vision)
+    assert done.report["path"] == str(tmp_path / "m.sparsemm.gguf")
+    assert "a page, " in done.err and "for all 3, less if the ranking settles before" in done.err
+    scores = HeadScores.load(tmp_path / "m.scores.json")
+    assert scores.provenance["n_pages"] == 3
+    metadata = sparsemm_metadata(read_header(tmp_path / "m.sparsemm.gguf"))
+    assert metadata is not None and scores.sha256 in metadata.scores_source
+
+    (tmp_path / "m.scores.json").rename(tmp_path / "kept.json")
+    assert "m.sparsemm.gguf exists already" in sparsemm(*auto, *vision).refusal  # before any page is read
+    (tmp_path / "kept.json").rename(tmp_path / "m.scores.json")
+    again = sparsemm(*auto, "--force")  # nothing to read: no image encoder is needed
+    assert again.status == 0 and "scores of an earlier run are used" in again.err
+
+
+def test_convert_goes_on_with_scores_that_were_begun(
+    models: Callable[[str], Any], tmp_path: Path, sparsemm: CommandLine
+) -> None:
+    files = models("llava")
+    model = tmp_path / "m.gguf"
+    model.symlink_to(files.gguf())
+    pages = letters_folder(tmp_path / "letters", 3)
+    begun = Job(GgufFiles(model, files.mmproj(), n_threads=1), str(pages), 100, 0, (896, 672), None, None)
+
+    def interrupt(done: int, total: int) -> None:
+        if done == 2:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        score(begun, tmp_path / "m.scores.json", progress=interrupt)
+    done = sparsemm("convert", model, "--scores", "auto", "--data", pages, "--mmproj", files.mmproj())
+    assert done.status == 0, done.err
+    assert HeadScores.load(tmp_path / "m.scores.json").provenance["n_pages"] == 3
+    assert not list(tmp_path.glob("*.partial"))

@@ -1,5 +1,6 @@
 """`sparsemm-edge convert`."""
 
+import sys
 from pathlib import Path
 from typing import Annotated
 
@@ -8,11 +9,25 @@ import typer
 from sparsemm_edge import defaults
 from sparsemm_edge.commands import options
 from sparsemm_edge.commands.output import print_figures, print_json, progress_bar
+from sparsemm_edge.errors import SparseMMError
 
 
 def convert(
     model: Annotated[Path, typer.Argument(help="The text model, a GGUF file.", show_default=False)],
-    scores: Annotated[Path, typer.Option(help="Head scores of this model, a JSON file.", show_default=False)],
+    scores: Annotated[
+        Path,
+        typer.Option(
+            help="Head scores of this model, a JSON file; auto: <model>.scores.json beside the model,"
+            " made if it is not there.",
+            show_default=False,
+        ),
+    ],
+    mmproj: Annotated[
+        Path | None, typer.Option(help="The model's image encoder, a GGUF file: for --scores auto.")
+    ] = None,
+    data: Annotated[str, typer.Option(help="Pages for --scores auto, as score takes them.")] = "documents",
+    threads: options.Threads = None,
+    chat_template: options.ChatTemplate = None,
     out: Annotated[
         Path | None, typer.Option(help="File to write [default: <model>.sparsemm.gguf beside the model].")
     ] = None,
@@ -55,12 +70,17 @@ def convert(
     Stock llama.cpp loads the copy too and ignores them. Converting a converted file replaces its budgets.
 
     \b
-    Example:
+    Examples:
       sparsemm-edge convert llava-7b.gguf --scores llava-7b.head-scores.json --budget 256
+      sparsemm-edge convert llava-7b.gguf --scores auto --mmproj mmproj.gguf
     """
+    from sparsemm_edge.convert import check_out
     from sparsemm_edge.convert import convert as convert_model
     from sparsemm_edge.inspection import figures
 
+    if str(scores) == "auto":
+        check_out(model, out, force=force)  # known before the pages are read
+        scores = _score(model, mmproj, data, threads, chat_template)
     with progress_bar("copying", of_bytes=True) as progress:
         done = convert_model(
             model,
@@ -84,3 +104,27 @@ def convert(
     else:
         print(f"wrote {done.path}")
         print_figures(report)
+
+
+def _score(
+    model: Path, mmproj: Path | None, data: str, threads: int | None, chat_template: str | None
+) -> Path:
+    """The file of the model's scores beside it; made, or gone on with, if it is not there."""
+    from sparsemm_edge.commands.score import run
+    from sparsemm_edge.pages.documents import SIZE
+    from sparsemm_edge.scoring.run import Job
+    from sparsemm_edge.scoring.sources import GgufFiles
+
+    path = model.with_name(f"{model.stem}.scores.json")
+    if path.exists():
+        print(f"note: scores of an earlier run are used: {path}", file=sys.stderr)
+        return path
+    if mmproj is None:
+        raise SparseMMError("--scores auto reads pages: give the model's image encoder with --mmproj")
+    from sparsemm_edge.runtime.chat_template import read_template
+
+    template = None if chat_template is None else read_template(chat_template)
+    source = GgufFiles(model, mmproj, n_threads=threads, chat_template=template)
+    job = Job(source, data, 100, 0, SIZE, None, None)
+    run(job, path, resume=path.with_name(f"{path.name}.partial").exists())
+    return path

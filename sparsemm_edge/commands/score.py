@@ -1,14 +1,18 @@
 """`sparsemm-edge score`."""
 
 import sys
+import time
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from sparsemm_edge.commands import options
 from sparsemm_edge.commands.output import print_json, progress_bar
 from sparsemm_edge.errors import SparseMMError
+
+if TYPE_CHECKING:
+    from sparsemm_edge.scoring.run import Job, Report
 
 
 def score(
@@ -96,7 +100,6 @@ def score(
     from sparsemm_edge.extras import needs_torch
     from sparsemm_edge.pages.readers import page_size
     from sparsemm_edge.scoring.run import Job
-    from sparsemm_edge.scoring.run import score as score_heads
     from sparsemm_edge.scoring.sources import Checkpoint, GgufFiles, Source
 
     source: Source
@@ -125,17 +128,7 @@ def score(
             import sparsemm_edge.scoring.models  # noqa: F401
         source = Checkpoint(model, device, dtype)
     job = Job(source, data, pages, seed, page_size(size), prompt, max_new_tokens, until)
-    with progress_bar("reading pages") as progress:
-        report = score_heads(
-            job,
-            out,
-            n_jobs=jobs,
-            resume=resume,
-            force=force,
-            progress=progress,
-        )
-    for warning in report.warnings:
-        print(f"warning: {warning}", file=sys.stderr)
+    report = run(job, out, n_jobs=jobs, resume=resume, force=force)
     converted = None
     if convert:
         with progress_bar("copying", of_bytes=True) as progress:
@@ -156,3 +149,38 @@ def score(
     print_convergence(report.scores)
     if report.unread:
         print(f"pages of which the answer names nothing: {', '.join(report.unread)}")
+
+
+def run(job: "Job", out: Path, *, n_jobs: int = 1, resume: bool = False, force: bool = False) -> "Report":
+    """scoring.run.score with a bar, its warnings, and how long it may take once the first page is read."""
+    from sparsemm_edge.scoring.run import score as score_heads
+
+    with progress_bar("reading pages") as shown:
+        started: list[tuple[float, int]] = []
+
+        def progress(done: int, total: int) -> None:
+            now = time.monotonic()
+            if not started:
+                started.append((now, done))
+            elif done == started[0][1] + 1 < total:
+                each = (now - started[0][0]) / n_jobs
+                print(
+                    f"about {_duration(each)} a page, {_duration(each * (total - done))} for all {total},"
+                    " less if the ranking settles before; what is done is kept if you stop it",
+                    file=sys.stderr,
+                )
+            shown(done, total)
+
+        report = score_heads(job, out, n_jobs=n_jobs, resume=resume, force=force, progress=progress)
+    for warning in report.warnings:
+        print(f"warning: {warning}", file=sys.stderr)
+    return report
+
+
+def _duration(seconds: float) -> str:
+    """Seconds, minutes or hours."""
+    if seconds < 10:
+        return f"{seconds:.1f} s"
+    if seconds < 100:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 6000 else f"{seconds / 3600:.1f} h"
