@@ -197,7 +197,9 @@ def test_a_gguf_file_is_scored_and_converted_without_torch(tmp_path: Path) -> No
     model = tmp_path / "m.gguf"
     model.symlink_to(FILES.model)
     blocked = "import sys; sys.modules.update(torch=None, transformers=None)"
-    command = f"{blocked}; from sparsemm_edge.cli import main; main()"
+    peak = "from sparsemm_edge.runtime import rss_peak_bytes; import atexit"
+    peak += "; atexit.register(lambda: print(rss_peak_bytes(), file=sys.stderr))"
+    command = f"{blocked}; {peak}; from sparsemm_edge.cli import main; main()"
     arguments = [
         model,
         "--mmproj",
@@ -216,6 +218,7 @@ def test_a_gguf_file_is_scored_and_converted_without_torch(tmp_path: Path) -> No
         check=False,
     )
     assert done.returncode == 0, done.stderr
+    assert 0 < int(done.stderr.splitlines()[-1]) < 400 * 2**20
     report = json.loads(done.stdout)
     assert (report["n_pages"], report["quantisation"]) == (3, ["F16", "F16"])
     assert report["character_accuracy"] > 0.9

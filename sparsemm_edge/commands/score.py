@@ -50,7 +50,7 @@ def score(
         ),
     ] = None,
     max_new_tokens: Annotated[
-        int | None, typer.Option(help="Most tokens of an answer [default: twice what the page's text takes].")
+        int | None, typer.Option(help="Most tokens of an answer [default: a little over the page's text].")
     ] = None,
     convert: Annotated[
         bool, typer.Option("--convert", help="Go on: write head budgets into a copy of the GGUF file.")

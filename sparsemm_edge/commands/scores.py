@@ -118,7 +118,7 @@ def knockout(
     share: Annotated[float, typer.Option(help="Share of the heads to silence.")] = 0.05,
     draws: Annotated[int, typer.Option(help="Random choices of as many other heads.")] = 5,
     max_new_tokens: Annotated[
-        int | None, typer.Option(help="Most tokens of an answer [default: twice what the page's text takes].")
+        int | None, typer.Option(help="Most tokens of an answer [default: a little over the page's text].")
     ] = None,
     device: Annotated[str | None, typer.Option(help="As for score.")] = None,
     dtype: Annotated[str, typer.Option(help="As for score.")] = "auto",

@@ -49,7 +49,7 @@ class Job:
         source: the model.
         data, n_pages, seed, size: as `open_pages` takes them.
         question: what is asked about each page; None: what its source says.
-        max_new_tokens: where an answer is cut off; None: after twice what the page's own text takes.
+        max_new_tokens: where an answer is cut off; None: a little after what the page's own text takes.
         until: stop at this rank correlation of the halves of the pages so far; above 1: never.
     """
 

@@ -90,8 +90,11 @@ def unique_chunk(text: str, chunks: Sequence[Chunk]) -> Chunk | None:
 
 
 def answer_limit(reader: Reader, page: Page) -> int:
-    """Tokens after which an answer about a page is cut off: twice what its text takes, and a few."""
-    return 2 * reader.n_text_tokens(page_text(page)) + 16
+    """Tokens after which an answer about a page is cut off: what its text takes, a quarter more, and a few.
+
+    What a model says beyond that is no longer on the page: it repeats itself, or talks.
+    """
+    return reader.n_text_tokens(page_text(page)) * 5 // 4 + 24
 
 
 def score_page(reader: Reader, page: Page, question: str, max_new_tokens: int | None = None) -> PageScores:
