@@ -197,7 +197,7 @@ def test_a_gguf_file_is_scored_and_converted_without_torch(tmp_path: Path) -> No
     model = tmp_path / "m.gguf"
     model.symlink_to(FILES.model)
     blocked = "import sys; sys.modules.update(torch=None, transformers=None)"
-    peak = "from sparsemm_edge.runtime import rss_peak_bytes; import atexit"
+    peak = "from sparsemm_edge.runtime.process import rss_peak_bytes; import atexit"
     peak += "; atexit.register(lambda: print(rss_peak_bytes(), file=sys.stderr))"
     command = f"{blocked}; {peak}; from sparsemm_edge.cli import main; main()"
     arguments = [
