@@ -41,12 +41,22 @@ class StrongestPositions:
     """
 
     def __init__(self, n_layer: int, n_head: int) -> None:
+        """Args:
+            n_layer, n_head: of the model.
+
+        Raises:
+            SparseMMError: a build of llama.cpp without the functions that read a tensor.
+        """
         self._n_head = n_head
         self._found = np.full((n_layer, n_head), -1, dtype=np.int64)
         self._failure: Exception | None = None
         self.stop = threading.Event()
         for name, (result, arguments) in _FUNCTIONS.items():
-            function = getattr(llama._lib, name)
+            function = getattr(llama._lib, name, None)
+            if function is None:
+                raise SparseMMError(
+                    f"this build of llama.cpp does not tell attention weights: it has no {name}"
+                )
             function.restype, function.argtypes = result, arguments
         self._name = llama._lib.ggml_get_name
         self.callback = llama.ggml_backend_sched_eval_callback(self._evaluate)
