@@ -246,7 +246,15 @@ ARCHITECTURES = {
     ),
     "qwen2.5-vl": Architecture(
         "Qwen2_5_VLForConditionalGeneration",
-        _qwen("qwen2_5_vl", hidden_size=32, out_hidden_size=64, fullatt_block_indexes=[1], window_size=56),
+        # with fewer layers llama.cpp's converter does not know the merger's tensors
+        _qwen(
+            "qwen2_5_vl",
+            depth=3,
+            hidden_size=32,
+            out_hidden_size=64,
+            fullatt_block_indexes=[1],
+            window_size=56,
+        ),
         "qwen2_vl.image_processing_pil_qwen2_vl.Qwen2VLImageProcessorPil",
         {"size": QWEN_PIXELS},
         IMAGE_TOKENS["qwen"],
@@ -255,6 +263,7 @@ ARCHITECTURES = {
         "Qwen3VLForConditionalGeneration",
         _qwen(
             "qwen3_vl",
+            depth=3,
             hidden_size=32,
             out_hidden_size=64,
             num_position_embeddings=64,
