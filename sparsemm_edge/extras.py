@@ -15,7 +15,8 @@ def needs_torch() -> Iterator[None]:
         if (error.name or "").partition(".")[0] not in ("torch", "transformers"):
             raise
         raise SparseMMError(
-            f"scoring a checkpoint needs {error.name}, which is not installed: pip install 'sparsemm-edge[score]'"
+            f"scoring a checkpoint needs {error.name}, which is not installed:"
+            " pip install 'sparsemm-edge[score]'"
         ) from error
 
 
