@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import _thread
 import json
 import subprocess
 import sys
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -179,15 +181,27 @@ def test_a_stopped_run_keeps_what_is_done(how: str, tmp_path: Path) -> None:
     out = tmp_path / "s.json"
     partial = tmp_path / "s.json.partial"
     arguments = ["score", FILES.model, "--mmproj", FILES.mmproj, "--data", "grid", "--pages", 500]
-    started = []
 
-    def at_work(_: object) -> bool:
-        started.append(1)
-        return len(started) > 300  # some seconds
+    def has_read_a_page(_: object) -> bool:
+        return " a page, " in (tmp_path / "errors.txt").read_text()
 
-    assert stop(how, [*arguments, "--until", 2, "--out", out], at_work, folder=tmp_path)[0] == HOW[how]
+    assert stop(how, [*arguments, "-t", 1, "--out", out], has_read_a_page, folder=tmp_path)[0] == HOW[how]
     assert not out.exists()
     assert 0 < len(json.loads(partial.read_text())["pages"]) < 500
+
+
+def test_a_reader_that_was_interrupted_reads_on() -> None:
+    pages = open_pages("grid", 2)
+    with GgufFiles(FILES.model, FILES.mmproj, n_threads=1).reader() as reader:
+        before = reader.read(pages.prompt, pages.page(0).image, 200)
+        timer = threading.Timer(0.5, _thread.interrupt_main)
+        timer.start()
+        with pytest.raises(KeyboardInterrupt):
+            while True:
+                reader.read(pages.prompt, pages.page(1).image, 200)
+        after = reader.read(pages.prompt, pages.page(0).image, 200)
+    assert after.tokens == before.tokens
+    np.testing.assert_array_equal(after.strongest, before.strongest)
 
 
 # --- the command line ---------------------------------------------------------------------------------

@@ -1,6 +1,7 @@
 """A GGUF model that tells what its heads attend to while llama.cpp answers."""
 
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, wait
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -49,13 +50,15 @@ class GgufReader:
             SparseMMError: the model has no chat template, or the page does not fit into its context.
         """
         self._attention.stop.clear()
-        # in a thread, so that Ctrl-C is not lost in llama.cpp's callback; the pool waits for its end
-        with ThreadPoolExecutor(1) as pool:
+        with ThreadPoolExecutor(1) as pool:  # so that Ctrl-C is not lost in llama.cpp's callback
             reading = pool.submit(self._read, question, page, max_new_tokens)
             try:
                 return reading.result()
             except BaseException:
                 self._attention.stop.set()
+                while not reading.done():  # the model must not be freed before, whoever is impatient
+                    with suppress(KeyboardInterrupt, SystemExit):
+                        wait([reading])
                 raise
 
     def decode(self, tokens: list[int]) -> str:
