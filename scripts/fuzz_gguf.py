@@ -275,9 +275,9 @@ class Llama:
         )
         lib.llama_log_set(self._log, None)
         lib.llama_backend_init()
-        self.evicts = getattr(lib._lib, "llama_model_head_eviction", None)
-        if self.evicts:
-            self.evicts.argtypes, self.evicts.restype = [ctypes.c_void_p], ctypes.c_bool
+        self.stats = getattr(lib._lib, "llama_memory_heads_stats", None)
+        if self.stats:
+            self.stats.argtypes, self.stats.restype = [ctypes.c_void_p, ctypes.c_void_p], ctypes.c_bool
 
     def attempt(self, path: Path) -> str:
         """Load a file; read a prompt that ends in an eviction, decode, read on and evict again."""
@@ -289,7 +289,6 @@ class Llama:
             if any(word in text for text in errors for word in ("bad_alloc", "bad_array_new", "max_size")):
                 return f"FAULT a huge allocation: {errors[0].strip()}"
             return "refused" if errors else "FAULT refused without a line"
-        evicts = bool(self.evicts and self.evicts(model))
         warned = any("will not evict" in text for level, text in self.lines if level == 3)
         try:
             params = lib.llama_context_default_params()
@@ -305,6 +304,8 @@ class Llama:
             for first, n in ((0, N_PROMPT), (N_PROMPT, 1), (N_PROMPT + 1, 20), (N_PROMPT + 21, 1)):
                 if first + n <= lib.llama_n_ctx(context) and self.decode(context, first, n) != 0:
                     return "FAULT llama_decode failed"
+            stats = ctypes.create_string_buffer(256)
+            evicts = bool(self.stats and self.stats(lib.llama_get_memory(context), stats))
             lib.llama_free(context)
         finally:
             lib.llama_model_free(model)

@@ -14,12 +14,12 @@ from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
 
 from sparsemm_edge.gguf_metadata import ModelShape
 
-_CELLS_PAD = 256  # cells of a context, and of a prompt cache
-_SHARED_CELLS_PAD = 64  # cells of a prompt cache that all layers share
+_CELLS_PAD = 256  # cells of a context
 _ALIGNMENT = 32  # bytes, of the tensors in one buffer
 
 # the constants of llama-kv-cache-heads.cpp
 _N_ROOM = 48
+_N_ROOM_DENSE = 256
 _N_SLOTS_PAD = 16
 _N_GROUPS_MAX = 8
 _N_PAD_FRACTION = 12
@@ -57,7 +57,6 @@ def evicting_cache(
     n_prompt: int,
     n_reply: int,
     n_ctx: int,
-    one_ubatch: bool = True,
     max_tail: int | None = None,
     type_k: str = "f16",
     type_v: str = "f16",
@@ -70,31 +69,39 @@ def evicting_cache(
         n_prompt: positions of the prompt.
         n_reply: tokens decoded after it, one at a time.
         n_ctx: places that the context was made for.
-        one_ubatch: whether the prompt is computed in one go, so that all layers can share the cache of one.
         max_tail: most generated positions that a head holds; None: all of them.
         type_k, type_v: cache types.
     """
     n_ctx = _pad(n_ctx, _CELLS_PAD)
+    row = row_bytes(type_k, shape.n_embd_head_k) + row_bytes(type_v, shape.n_embd_head_v)
     # nothing to evict, now or later: a plain cache that grows
     if max_tail is None and int(head_budgets.min()) >= n_prompt:
-        cells = min(n_ctx, _pad(n_prompt + n_reply, _CELLS_PAD))
-        allocated = _cells(shape, cells, shape.n_layer, type_k, type_v)
-        return KVBytes(allocated, allocated)
+        rows, peak = np.zeros(shape.n_layer, dtype=np.int64), 0
+        for n in range(n_prompt, n_prompt + n_reply + 1):
+            if n > rows[0] // shape.n_head_kv:
+                slots = min(_pad(n, _N_ROOM_DENSE), max(n, n_ctx))
+                grown = np.full_like(rows, shape.n_head_kv * _pad(slots, _N_SLOTS_PAD))
+                rows, peak = grown, max(peak, row * _growing(rows, grown))
+        return KVBytes(row * int(rows.sum()), peak)
 
-    if one_ubatch:
-        prompt = _cells(shape, min(n_ctx, _pad(n_prompt, _SHARED_CELLS_PAD)), 1, type_k, type_v)
-    else:
-        prompt = _cells(shape, min(n_ctx, _pad(n_prompt, _CELLS_PAD)), shape.n_layer, type_k, type_v)
     # one more than the bound: what a token replaces is there until the next one comes
     n_tail = n_reply if max_tail is None else min(n_reply, max_tail + 1)
-    first_room = room = _room(0, max_tail)
-    while room < n_tail:  # appending token room + 1 finds no room left
-        room = _room(room + 1, max_tail)
-    row = row_bytes(type_k, shape.n_embd_head_k) + row_bytes(type_v, shape.n_embd_head_v)
     kept = np.minimum(head_budgets, n_prompt).astype(np.int64)
     groups = [_groups(layer) for layer in kept]
-    evicted, grown = (_store_rows(groups, n_room) * row for n_room in (first_room, room))
-    return KVBytes(grown, max(prompt + evicted, grown))
+    room = _room(0, max_tail)
+    rows = _store_rows(groups, room)
+    # a layer of the prompt, and what all layers keep
+    peak = row * (shape.n_head_kv * _pad(n_prompt, _N_SLOTS_PAD) + int(rows.sum()))
+    while room < n_tail:  # appending token room + 1 finds no room left
+        room = _room(room + 1, max_tail)
+        grown = _store_rows(groups, room)
+        rows, peak = grown, max(peak, row * _growing(rows, grown))
+    return KVBytes(row * int(rows.sum()), peak)
+
+
+def _growing(rows: npt.NDArray[np.int64], grown: npt.NDArray[np.int64]) -> int:
+    """Most rows that are there while each layer in turn is copied to a larger one: both are [n_layer]."""
+    return int(max(grown[: il + 1].sum() + rows[il:].sum() for il in range(len(rows))))
 
 
 def _room(n_tokens: int, max_tail: int | None) -> int:
@@ -135,9 +142,11 @@ def _groups(kept: npt.NDArray[np.int64]) -> list[tuple[int, int]]:
     return groups
 
 
-def _store_rows(groups: list[list[tuple[int, int]]], room: int) -> int:
-    """Rows of all layers with room for this many appended tokens in every head."""
-    return sum(heads * _pad(longest + room, _N_SLOTS_PAD) for layer in groups for heads, longest in layer)
+def _store_rows(groups: list[list[tuple[int, int]]], room: int) -> npt.NDArray[np.int64]:
+    """Rows of each layer with room for this many appended tokens in every head: [n_layer]."""
+    return np.array(
+        [sum(heads * _pad(longest + room, _N_SLOTS_PAD) for heads, longest in layer) for layer in groups]
+    )
 
 
 def _cells(shape: ModelShape, n_cells: int, n_layer: int, type_k: str, type_v: str) -> int:

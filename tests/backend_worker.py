@@ -55,12 +55,13 @@ def answer(model: VisionModel, prompt: dict[str, Any], n_predict: int) -> dict[s
     """Greedy tokens, their leads over the second best, and the positions that each head keeps."""
     table = np.array(prompt["table"], np.uint32)
     wanted = HeadBudgetTable(table, prompt["window"], 7, vote=prompt["vote"], residual=prompt["residual"])
-    library.set_head_table(model.pointer, wanted)
     text = model.chat_prompt(prompt["question"], len(prompt["images"]))
     heads = [(il, ih) for il in range(model.shape.n_layer) for ih in range(model.shape.n_head_kv)]
     with (
         model.tokenize(text, prompt["images"]) as tokenized,
-        Session(model, tokenized, n_ctx=tokenized.n_tokens + n_predict, **prompt["options"]) as session,
+        Session(
+            model, tokenized, wanted, n_ctx=tokenized.n_tokens + n_predict, **prompt["options"]
+        ) as session,
     ):
         session.read_prompt()
         kept = [session.kept_positions(*head).tolist() for head in heads]

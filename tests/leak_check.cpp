@@ -48,11 +48,16 @@ int main(int argc, char ** argv) {
     }
 
     for (uint32_t n_tail : { 0, 16 }) {
-        if (llama_model_set_head_budgets(model, budgets.data(), n_heads, 8, 7) != 0) {
-            return 1;
-        }
-        llama_model_set_head_vote(model, LLAMA_HEAD_VOTE_MIXKV, true);
-        llama_model_set_head_tail(model, n_tail);
+        llama_head_params heads = {};
+
+        heads.enabled        = true;
+        heads.head_budgets   = budgets.data();
+        heads.n_head_budgets = n_heads;
+        heads.n_window       = 8;
+        heads.n_pool         = 7;
+        heads.vote           = LLAMA_HEAD_VOTE_MIXKV;
+        heads.residual       = true;
+        heads.n_tail         = n_tail;
 
         llama_context_params params = llama_context_default_params();
 
@@ -61,8 +66,8 @@ int main(int argc, char ** argv) {
         params.n_ubatch  = 64;
         params.n_threads = params.n_threads_batch = 1;
 
-        llama_context * ctx   = llama_init_from_model(model, params);
-        llama_context * other = llama_init_from_model(model, params);
+        llama_context * ctx   = llama_init_from_model_heads(model, params, heads);
+        llama_context * other = llama_init_from_model_heads(model, params, heads);
         if (!ctx || !other) {
             return 1;
         }

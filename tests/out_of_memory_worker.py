@@ -41,18 +41,18 @@ def main(model_path: str, mmproj: str, image: str, image_2: str, budget: int, wh
                 for turn in range(which):
                     ask(conversation, turn)
                 left.value = n
+                answer = None
                 try:
-                    ask(conversation, which)
+                    answer = ask(conversation, which)
                 except SparseMMError as raised:
                     error = str(raised)
                 reached, left.value = left.value == -1, -1
                 if not reached:
                     break
                 lost = conversation.n_held == 0
-                again = None
                 if error is not None:
-                    again = ask(conversation, which)
-                    again = again == (right_alone if lost and which else right[which])
+                    answer = ask(conversation, which)
+                again = answer == (right_alone if error and lost and which else right[which])
             print(json.dumps({"n": n, "error": error, "lost": lost, "again": again}), flush=True)
         print(json.dumps({"done": n}), flush=True)
 

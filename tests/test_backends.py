@@ -30,13 +30,12 @@ N_PREDICT = 24
 LONG = "The quick brown fox jumps over the lazy dog; 3 apples and 14 pears cost $7.50, no? " * 2
 QUESTION = "What is written here?"
 
-# session options: the prompt as one ubatch over one layer's shared cache, in several ubatches, or quantised
+# session options: the prompt as one ubatch, in several ubatches, or quantised
 WAYS: tuple[dict[str, Any], ...] = (
     {},
     {"n_ubatch": 64},
     {"cache_type_k": "q8_0", "cache_type_v": "q8_0"},
     {"cache_type_k": "q4_0", "cache_type_v": "q4_0"},
-    {"one_batch": False},
 )
 # the paper's vote without a slot, and the default
 VOTES: tuple[dict[str, Any], ...] = (

@@ -156,7 +156,8 @@ def context(model):
     params.n_ctx = params.n_batch = 1024
     params.n_ubatch = 512
     params.n_threads = params.n_threads_batch = 1
-    return llama.llama_init_from_model(model.pointer, params)
+    table = HeadBudgetTable(np.full((5, 4), 40, np.uint32), 8, 7, vote="mixkv", residual=True)
+    return library.new_context(model.pointer, params, table)
 
 def decode(ctx, tokens, first):
     "status and logits"
@@ -173,8 +174,6 @@ def decode(ctx, tokens, first):
 
 report = {}
 with VisionModel.load(sys.argv[1], n_threads=1) as model:
-    table = HeadBudgetTable(np.full((5, 4), 40, np.uint32), 8, 7, vote="mixkv", residual=True)
-    library.set_head_table(model.pointer, table)
     first = [(list(range(10, 110)), 0)]
     steps = {
         "the first prompt": ([], first[0]),

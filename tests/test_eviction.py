@@ -68,6 +68,9 @@ class Answer:
     slots: list[list[Any]]
 
 
+_evicts_by: dict[int, HeadBudgetTable | None] = {}  # by llama_model pointer
+
+
 def evict_by(
     model: VisionModel,
     table: np.ndarray | None,
@@ -76,11 +79,15 @@ def evict_by(
     vote: str = "snapkv",
     residual: bool = False,
 ) -> None:
-    """Contexts made from now on evict by this table of head budgets; None: they keep everything."""
+    """What session_of() and context() make from now on evicts by this table; None: it keeps everything."""
     wanted = None
     if table is not None:
         wanted = HeadBudgetTable(table, window, POOL_KERNEL, max_tail or None, vote, residual)
-    library.set_head_table(model.pointer, wanted)
+    _evicts_by[model.pointer] = wanted
+
+
+def session_of(model: VisionModel, prompt: Prompt, **options: Any) -> Session:
+    return Session(model, prompt, _evicts_by[model.pointer], **options)
 
 
 def answer(
@@ -97,7 +104,7 @@ def answer(
 ) -> Answer:
     """Read a prompt, evict by a table of head budgets (None: the plain cache), decode greedily."""
     evict_by(model, table, window, vote=vote, residual=residual)
-    with Session(model, prompt, n_ctx=prompt.n_tokens + n_predict, **options) as session:
+    with session_of(model, prompt, n_ctx=prompt.n_tokens + n_predict, **options) as session:
         session.read_prompt()
         kept = [] if table is None else session.kept()
         slots = [] if table is None else slots_of(session)
@@ -203,34 +210,24 @@ def test_a_prompt_whose_ffn_is_computed_in_parts_is_evicted_as_the_oracle_does(
     agree_with_oracle(oracle, found, text, [], table, 8)
 
 
-@pytest.mark.parametrize("window", [8, 32])
+@pytest.mark.parametrize("n_last", [1, 3, 40])
 @pytest.mark.parametrize("n_ubatch", [None, 64])
-def test_a_prompt_in_several_calls_lets_the_queries_of_the_last_call_vote(
-    model: VisionModel, oracle: Oracle, n_ubatch: int | None, window: int
+def test_the_window_votes_as_a_whole_however_the_prompt_is_cut(
+    model: VisionModel, oracle: Oracle, n_ubatch: int | None, n_last: int
 ) -> None:
-    """Text, image and text in three calls, the last shorter than the larger window's prompt."""
-    text, images = ask(model.path.parent.name, "image")
-    with model.tokenize(text, images) as prompt:
-        n_vote = prompt.parts[-1].n_tokens
-        table = random_table(model, 48, window, prompt.n_tokens, seed=window)
-        found = answer(model, prompt, table, window, n_ubatch=n_ubatch, one_batch=False)
-    agree_with_oracle(oracle, found, text, images, table, window, n_vote)
-
-
-def test_a_last_call_shorter_than_the_window_votes_with_what_it_has(
-    model: VisionModel, oracle: Oracle
-) -> None:
-    n_vote, window = 3, 16
+    """In three calls, of which only the last one asks for logits."""
+    window = 16
     text, _ = ask(model.path.parent.name, "text")
     with model.tokenize(text) as prompt:
         tokens = prompt.parts[0].tokens
         table = random_table(model, 40, window, len(tokens))
         evict_by(model, table, window)
-        with Session(model, prompt, n_ctx=len(tokens) + 8) as session:
-            session._decode_tokens(tokens[:-n_vote], n_outputs=0)
-            session._decode_tokens(tokens[-n_vote:], n_outputs=1)
+        with session_of(model, prompt, n_ctx=len(tokens) + 8, n_ubatch=n_ubatch) as session:
+            session._decode_tokens(tokens[:50], n_outputs=0)
+            session._decode_tokens(tokens[50:-n_last], n_outputs=0)
+            session._decode_tokens(tokens[-n_last:], n_outputs=1)
             kept = session.kept()
-    keeps_alike(oracle.run(oracle.prompt(text), table, window, 1, n_vote=n_vote), kept)
+    keeps_alike(oracle.run(oracle.prompt(text), table, window, 1), kept)
 
 
 TURNS = ("And what of the 7 red foxes and the 9 lazy dogs?", "Now say it again, in fewer words than before.")
@@ -252,7 +249,7 @@ def three_turns(
         evict_by(model, table, window, max_tail or 0, vote, residual)
         talk = oracle.conversation(window, max_tail=max_tail, vote=vote, residual=residual)
         expected = talk.read(oracle.prompt(text, images), table)
-        with Session(model, prompt, n_ctx=prompt.n_tokens + 512) as session:
+        with session_of(model, prompt, n_ctx=prompt.n_tokens + 512) as session:
             session.read_prompt()
             for turn in (*TURNS, ""):
                 answers_alike(session, talk, expected, n_reply)
@@ -286,7 +283,7 @@ def test_a_sequence_can_be_cut_back_into_the_window_and_no_further(
         evict_by(model, table, window, 0, vote, residual)
         talk = oracle.conversation(window, vote=vote, residual=residual)
         expected = talk.read(oracle.prompt(text, images), table)
-        with Session(model, prompt, n_ctx=prompt.n_tokens + 128) as session:
+        with session_of(model, prompt, n_ctx=prompt.n_tokens + 128) as session:
             session.read_prompt()
             talk.keep(session.kept())
             n, n_past = session.n_tokens, session._n_past
@@ -320,11 +317,11 @@ def test_a_sequence_can_be_cut_back_into_the_window_and_no_further(
 def test_a_state_of_before_the_slots_is_refused_in_one_line(llava: VisionModel) -> None:
     with llava.tokenize(ask("llava", "text")[0]) as prompt:
         evict_by(llava, FORTY, 8, 0, "mixkv", True)
-        with Session(llava, prompt, n_ctx=prompt.n_tokens + 8) as session:
+        with session_of(llava, prompt, n_ctx=prompt.n_tokens + 8) as session:
             session.read_prompt()
             kept, state = session.kept(), session.state()
-            assert state.data.tobytes().count(b"hed2") == 1
-            old = np.frombuffer(state.data.tobytes().replace(b"hed2", b"heds"), np.uint8)
+            assert state.data.tobytes().count(b"hed3") == 1
+            old = np.frombuffer(state.data.tobytes().replace(b"hed3", b"hed2"), np.uint8)
             with pytest.raises(SparseMMError, match="was saved by an older version") as refusal:
                 session.restore(SessionState(state.n_past, state.n_tokens, old.copy()))
             assert "\n" not in str(refusal.value)
@@ -489,7 +486,7 @@ def test_no_memory_of_the_size_of_the_context_is_touched() -> None:
             table = random_table(model, 48, 8, prompt.n_tokens)
             before = psutil.Process().memory_info().rss
             evict_by(model, table)
-            with Session(model, prompt, n_ctx=n_ctx) as session:
+            with session_of(model, prompt, n_ctx=n_ctx) as session:
                 session.read_prompt()
                 session.decode(5)
                 grown = psutil.Process().memory_info().rss - before
@@ -508,7 +505,8 @@ def context(model: VisionModel, **changes: Any) -> int | None:
     for name, value in changes.items():
         setattr(params, name, value)
     library.forget_errors()
-    found: int | None = llama.llama_init_from_model(model.pointer, params)
+    heads = library.head_params(_evicts_by[model.pointer])
+    found: int | None = llama._lib.llama_init_from_model_heads(model.pointer, params, heads)
     return found
 
 
@@ -596,7 +594,7 @@ def test_metadata_decides_whether_a_context_evicts(
     path = tiny_gemma3(tmp_path / "gemma3.gguf", sliding_window, head_budgets)
     pointer = llama.llama_model_load_from_file(str(path).encode(), llama.llama_model_default_params())
     assert pointer
-    assert llama._lib.llama_model_head_eviction(pointer) == evicts
+    assert llama._lib.llama_model_head_params(pointer).enabled == evicts
     params = llama.llama_context_default_params()
     params.n_ctx = 256
     library.forget_errors()
@@ -623,7 +621,11 @@ def test_a_table_that_does_not_fit_is_refused_in_one_line(
     llava: VisionModel, table: np.ndarray, window: int, pool_kernel: int, line: str
 ) -> None:
     with pytest.raises(SparseMMError, match=line):
-        library.set_head_budgets(llava.pointer, table.astype(np.uint32), window, pool_kernel)
+        library.new_context(
+            llava.pointer,
+            llama.llama_context_default_params(),
+            HeadBudgetTable(table.astype(np.uint32), window, pool_kernel),
+        )
 
 
 def append(ctx: int, tokens: list[int], first: int, n_asking: int) -> None:
@@ -851,5 +853,5 @@ def test_a_kv_override_switches_eviction_off(llava: VisionModel, tmp_path: Any) 
         params = llama.llama_model_default_params()
         params.kv_overrides = ctypes.cast(overrides, ctypes.POINTER(llama.llama_model_kv_override))
         pointer = llama.llama_model_load_from_file(str(file).encode(), params)
-        assert llama._lib.llama_model_head_eviction(pointer) == enabled
+        assert llama._lib.llama_model_head_params(pointer).enabled == enabled
         llama.llama_model_free(pointer)

@@ -146,7 +146,6 @@ def said_and_allocated(
         n_prompt=n_prompt,
         n_reply=n_reply,
         n_ctx=n_ctx,
-        one_ubatch=n_ubatch is None,
         max_tail=max_tail,
         type_k=cache_type,
         type_v=cache_type,
@@ -190,7 +189,7 @@ def test_compute_bytes_are_those_of_a_real_context(small: VisionModel, wanted: E
     real = sum(b.n_bytes for b in library.logged_buffers() if b.content in ("compute", "output"))
 
     with Estimate(read_header(small.path), None) as estimate:
-        said = estimate.compute_bytes(n_ctx=n_ctx, n_ubatch=n_prompt, table=table)
+        said = estimate.compute_bytes(n_ctx=n_ctx, n_ubatch=n_ctx, table=table)
 
     assert said == real
     assert said > 2**20
@@ -259,25 +258,6 @@ def test_the_largest_budget_fits_and_the_next_does_not(small: VisionModel) -> No
     for budget, fits in ((largest - 10, True), (largest + 30, False)):
         row = evicted(budget)["rows"][-1]
         assert (row["total"] - row["program"] <= memory - program) == fits
-
-
-def test_batches_are_advised_where_they_take_less_than_the_whole_prompt_at_once(
-    small: VisionModel, tmp_path: Path
-) -> None:
-    def total(found: dict[str, Any]) -> int:  # without the program itself, whose size is another at each call
-        return int(found["rows"][-1]["total"] - found["rows"][-1]["program"])
-
-    whole, batches = (fit(Wish(small.path, n_text=2000, budget=64, n_ubatch=n)) for n in (None, 512))
-    saved = whole["rows"][-1]["total"] - whole["in_batches"]["total"]
-    assert whole["in_batches"]["n_ubatch"] == 512
-    assert saved == total(whole) - total(batches) > 0
-    assert batches["in_batches"] is None  # that is what they are already
-
-    # more layers, more to share
-    deep = model_of_shape("deep", replace(SMALL, n_layer=12), tmp_path)
-    whole, batches = (fit(Wish(deep, n_text=2000, budget=64, n_ubatch=n)) for n in (None, 512))
-    assert whole["in_batches"] is None
-    assert total(whole) < total(batches)
 
 
 def test_no_budget_fits_into_nothing(small: VisionModel) -> None:
@@ -350,12 +330,6 @@ def test_a_bounded_tail_bounds_what_fit_says(small: VisionModel) -> None:
     assert evicted(300, 40)["kv"] == evicted(3000, 40)["kv"] < evicted(300, None)["kv"]
     with pytest.raises(SparseMMError, match=r"must be at least the observation window, 32"):
         evicted(300, 31)
-
-
-def test_the_table_advises_batches(small: VisionModel, sparsemm: CommandLine) -> None:
-    printed = sparsemm("fit", small.path, "--n-text", 2000, "--budget", 64).out
-
-    assert "evicted, budget 64: --n-ubatch 512 would take" in printed
 
 
 @pytest.fixture(autouse=True)

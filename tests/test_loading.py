@@ -71,11 +71,9 @@ def test_a_lora_changes_the_answer_as_far_as_its_scale_says(tmp_path: Path) -> N
 
 
 def test_a_lora_over_the_token_embeddings_counts_beside_images_too(tmp_path: Path) -> None:
-    """Embeddings that are taken from the model file would miss it."""
     path = write_lora(tmp_path / "a.gguf", "token_embd.weight")
     image = [sample_image(test_model("llava").image_size, 1)]
     with load() as plain, load(loras=(Lora(path),)) as changed:
-        assert tokens(changed, image) == tokens(changed, image, one_batch=False)
         assert tokens(changed, image) != tokens(plain, image)
 
 

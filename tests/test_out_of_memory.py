@@ -27,9 +27,9 @@ def fail_alloc(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.parametrize(
     ("budget", "which", "allocates"),
     [
-        pytest.param(24, 0, "prompt cache", id="first prompt"),
-        pytest.param(24, 1, "head store", id="second prompt, appended to the evicted one"),
-        pytest.param(NEVER_EVICTS, 1, "prompt cache", id="second prompt, prompt cache grows"),
+        pytest.param(24, 0, "heads_hidden", id="first prompt"),
+        pytest.param(24, 1, "cache_heads_idxs", id="second prompt, after an eviction"),
+        pytest.param(NEVER_EVICTS, 1, "cache_heads_k", id="second prompt, the cache grows"),
     ],
 )
 def test_a_failed_allocation_is_said_and_the_next_prompt_is_answered(
@@ -50,8 +50,9 @@ def test_a_failed_allocation_is_said_and_the_next_prompt_is_answered(
     assert done.returncode == 0, done.stderr[-2000:]
     *failed, last = map(json.loads, done.stdout.splitlines())
     assert last == {"done": len(failed)}
-    errors = [case["error"] for case in failed]
-    assert all(error is not None and "failed to allocate" in error for error in errors), errors
+    # some are tried again
+    errors = [case["error"] for case in failed if case["error"] is not None]
+    assert len(errors) > 10 and all("failed to allocate" in error for error in errors), errors
     assert not any("positions is full" in error for error in errors)
     assert any(allocates in error for error in errors)
     assert all(case["again"] for case in failed)

@@ -246,7 +246,7 @@ def test_llama_server_goes_on_from_what_it_holds(folder: Path, name: str) -> Non
             model.tokenize(prompt, [folder / f"{name}.png"]) as tokenized,
             model.tokenize(turns % (text_of(reply), OTHER_QUESTION[name])) as more,
             # in calls for text and image, as the server reads it
-            model.start(tokenized, n_predict=1, n_ctx=1024, one_batch=False) as session,
+            model.start(tokenized, n_predict=1, n_ctx=1024) as session,
         ):
             tokens = more.parts[0].tokens
             tokens = tokens[int(library.llama.llama_vocab_get_add_bos(model._vocab)) :]

@@ -25,15 +25,11 @@ mode, *paths, out = sys.argv[1:]
 quiet = lib.llama_log_callback(lambda level, text, data: None)
 lib.llama_log_set(quiet, None)
 lib.llama_backend_init()
-patched = hasattr(lib._lib, "llama_model_set_head_eviction")
+patched = hasattr(lib._lib, "llama_init_from_model_heads")
 assert patched == (mode == "off")
 rows = []
 for path in paths:
     model = lib.llama_model_load_from_file(path.encode(), lib.llama_model_default_params())
-    if patched:
-        function = lib._lib.llama_model_set_head_eviction
-        function.argtypes, function.restype = [ctypes.c_void_p, ctypes.c_bool], None
-        function(model, False)
     n_vocab = lib.llama_vocab_n_tokens(lib.llama_model_get_vocab(model))
     n_embd = lib.llama_model_n_embd_inp(model)
     rng = np.random.default_rng(0)
@@ -44,7 +40,13 @@ for path in paths:
         params.n_ctx = params.n_batch = params.n_ubatch = 256
         params.n_threads = params.n_threads_batch = 1
         params.flash_attn_type = 1
-        ctx = lib.llama_init_from_model(model, params)
+        if patched:
+            from sparsemm_edge.runtime.library import new_context, require_patched
+
+            require_patched()
+            ctx = new_context(model, params, None)
+        else:
+            ctx = lib.llama_init_from_model(model, params)
         for step in range(17):
             n = 1 if step else 150
             batch = lib.llama_batch_init(n, 0 if step or kind == "text" else n_embd, 1)

@@ -97,8 +97,9 @@ def test_a_prompt_in_pieces_is_never_dropped_as_if_it_were_an_answer(llava: Visi
     held = positions(ctx)
     append(ctx, list(range(30, 80)), n, n_asking=0)
     assert positions(ctx) == [*held, *range(n, n + 50)]
-    decode(ctx, [7], n + 50)  # asks: the first of an answer
-    assert positions(ctx) == [*held[:-TAIL], *held[-TAIL + 1 :], *range(n, n + 51)]
+    decode(ctx, [7], n + 50)  # asks: the prompt ends here, and is evicted
+    found = positions(ctx)
+    assert len(found) == 40 and found[-8:] == list(range(n + 43, n + 51))
     llama.llama_free(ctx)
 
 
@@ -156,7 +157,7 @@ def test_a_state_carries_the_tail_and_wants_the_same_bound(llava: VisionModel) -
         at = first + (0, 1, 21)[step]
         assert np.array_equal(decode(ctx, tokens, at), decode(again, tokens, at))
     for bound in (0, TAIL + 1):
-        library.set_head_tail(llava.pointer, bound)
+        evict_by(llava, FORTY, max_tail=bound)
         other = context(llava)
         assert other
         assert not restored(other, state, True)
@@ -180,7 +181,7 @@ def test_several_tokens_at_once_are_dropped_for_one_by_one(llava: VisionModel) -
 
 
 def test_a_bound_below_the_window_is_refused(llava: VisionModel) -> None:
-    library.set_head_tail(llava.pointer, 7)
+    evict_by(llava, FORTY, max_tail=7)
     assert context(llava) is None
     assert "at most 7 generated positions are held, less than the window of 8" in str(library.failure("no"))
     wanted: Any = dict(metadata=None, shape=llava.shape, n_prompt=200, model=llava.path)

@@ -24,7 +24,7 @@ def bench(
     budgets: Annotated[str, typer.Option(help="Budgets to evict to.")] = "64,256",
     scores: options.Scores = None,
     rounds: Annotated[int, typer.Option(help="How often each setting reads each prompt by turns.")] = 2,
-    n_ubatch: options.NUbatchCompared = None,
+    n_ubatch: options.NUbatch = None,
     threads: options.Threads = None,
     threads_batch: options.ThreadsBatch = None,
     n_gpu_layers: options.NGpuLayers = None,

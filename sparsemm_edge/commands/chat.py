@@ -25,7 +25,7 @@ def chat(
     ] = None,
     n_predict: Annotated[int, typer.Option("--n-predict", "-n", help="Most tokens of an answer.")] = 512,
     n_ctx: options.NCtxOfChat = None,
-    n_ubatch: options.NUbatchOfChat = None,
+    n_ubatch: options.NUbatch = None,
     cache_type_k: options.CacheTypeK = "f16",
     cache_type_v: options.CacheTypeV = "f16",
     image_cache: options.ImageCache = defaults.IMAGE_CACHE,

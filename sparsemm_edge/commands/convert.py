@@ -27,6 +27,7 @@ def convert(
     ] = None,
     data: Annotated[str, typer.Option(help="Pages for --scores auto, as score takes them.")] = "documents",
     threads: options.Threads = None,
+    threads_batch: options.ThreadsBatch = None,
     chat_template: options.ChatTemplate = None,
     out: Annotated[
         Path | None, typer.Option(help="File to write [default: <model>.sparsemm.gguf beside the model].")
@@ -80,7 +81,7 @@ def convert(
 
     if str(scores) == "auto":
         check_out(model, out, force=force)  # known before the pages are read
-        scores = _score(model, mmproj, data, threads, chat_template)
+        scores = _score(model, mmproj, data, (threads, threads_batch), chat_template)
     with progress_bar("copying", of_bytes=True) as progress:
         done = convert_model(
             model,
@@ -107,7 +108,11 @@ def convert(
 
 
 def _score(
-    model: Path, mmproj: Path | None, data: str, threads: int | None, chat_template: str | None
+    model: Path,
+    mmproj: Path | None,
+    data: str,
+    threads: tuple[int | None, int | None],
+    chat_template: str | None,
 ) -> Path:
     """The file of the model's scores beside it; made, or gone on with, if it is not there."""
     from sparsemm_edge.commands.score import run
@@ -124,7 +129,9 @@ def _score(
     from sparsemm_edge.runtime.chat_template import read_template
 
     template = None if chat_template is None else read_template(chat_template)
-    source = GgufFiles(model, mmproj, n_threads=threads, chat_template=template)
+    source = GgufFiles(
+        model, mmproj, n_threads=threads[0], n_threads_batch=threads[1], chat_template=template
+    )
     job = Job(source, data, 100, 0, SIZE, None, None)
     run(job, path, resume=path.with_name(f"{path.name}.partial").exists())
     return path

@@ -37,7 +37,7 @@ def fit(
     cache_type_v: Annotated[
         str, typer.Option("--cache-type-v", "-ctv", help="Numbers of V where evicted, likewise.")
     ] = "f16",
-    n_ubatch: options.NUbatchCompared = None,
+    n_ubatch: options.NUbatch = None,
     scores: options.Scores = None,
     window: options.Window = None,
     kv_max_tail: options.KvMaxTail = None,
@@ -103,13 +103,6 @@ def _show(found: dict[str, Any]) -> None:
         f" {machine['memory_available_bytes'] / 2**30:.1f} GiB available;"
         f" the program itself takes {mib(found['rows'][0]['program'])} MiB"
     )
-    evicted, in_batches = found["rows"][-1], found["in_batches"]
-    if in_batches is not None:
-        print(
-            f"{evicted['name']}: --n-ubatch {in_batches['n_ubatch']} would take"
-            f" {mib(evicted['total'] - in_batches['total'])} MiB less at the peak: computing the whole"
-            " prompt at once takes more compute memory here than layers save that share K and V"
-        )
     if found["largest_budget"] is None:
         print("no budget fits")
     elif found["largest_budget"] >= found["n_prompt"]:

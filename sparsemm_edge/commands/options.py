@@ -67,21 +67,7 @@ ImageCache = Annotated[
 ]
 NUbatch = Annotated[
     int | None,
-    typer.Option("--n-ubatch", "-ub", help="Prompt tokens computed at a time [default: the whole prompt]."),
-]
-NUbatchOfChat = Annotated[
-    int | None,
-    typer.Option(
-        "--n-ubatch", "-ub", help="Prompt tokens computed at a time [default: all of a first message]."
-    ),
-]
-NUbatchCompared = Annotated[
-    int | None,
-    typer.Option(
-        "--n-ubatch",
-        "-ub",
-        help="Prompt tokens computed at a time [default: 512; evicted: the whole prompt].",
-    ),
+    typer.Option("--n-ubatch", "-ub", help="Prompt tokens computed at a time [default: 512]."),
 ]
 
 # How it evicts; what is not given is the model file's.

@@ -20,7 +20,7 @@ def profile(
         str, typer.Option(help="Budgets to evict to, such as 64,256 [default: the file's].", show_default="")
     ] = "",
     n_predict: Annotated[int, typer.Option("--n-predict", "-n", help="Tokens to decode.")] = 32,
-    n_ubatch: options.NUbatchCompared = None,
+    n_ubatch: options.NUbatch = None,
     scores: options.Scores = None,
     policy: options.Policy = None,
     window: options.Window = None,

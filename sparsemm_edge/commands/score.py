@@ -56,6 +56,7 @@ def score(
         bool, typer.Option("--convert", help="Go on: write head budgets into a copy of the GGUF file.")
     ] = False,
     threads: options.Threads = None,
+    threads_batch: options.ThreadsBatch = None,
     n_gpu_layers: options.NGpuLayers = None,
     image_min_tokens: Annotated[
         int | None, typer.Option(help="Least tokens of an image, where its size decides (Qwen-VL).")
@@ -114,6 +115,7 @@ def score(
             Path(model),
             mmproj,
             n_threads=threads,
+            n_threads_batch=threads_batch,
             n_gpu_layers=n_gpu_layers,
             image_min_tokens=image_min_tokens,
             image_max_tokens=image_max_tokens,

@@ -35,7 +35,7 @@ def serve(
         int | None, typer.Option("--n-predict", "-n", help="Most tokens of an answer [default: what fits].")
     ] = None,
     n_ctx: options.NCtxOfChat = None,
-    n_ubatch: options.NUbatchOfChat = None,
+    n_ubatch: options.NUbatch = None,
     cache_type_k: options.CacheTypeK = "f16",
     cache_type_v: options.CacheTypeV = "f16",
     image_cache: options.ImageCache = defaults.IMAGE_CACHE,

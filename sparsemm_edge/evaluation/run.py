@@ -288,7 +288,6 @@ class Evaluator:
         reading: _Reading,
         setting: Setting,
         table: HeadBudgetTable | None,
-        n_ubatch: int | None = None,
         prompt: Prompt | None = None,
     ) -> Session:
         longest = max((len(answer.tokens) - 1 for answer in reading.full.values()), default=0)
@@ -296,7 +295,6 @@ class Evaluator:
             prompt or reading.prompt,
             table,
             n_ctx=reading.n_ctx,
-            n_ubatch=n_ubatch,
             cache_type_k=setting.cache_type,
             cache_type_v=setting.cache_type,
             n_outputs=max(2, longest),
@@ -307,7 +305,7 @@ class Evaluator:
 
         The full f16 cache goes first: its greedy answers are kept in `reading` for the others.
         """
-        table, prefix, n_ubatch, prompt = None, None, None, reading.prompt
+        table, prefix, prompt = None, None, reading.prompt
         before, after = _at_image(prompt)
         if setting.policy != "full":
             table = self._table(reading.prompt.n_tokens, setting)
@@ -316,8 +314,7 @@ class Evaluator:
             prefix = self._prefix(reading, setting)
             if prefix is not None and prompt.n_tokens - prefix.n_tokens < setting.window:
                 prefix = None  # a part of the window is in it
-            n_ubatch = _n_rest(setting) if prefix else None
-        with self._start(reading, setting, table, n_ubatch, prompt) as session:
+        with self._start(reading, setting, table, prompt) as session:
             session.read_prompt(prefix)
             evicted = session.state() if reading.asked[-1].instead and table is not None else None
             if prompt is not reading.prompt:

@@ -19,11 +19,12 @@ from sparsemm_edge.profiling import machine as this_machine
 from sparsemm_edge.profiling import shapes
 from sparsemm_edge.profiling.figures import spread
 from sparsemm_edge.profiling.jobs import Event, Setting, Task, full
-from sparsemm_edge.profiling.profile import check_some_ran, run_and_say, say_least_ubatches
+from sparsemm_edge.profiling.profile import check_some_ran, run_and_say
 from sparsemm_edge.profiling.progress import Progress
 from sparsemm_edge.profiling.runs import run_by_turns
 from sparsemm_edge.resources import machine_memory
 from sparsemm_edge.runtime.loading import Loading
+from sparsemm_edge.runtime.session import N_UBATCH
 
 _N_PREDICT = 16  # tokens that a setting decodes in its own process
 
@@ -83,7 +84,6 @@ def bench(
     ]
     settings = full_settings + [Setting(budget, n_ubatch=n_ubatch) for budget in dict.fromkeys(budgets)]
     task = Task(str(model), n_predict=_N_PREDICT, n_threads=n_threads, loading=loading or Loading())
-    say_least_ubatches(task, settings, metadata)
     progress.doing("reading memory")
     bandwidth = this_machine.memory_bandwidth(n_threads)
 
@@ -281,18 +281,15 @@ def _not_in_breakdown(header: GGUFHeader, figures: dict[str, Any], n_prompt: int
 
     The compute buffer has an input for embeddings (f32), which tokens leave unwritten. ggml's CPU backend has
     a buffer beside it for the largest activation of a product with quantised weights, as q8_0 (ggml-cpu.c,
-    ggml_graph_plan); an evicting context computes the FFN in parts (patches/, build_ffn).
+    ggml_graph_plan).
     """
     arch = header.value("general.architecture")
     n_embd, n_ff = (
         int(np.max(header.value(f"{arch}.{key}_length", 0)))  # a list where layers differ
         for key in ("embedding", "feed_forward")
     )
-    n_rows = n_ffn_rows = min(figures["n_ubatch"] or n_prompt, n_prompt)
-    if figures["budget"] is not None:
-        while n_ffn_rows > max(512, -(-n_rows // 8)):
-            n_ffn_rows = -(-n_ffn_rows // 2)
-    return row_bytes("q8_0", max(n_embd * n_rows, n_ff * n_ffn_rows)) - 4 * n_embd * n_rows
+    n_rows = min(figures["n_ubatch"] or N_UBATCH, n_prompt)
+    return row_bytes("q8_0", max(n_embd, n_ff) * n_rows) - 4 * n_embd * n_rows
 
 
 def _weights_read(tensors: dict[str, Any]) -> int:

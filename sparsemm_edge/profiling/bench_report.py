@@ -116,7 +116,6 @@ def write(folder: Path, content: dict[str, Any]) -> None:
             "Prompts are random tokens. Speeds are of contexts that decode by turns in one process, a few"
             " tokens each, so that what else the machine does slows all alike. Memory is of processes of"
             " their own.",
-            profile_report.UBATCHES,
             profile_report.READING_MEMORY,
         ],
     )

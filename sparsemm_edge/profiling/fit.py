@@ -12,10 +12,10 @@ from sparsemm_edge.gguf_header import read_header, weight_bytes
 from sparsemm_edge.gguf_metadata import check_supported, model_shape, sparsemm_metadata
 from sparsemm_edge.kv_layout import evicting_cache, full_cache
 from sparsemm_edge.profiling import shapes
-from sparsemm_edge.profiling.jobs import FULL_N_UBATCH
 from sparsemm_edge.resources import machine_memory
 from sparsemm_edge.runtime.estimate import Estimate
 from sparsemm_edge.runtime.eviction import Eviction, budget_and_window, plan
+from sparsemm_edge.runtime.session import N_UBATCH
 
 
 @dataclass(frozen=True)
@@ -32,7 +32,7 @@ class Wish:
         budget: mean head budget; None: the file's, or the default.
         window: observation window; None: the file's, or the default.
         max_tail: most generated positions that a head holds where the cache is evicted; None: all of them.
-        n_ubatch: prompt tokens computed at a time; None: 512, and the whole prompt where it is evicted.
+        n_ubatch: prompt tokens computed at a time; None: 512.
         n_gpu_layers: see Loading; on how many devices buffers lie changes their size.
         scores: head scores file; None: those in the file, or ones like the published.
         memory: bytes to fit into; None: this machine's.
@@ -63,8 +63,6 @@ def fit(wish: Wish) -> dict[str, Any]:
         `n_prompt`, `n_ctx`; `rows`: for each setting `name`, `budget`, and in bytes `weights`, `vision`
         (weights and compute buffer of the image encoder), `compute`, `kv` (after the reply), `kv_peak`,
         `program` (this program without a model) and `total` (at the peak), and whether it `fits`;
-        `in_batches`: `n_ubatch` and `total` of the evicted setting with batches of llama.cpp's usual size, if
-        that takes less than the whole prompt at once, else None;
         `largest_budget` that fits, None if none does; `largest_budget_bytes`: its total;
         `scores`: where the head scores come from.
 
@@ -85,9 +83,8 @@ def fit(wish: Wish) -> dict[str, Any]:
         Estimate(header, wish.mmproj, wish.n_gpu_layers) as estimate,
         shapes.scores_file(shape, metadata, wish.scores) as (scores, source),
     ):
-        images = estimate.image_tokens(wish.image_sizes) if wish.image_sizes else None
-        n_images = sum(images.n_tokens) if images is not None else 0
-        one_batch = images is None or images.one_batch
+        images = estimate.image_tokens(wish.image_sizes) if wish.image_sizes else []
+        n_images = sum(images)
         n_prompt = wish.n_text + n_images
         n_ctx = wish.n_ctx or n_prompt + wish.n_predict
         if n_prompt >= n_ctx:
@@ -115,26 +112,22 @@ def fit(wish: Wish) -> dict[str, Any]:
             }
 
         rows = []
-        n_ubatch = min(wish.n_ubatch or FULL_N_UBATCH, n_prompt)
+        n_ubatch = min(wish.n_ubatch or N_UBATCH, n_ctx)
         for kind in ("f16", "q8_0", "q4_0"):
             kv = full_cache(shape, n_ctx, kind, kind)
             compute = estimate.compute_bytes(n_ctx=n_ctx, n_ubatch=n_ubatch, type_k=kind, type_v=kind)
             rows.append(row("full" if kind == "f16" else f"full, {kind}", kv.now, kv.peak, compute))
 
-        n_ubatch = min(wish.n_ubatch or n_prompt, n_prompt)
-
-        def evicted(budget: int, n_ubatch: int = n_ubatch) -> dict[str, Any]:
+        def evicted(budget: int) -> dict[str, Any]:
             wanted = Eviction(True, None, budget, wish.window, scores, wish.max_tail)
             found = plan(wanted, metadata, shape, n_prompt, wish.model)
             assert found is not None
-            n_ubatch = max(n_ubatch, found.window)  # which votes as a whole
             kv = evicting_cache(
                 shape,
                 found.head_budgets,
                 n_prompt=n_prompt,
                 n_reply=n_reply,
                 n_ctx=n_ctx,
-                one_ubatch=one_batch and n_ubatch >= n_prompt,
                 max_tail=wish.max_tail,
                 type_k=wish.cache_type_k,
                 type_v=wish.cache_type_v,
@@ -152,22 +145,16 @@ def fit(wish: Wish) -> dict[str, Any]:
 
         budget = wish.budget or budget_and_window(Eviction(), metadata)[0]
         rows.append(evicted(budget))
-        in_batches = None
-        if wish.n_ubatch is None and n_prompt > FULL_N_UBATCH:
-            row_in_batches = evicted(budget, FULL_N_UBATCH)
-            if row_in_batches["total"] < rows[-1]["total"]:
-                in_batches = {"n_ubatch": FULL_N_UBATCH, "total": row_in_batches["total"]}
         least = (wish.window or 1) + 1  # a window that nobody asked for shrinks with the budget
         largest = _largest(evicted, least, n_prompt)
     return {
         "machine": {"memory_bytes": total, "memory_available_bytes": available},
         "memory": memory,
         "model": {"name": shape.name, "n_layer": shape.n_layer, "n_head_kv": shape.n_head_kv},
-        "image_tokens": list(images.n_tokens) if images is not None else [],
+        "image_tokens": images,
         "n_prompt": n_prompt,
         "n_ctx": n_ctx,
         "rows": rows,
-        "in_batches": in_batches,
         "largest_budget": None if largest is None else largest["budget"],
         "largest_budget_bytes": None if largest is None else largest["total"],
         "scores": source,

@@ -5,9 +5,6 @@ from typing import Any
 
 from sparsemm_edge.runtime.loading import Loading, Lora
 
-FULL_N_UBATCH = 512
-"""llama.cpp's own default; a full cache gains nothing from more, and its compute buffer grows with it."""
-
 
 @dataclass(frozen=True)
 class Setting:
@@ -17,7 +14,7 @@ class Setting:
         budget: mean head budget in positions; None keeps the full cache.
         cache_type: of K and V.
         flash_attn: whether attention is fused; an evicting cache always has it.
-        n_ubatch: prompt tokens computed at a time; None: the whole prompt.
+        n_ubatch: prompt tokens computed at a time; None: 512.
     """
 
     budget: int | None = None
@@ -39,7 +36,7 @@ class Setting:
 
 def full(cache_type: str = "f16", flash_attn: bool = True, n_ubatch: int | None = None) -> Setting:
     """A full cache, as llama.cpp would run it if nothing else is said."""
-    return Setting(None, cache_type, flash_attn, n_ubatch or FULL_N_UBATCH)
+    return Setting(None, cache_type, flash_attn, n_ubatch)
 
 
 @dataclass(frozen=True)

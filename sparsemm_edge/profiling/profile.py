@@ -7,7 +7,7 @@ from typing import Any
 
 from sparsemm_edge.errors import SparseMMError
 from sparsemm_edge.gguf_header import read_header, weight_bytes
-from sparsemm_edge.gguf_metadata import SparseMMMetadata, check_supported, model_shape, sparsemm_metadata
+from sparsemm_edge.gguf_metadata import check_supported, model_shape, sparsemm_metadata
 from sparsemm_edge.pictures import open_picture
 from sparsemm_edge.profiling import machine as this_machine
 from sparsemm_edge.profiling import shapes
@@ -15,7 +15,7 @@ from sparsemm_edge.profiling.figures import setting_figures
 from sparsemm_edge.profiling.jobs import Event, Setting, Task, full
 from sparsemm_edge.profiling.progress import Progress
 from sparsemm_edge.profiling.runs import run_setting
-from sparsemm_edge.runtime.eviction import Eviction, budget_and_window, say_least_ubatch
+from sparsemm_edge.runtime.eviction import Eviction, budget_and_window
 
 
 def profile(
@@ -51,7 +51,6 @@ def profile(
         full("q4_0", n_ubatch=n_ubatch),
         *(Setting(budget, n_ubatch=n_ubatch) for budget in dict.fromkeys(budgets)),
     ]
-    say_least_ubatches(task, settings, metadata)
     given = None if task.scores is None else Path(task.scores)
     with shapes.scores_file(shape, metadata, given) as (path, source):
         task = replace(task, scores=None if path is None else str(path))
@@ -89,14 +88,6 @@ def run_and_say(task: Task, setting: Setting, progress: Progress) -> dict[str, A
             f" {figures['decode_tps']:.1f} tokens/s, peak {figures['rss_peak'] / 2**20:.0f} MiB"
         )
     return figures
-
-
-def say_least_ubatches(task: Task, settings: Sequence[Setting], metadata: SparseMMMetadata | None) -> None:
-    """Say which settings read prompts in larger batches than asked for; what workers log goes unread."""
-    for setting in settings:
-        if setting.evicts:
-            wanted = Eviction(budget=setting.budget, window=task.window)
-            say_least_ubatch(setting.n_ubatch, budget_and_window(wanted, metadata)[1])
 
 
 def check_some_ran(settings: Sequence[dict[str, Any]]) -> None:

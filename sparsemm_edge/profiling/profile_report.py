@@ -4,7 +4,6 @@ from pathlib import Path
 from typing import Any
 
 from sparsemm_edge.profiling import plots, report
-from sparsemm_edge.profiling.jobs import FULL_N_UBATCH
 from sparsemm_edge.profiling.machine import in_words
 
 _SCREEN = ("setting", "K+V MiB", "K+V peak", "peak MiB", "prompt t/s", "decode t/s")
@@ -24,13 +23,6 @@ READING_MEMORY = (
     "Peak memory is the largest resident size of the setting's own process. Weights that llama.cpp maps from"
     " the model file are part of it, but the system can drop and read them again; 'not in files' is what"
     " cannot be given back. Weights that llama.cpp rearranges for the processor are in memory a second time."
-)
-
-
-UBATCHES = (
-    f"A full cache computes {FULL_N_UBATCH} prompt tokens at a time, llama.cpp's default, and an evicting one"
-    " the whole prompt, unless --n-ubatch says otherwise: it costs compute memory, and lets all layers share"
-    " the cache of one while the prompt is read."
 )
 
 
@@ -110,7 +102,6 @@ def write(folder: Path, content: dict[str, Any]) -> None:
         tables=[table(settings)],
         pictures=pictures(settings),
         notes=[
-            UBATCHES,
             READING_MEMORY,
             "One process a setting, one after the other, the same prompt, greedy decoding. Time on a machine"
             " that also does other work is noisy; bench measures speed by turns.",

@@ -115,8 +115,7 @@ class Conversation:
         model: the model, which must outlive the conversation.
         n_ctx: most positions of all questions and answers together; None: as many as the first question
             and its answer need, after which the context is full.
-        n_ubatch: prompt tokens computed at a time; None: all of the first question's, which lets an
-            evicting cache share one layer's memory over all layers while it reads it.
+        n_ubatch: prompt tokens computed at a time; None: 512.
         cache_type_k, cache_type_v: one of CACHE_TYPES.
         system: what the model is told before everything.
         chat_template: jinja text to use instead of the model's own template, or a name of llama.cpp's.

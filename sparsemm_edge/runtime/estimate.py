@@ -2,7 +2,6 @@
 
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 
@@ -13,22 +12,8 @@ from sparsemm_edge.runtime import library
 from sparsemm_edge.runtime.eviction import HeadBudgetTable
 from sparsemm_edge.runtime.library import llama, mtmd
 from sparsemm_edge.runtime.loading import Loading
-from sparsemm_edge.runtime.prompt import ImagePart, image_marker, tokenize_with_images
+from sparsemm_edge.runtime.prompt import image_marker, tokenize_with_images
 from sparsemm_edge.runtime.session import cache_type
-from sparsemm_edge.runtime.token_embeddings import PLAIN_EMBEDDINGS, TENSOR
-
-
-@dataclass(frozen=True)
-class ImageTokens:
-    """What images of certain sizes become.
-
-    Attributes:
-        n_tokens: places that each image takes in the KV cache, with the markers around and between its tiles.
-        one_batch: whether text and images can be read in one call (see VisionModel.takes_embeddings).
-    """
-
-    n_tokens: tuple[int, ...]
-    one_batch: bool
 
 
 class Estimate:
@@ -88,22 +73,18 @@ class Estimate:
     ) -> None:
         self.close()
 
-    def image_tokens(self, sizes: Sequence[tuple[int, int]]) -> ImageTokens:
-        """What mtmd makes of images of these (width, height) in pixels: tiles, grids, markers."""
+    def image_tokens(self, sizes: Sequence[tuple[int, int]]) -> list[int]:
+        """Places that images of these (width, height) in pixels take in the KV cache.
+
+        With the markers around each and between its tiles.
+        """
         assert self._vision is not None
-        counts, one_batch = [], True
         n_bos = int(llama.llama_vocab_get_add_bos(llama.llama_model_get_vocab(self._model)))
+        counts = []
         for size in sizes:
             with tokenize_with_images(self._vision, image_marker(), [Image.new("RGB", size)]) as prompt:
                 counts.append(prompt.n_tokens - n_bos)
-                one_batch &= not any(
-                    mtmd.mtmd_decode_use_non_causal(self._vision, part.chunk)
-                    for part in prompt.parts
-                    if isinstance(part, ImagePart)
-                )
-        arch = self._header.value("general.architecture")
-        known = arch in PLAIN_EMBEDDINGS and TENSOR in self._header.tensors
-        return ImageTokens(tuple(counts), one_batch and known)
+        return counts
 
     def compute_bytes(
         self,
@@ -127,7 +108,6 @@ class Estimate:
         Raises:
             SparseMMError: llama.cpp would not make this context.
         """
-        library.set_head_table(self._model or 0, table)
         params = llama.llama_context_default_params()
         params.n_ctx = n_ctx
         params.n_batch = params.n_ubatch = n_ubatch
@@ -136,11 +116,8 @@ class Estimate:
         params.flash_attn_type = (
             llama.LLAMA_FLASH_ATTN_TYPE_ENABLED if flash_attn else llama.LLAMA_FLASH_ATTN_TYPE_DISABLED
         )
-        library.forget_errors()
         library.logged_buffers()
-        context = llama.llama_init_from_model(self._model, params)
-        if not context:
-            raise library.failure("llama.cpp cannot make a context")
+        context = library.new_context(self._model or 0, params, table)
         llama.llama_free(context)
         return sum(
             buffer.n_bytes for buffer in library.logged_buffers() if buffer.content in ("compute", "output")

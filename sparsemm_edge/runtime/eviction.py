@@ -1,6 +1,5 @@
 """Which table of head budgets a prompt gets: the file's, or one shared out anew for this prompt."""
 
-import logging
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -12,8 +11,6 @@ from sparsemm_edge.budgets import check_vote, head_budgets, window_for
 from sparsemm_edge.errors import SparseMMError
 from sparsemm_edge.gguf_metadata import POOL_KERNEL, ModelShape, SparseMMMetadata
 from sparsemm_edge.scores import HeadScores, group_scores
-
-_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -74,16 +71,6 @@ def budget_and_window(wanted: Eviction, metadata: SparseMMMetadata | None) -> tu
         budget = wanted.budget
         window = window_for(budget, window)
     return budget, window if wanted.window is None else wanted.window
-
-
-def say_least_ubatch(n_ubatch: int | None, window: int) -> None:
-    """Say that prompts are read in larger batches than asked for, where the window would be cut."""
-    if n_ubatch is not None and n_ubatch < window:
-        _log.warning(
-            "prompts are read %d tokens at a time, not %d: the observation window votes as a whole",
-            window,
-            n_ubatch,
-        )
 
 
 def same_budgets(a: HeadBudgetTable | None, b: HeadBudgetTable | None) -> bool:

@@ -44,22 +44,28 @@ class HeadsStats(ctypes.Structure):
     ]
 
 
+class HeadParams(ctypes.Structure):
+    """struct llama_head_params: how a context evicts."""
+
+    _fields_ = [
+        ("enabled", ctypes.c_bool),
+        ("head_budgets", ctypes.POINTER(ctypes.c_uint32)),  # [n_layer, n_head_kv]
+        ("n_head_budgets", ctypes.c_size_t),
+        ("n_window", ctypes.c_uint32),
+        ("n_pool", ctypes.c_uint32),
+        ("vote", ctypes.c_int),  # enum llama_head_vote
+        ("residual", ctypes.c_bool),
+        ("n_tail", ctypes.c_uint32),  # 0: no bound
+    ]
+
+
 # name: (result, arguments), as the patch series declares them in llama.h
 _PATCH_FUNCTIONS: dict[str, tuple[Any, list[Any]]] = {
-    "llama_model_set_head_budgets": (
-        ctypes.c_int32,
-        [
-            ctypes.c_void_p,
-            ctypes.POINTER(ctypes.c_uint32),
-            ctypes.c_size_t,
-            ctypes.c_uint32,
-            ctypes.c_uint32,
-        ],
+    "llama_model_head_params": (HeadParams, [ctypes.c_void_p]),
+    "llama_init_from_model_heads": (
+        ctypes.c_void_p,
+        [ctypes.c_void_p, llama.llama_context_params, HeadParams],
     ),
-    "llama_model_set_head_vote": (None, [ctypes.c_void_p, ctypes.c_int, ctypes.c_bool]),
-    "llama_model_set_head_tail": (None, [ctypes.c_void_p, ctypes.c_uint32]),
-    "llama_model_set_head_eviction": (None, [ctypes.c_void_p, ctypes.c_bool]),
-    "llama_model_head_eviction": (ctypes.c_bool, [ctypes.c_void_p]),
     "llama_memory_heads_stats": (ctypes.c_bool, [ctypes.c_void_p, ctypes.POINTER(HeadsStats)]),
     "llama_memory_heads_positions": (
         ctypes.c_int32,
@@ -101,49 +107,42 @@ def require_patched() -> None:
         function.restype, function.argtypes = result, arguments
 
 
-def set_head_budgets(model: int, table: npt.NDArray[np.uint32] | None, window: int, pool_kernel: int) -> None:
-    """Give the contexts made from now on a table of head budgets; None: the one in the GGUF file.
+def head_params(table: HeadBudgetTable | None) -> HeadParams:
+    """What llama_init_from_model_heads takes for a table; None: the cache keeps everything."""
+    if table is None:
+        return HeadParams()
+    budgets = np.ascontiguousarray(table.head_budgets, dtype=np.uint32)
+    return HeadParams(
+        enabled=True,
+        head_budgets=budgets.ctypes.data_as(ctypes.POINTER(ctypes.c_uint32)),
+        n_head_budgets=budgets.size,
+        n_window=table.window,
+        n_pool=table.pool_kernel,
+        vote=_VOTES[table.vote],
+        residual=table.residual,
+        n_tail=table.max_tail or 0,
+    )
+
+
+def new_context(model: int, params: Any, table: HeadBudgetTable | None) -> int:
+    """A context that evicts by a table, whatever the GGUF file says; None: it keeps everything.
 
     Args:
         model: llama_model pointer.
-        table: [n_layer, n_head_kv] positions that a KV head keeps, window included.
-        window: observation window in positions.
-        pool_kernel: width of the max pooling of the votes, in positions.
+        params: llama_context_params.
+        table: what it evicts by.
+
+    Returns:
+        llama_context pointer.
+
+    Raises:
+        SparseMMError: llama.cpp does not make it.
     """
-    if table is None:
-        pointer, size = None, 0
-    else:
-        table = np.ascontiguousarray(table, dtype=np.uint32)
-        pointer, size = table.ctypes.data_as(ctypes.POINTER(ctypes.c_uint32)), table.size
-    if llama._lib.llama_model_set_head_budgets(model, pointer, size, window, pool_kernel) != 0:
-        raise failure("llama.cpp does not take the head budgets")
-
-
-def set_head_vote(model: int, vote: str, residual: bool) -> None:
-    """How the contexts made from now on rank positions, and whether what a head lost leaves a slot.
-
-    set_head_budgets(model, None, ...) takes both back to what the GGUF file says.
-    """
-    llama._lib.llama_model_set_head_vote(model, _VOTES[vote], residual)
-
-
-def set_head_tail(model: int, n_tail: int) -> None:
-    """Bound the generated positions that a head holds in the contexts made from now on; 0: no bound."""
-    llama._lib.llama_model_set_head_tail(model, n_tail)
-
-
-def set_head_eviction(model: int, enabled: bool) -> None:
-    """Switch eviction on or off for the contexts made from now on."""
-    llama._lib.llama_model_set_head_eviction(model, enabled)
-
-
-def set_head_table(model: int, table: HeadBudgetTable | None) -> None:
-    """Let the contexts made from now on evict by this table; None: they keep everything."""
-    if table is not None:
-        set_head_budgets(model, table.head_budgets, table.window, table.pool_kernel)
-        set_head_vote(model, table.vote, table.residual)
-        set_head_tail(model, table.max_tail or 0)
-    set_head_eviction(model, table is not None)
+    forget_errors()
+    context = llama._lib.llama_init_from_model_heads(model, params, head_params(table))
+    if not context:
+        raise failure("llama.cpp cannot make a context")
+    return int(context)
 
 
 def heads_stats(memory: int) -> HeadsStats | None:

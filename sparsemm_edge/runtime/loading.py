@@ -12,7 +12,6 @@ from sparsemm_edge.errors import SparseMMError, check_within
 from sparsemm_edge.gguf_header import read_header
 from sparsemm_edge.runtime import library
 from sparsemm_edge.runtime.library import llama
-from sparsemm_edge.runtime.token_embeddings import TENSOR
 
 _MAX_IMAGE_TOKENS = 2**16  # llama.cpp counts an image's pixels in 32 bits
 
@@ -112,11 +111,9 @@ class Adapters:
         Raises:
             SparseMMError: an adapter that cannot be used with this model.
         """
-        self.changes_embeddings = False
         pointers = []
         for lora in loras:
-            header = read_header(Path(lora.path))
-            self.changes_embeddings |= any(name.startswith(TENSOR) for name in header.tensors)
+            read_header(Path(lora.path))
             library.forget_errors()
             pointer = llama.llama_adapter_lora_init(model, os.fsencode(lora.path))
             if not pointer:

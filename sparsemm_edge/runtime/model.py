@@ -22,7 +22,7 @@ from sparsemm_edge.resources import machine_memory, usable_cores
 from sparsemm_edge.runtime import builtin_templates, chat_template, library, session_file
 from sparsemm_edge.runtime.chat_template import Turn
 from sparsemm_edge.runtime.conversation import Conversation, GenerationStats
-from sparsemm_edge.runtime.eviction import Eviction, HeadBudgetTable, plan, say_least_ubatch
+from sparsemm_edge.runtime.eviction import Eviction, HeadBudgetTable, plan
 from sparsemm_edge.runtime.image_store import ImageStore
 from sparsemm_edge.runtime.library import llama, mtmd
 from sparsemm_edge.runtime.loading import Adapters, Loading
@@ -35,8 +35,7 @@ from sparsemm_edge.runtime.prompt import (
     tokenize_with_images,
 )
 from sparsemm_edge.runtime.sampler import Sampler, Sampling
-from sparsemm_edge.runtime.session import Session, cache_type
-from sparsemm_edge.runtime.token_embeddings import PLAIN_EMBEDDINGS, TENSOR, TokenEmbeddings
+from sparsemm_edge.runtime.session import N_UBATCH, Session, cache_type
 
 
 class VisionModel:
@@ -155,8 +154,7 @@ class VisionModel:
             n_predict: most tokens to generate.
             sampling: how tokens are chosen; None: the likeliest ones.
             n_ctx: most positions of prompts and replies together; None: as many as they need.
-            n_ubatch: prompt tokens computed at a time; None: all of them, which lets an evicting cache share
-                one layer's memory over all layers while it reads the prompt.
+            n_ubatch: prompt tokens computed at a time; None: 512.
             cache_type_k, cache_type_v: one of session.CACHE_TYPES.
             system: what the model is told before everything.
             chat_template: jinja text to use instead of the model's own template, or a name of llama.cpp's.
@@ -304,7 +302,6 @@ class VisionModel:
         cache_type_k: str = "f16",
         cache_type_v: str = "f16",
         eviction: Eviction | None = None,
-        one_batch: bool = True,
         flash_attn: bool = True,
         on_phase: Callable[[str], None] | None = None,
     ) -> Session:
@@ -320,26 +317,17 @@ class VisionModel:
             n_ubatch=n_ubatch,
             cache_type_k=cache_type_k,
             cache_type_v=cache_type_v,
-            one_batch=one_batch,
             flash_attn=flash_attn,
             on_phase=on_phase,
         )
 
     def start_with(self, prompt: Prompt, table: HeadBudgetTable | None, **options: Any) -> Session:
-        """A session that evicts by this table, None: keeps the whole cache; options as for Session.
-
-        A window votes as a whole: at least as many tokens as it has are computed at a time, which is said if
-        fewer were asked for.
-        """
-        n_ubatch, window = options.get("n_ubatch"), 0
+        """A session that evicts by this table, None: keeps the whole cache; options as for Session."""
         if table is not None:
             check_supported(self._header, self.shape)
-            window = table.window
-            say_least_ubatch(n_ubatch, window)
-        n_at_a_time = max(window, min(n_ubatch or prompt.n_tokens, prompt.n_tokens))
-        self._check_room(options["n_ctx"], n_at_a_time, table)
-        library.set_head_table(self.pointer, table)
-        return Session(self, prompt, least_ubatch=window, **options)
+        n_ubatch = min(options.get("n_ubatch") or N_UBATCH, options["n_ctx"])
+        self._check_room(options["n_ctx"], n_ubatch, table)
+        return Session(self, prompt, table, **options)
 
     def sampler(self, sampling: Sampling, said: Sequence[int] = ()) -> Sampler:
         """What chooses an answer's tokens; `said`: the tokens of the text before it."""
@@ -347,9 +335,9 @@ class VisionModel:
 
     def _check_room(self, n_ctx: int, n_ubatch: int, table: HeadBudgetTable | None) -> None:
         """Raise SparseMMError for a context that takes more memory than the machine has."""
-        # a mask of f32 in a context that evicts, K and V of 4 bits at least in one that does not
+        # a mask of f16 in a context that evicts, K and V of 4 bits at least in one that does not
         shape = self.shape
-        each = 4 * n_ubatch if table is not None else shape.kv_bytes(shape.n_layer * shape.n_head_kv, 1) // 2
+        each = 2 * n_ubatch if table is not None else shape.kv_bytes(shape.n_layer * shape.n_head_kv, 1) // 2
         least, total = n_ctx * each, machine_memory()[0]
         if least > total:
             raise SparseMMError(
@@ -384,10 +372,6 @@ class VisionModel:
         parts += [f"{session_file.fingerprint(Path(lora.path))}={lora.scale}" for lora in self.loading.loras]
         return "+".join(parts)
 
-    @cached_property
-    def token_embeddings(self) -> TokenEmbeddings:
-        return TokenEmbeddings(self._header)
-
     def encode_image(self, part: ImagePart) -> npt.NDArray[np.float32]:
         """An image through the vision tower and the projector, or from the store: [n_tokens, n_embd_inp]."""
         if part.key is not None and (held := self.image_store.get(part.key)) is not None:
@@ -399,13 +383,6 @@ class VisionModel:
         if part.key is not None:
             self.image_store.put(part.key, embeddings)
         return embeddings
-
-    def takes_embeddings(self, images: Sequence[ImagePart]) -> bool:
-        """Whether text may be given as embeddings together with these images, with the same result."""
-        known = self.shape.arch in PLAIN_EMBEDDINGS and TENSOR in self._header.tensors
-        if self.adapters.changes_embeddings:
-            return False
-        return known and not any(self.is_non_causal(image) for image in images)
 
     def is_non_causal(self, image: ImagePart) -> bool:
         """Whether the tokens of an image attend to those after them."""

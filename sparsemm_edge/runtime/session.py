@@ -2,7 +2,7 @@
 
 import ctypes
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
@@ -14,6 +14,7 @@ from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
 from sparsemm_edge.errors import SparseMMError
 from sparsemm_edge.runtime import library
 from sparsemm_edge.runtime.attention import StrongestPositions
+from sparsemm_edge.runtime.eviction import HeadBudgetTable
 from sparsemm_edge.runtime.library import llama, mtmd
 from sparsemm_edge.runtime.prompt import ImagePart, Prompt, TextPart
 
@@ -27,6 +28,7 @@ CACHE_TYPES = {
     "q8_0": GGMLQuantizationType.Q8_0,
     "q4_0": GGMLQuantizationType.Q4_0,
 }
+N_UBATCH = 512  # llama.cpp's default
 _N_POS_MROPE = 4
 
 
@@ -105,32 +107,30 @@ class Session:
         self,
         model: "VisionModel",
         prompt: Prompt,
+        table: HeadBudgetTable | None = None,
         *,
         n_ctx: int,
         n_ubatch: int | None = None,
         cache_type_k: str = "f16",
         cache_type_v: str = "f16",
-        one_batch: bool = True,
         flash_attn: bool = True,
         on_phase: Callable[[str], None] | None = None,
         n_outputs: int = 1,
-        least_ubatch: int = 0,
         attention: StrongestPositions | None = None,
     ) -> None:
-        """Make the context. What is evicted was set on the model before (VisionModel.start does it).
+        """Make the context.
 
         Args:
             model: the model, which must outlive the session.
             prompt: what read_prompt will read; must outlive read_prompt.
+            table: what is evicted; None: nothing.
             n_ctx: places in the KV cache for all prompts and replies.
-            n_ubatch: prompt tokens computed at a time; None: all of this prompt's.
+            n_ubatch: prompt tokens computed at a time; None: N_UBATCH.
             cache_type_k, cache_type_v: one of CACHE_TYPES.
-            one_batch: read text and images in one call where the model allows it; False: a call for each.
             flash_attn: False is for comparisons; a context that evicts uses flash attention all the same.
             on_phase: called with "image" and "prompt" when read_prompt begins to encode an image, and to run
                 the text model.
-            n_outputs: most tokens that one decode_all appends; append needs 2.
-            least_ubatch: tokens computed at a time at least, whatever n_ubatch and the prompt's length.
+            n_outputs: most tokens that one decode_all appends; append and read_prefix need 2.
             attention: told which positions the heads attend to; needs flash_attn of False, and no eviction.
         """
         self.image_ms = 0.0
@@ -143,14 +143,12 @@ class Session:
         self._after_prompt = (0, 0)
         self._n_calls = 0
         self._on_phase = on_phase or (lambda _: None)
-        self._one_batch = one_batch
         self._cancelled: Callable[[], bool] | None = None
         self._types = (cache_type(cache_type_k), cache_type(cache_type_v))
 
         params = llama.llama_context_default_params()
         params.n_ctx = params.n_batch = n_ctx
-        wanted = min(n_ubatch or prompt.n_tokens, prompt.n_tokens)
-        params.n_ubatch = max(wanted, least_ubatch, self._n_uncut())
+        params.n_ubatch = max(min(n_ubatch or N_UBATCH, n_ctx), self._n_uncut())
         params.n_seq_max = 1
         params.n_outputs_max = n_outputs
         params.n_threads = model.n_threads
@@ -162,10 +160,7 @@ class Session:
         self._attention = attention  # the context calls it as long as it lives
         if attention is not None:
             params.cb_eval = attention.callback
-        library.forget_errors()
-        self._context: int | None = llama.llama_init_from_model(model.pointer, params)
-        if not self._context:
-            raise library.failure("llama.cpp cannot make a context")
+        self._context: int | None = library.new_context(model.pointer, params, table)
         model.adapters.apply(self._context)
 
     def close(self) -> None:
@@ -191,7 +186,7 @@ class Session:
     @property
     def takes_prefix(self) -> bool:
         """Whether this prompt can be read in parts that begin and end anywhere."""
-        return self._as_embeddings
+        return not self._n_uncut()
 
     @property
     def n_ubatch(self) -> int:
@@ -199,11 +194,12 @@ class Session:
         return int(llama.llama_n_ubatch(self.context))
 
     def read_prefix(self, n_tokens: int) -> Prefix:
-        """Read only the first tokens of the prompt; none asks for logits, so that nothing is evicted.
+        """Read only the first tokens of the prompt, at least two of one part, and evict nothing.
 
-        Needs takes_prefix, and a context that may evict.
+        Needs takes_prefix, a context that may evict, and n_outputs of 2.
         """
-        self._read_as_embeddings(stop=n_tokens)
+        self._read_parts(stop=n_tokens, n_outputs=2)
+        llama.llama_synchronize(self.context)
         return Prefix(self._state(), n_tokens)
 
     def read(self, prompt: Prompt, cancelled: Callable[[], bool] | None = None) -> None:
@@ -258,13 +254,9 @@ class Session:
         self._on_phase("prompt")
         start, self.image_ms, self._n_calls = time.perf_counter(), 0.0, 0
         if prefix is not None:
-            self._set_state(prefix.state)
+            self._restore(prefix.state)
             self.n_tokens = prefix.n_tokens
-            self._read_as_embeddings(start=prefix.n_tokens)
-        elif self._as_embeddings:
-            self._read_as_embeddings()
-        else:
-            self._read_by_parts()
+        self._read_parts(start=prefix.n_tokens if prefix is not None else 0)
         llama.llama_synchronize(self.context)
         self.prompt_ms = _ms_since(start) - self.image_ms
         self.n_prompt_calls = self._n_calls
@@ -388,12 +380,6 @@ class Session:
         self._restore(state.data)
         self._n_past, self.n_tokens = state.n_past, state.n_tokens
 
-    @property
-    def _as_embeddings(self) -> bool:
-        """Whether the prompt's text and images go into one call, as embeddings."""
-        images = self._images()
-        return bool(images) and self._one_batch and self._model.takes_embeddings(images)
-
     def _images(self) -> list[ImagePart]:
         return [part for part in self._prompt.parts if isinstance(part, ImagePart)]
 
@@ -404,69 +390,50 @@ class Session:
     def _memory(self) -> int:
         return int(llama.llama_get_memory(self.context))
 
-    def _read_as_embeddings(self, start: int = 0, stop: int | None = None) -> None:
-        """The prompt's tokens from start to stop in one call, text as embeddings too: they cannot mix.
+    def _read_parts(self, start: int = 0, stop: int | None = None, n_outputs: int = 1) -> None:
+        """The prompt's tokens from start to stop, in a call for each stretch of text and each image.
 
-        Only the prompt's last token asks for logits.
+        The last n_outputs of them ask for logits. A cache that evicts puts the calls before the last one off,
+        and reads them all in that one.
         """
-        rows, positions = self._embedding_rows()
-        outputs = np.zeros(len(rows), dtype=np.int8)
-        outputs[-1] = 1
-        rows, outputs = rows[start:stop], outputs[start:stop]
-        positions = np.ascontiguousarray(positions[:, start:stop])
-        self._decode(
-            llama.llama_batch(
-                n_tokens=len(rows),
-                embd=rows.ctypes.data_as(ctypes.POINTER(ctypes.c_float)),
-                pos=positions.ctypes.data_as(ctypes.POINTER(ctypes.c_int32)),
-                logits=outputs.ctypes.data_as(ctypes.POINTER(ctypes.c_int8)),
-            )
-        )
-        self._n_past += self._prompt.n_pos
-
-    def _embedding_rows(self) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.int32]]:
-        """The whole prompt as embeddings, [n, n_embd_inp], and its positions, [1, n], with M-RoPE [4, n]."""
-        model = self._model
-        rows = np.zeros((self._prompt.n_tokens, model.n_embd_inp), dtype=np.float32)
-        positions = np.zeros((_N_POS_MROPE if model.uses_mrope else 1, len(rows)), dtype=np.int32)
-        at, pos = 0, self._n_past
+        stop = self._prompt.n_tokens if stop is None else stop
+        at = 0
         for part in self._prompt.parts:
-            span = slice(at, at + part.n_tokens)
-            if isinstance(part, TextPart):
-                embeddings = model.token_embeddings.rows(part.tokens)
-                rows[span, : embeddings.shape[1]] = embeddings
-                # M-RoPE: time, height and width are alike for text, the fourth is unused
-                positions[:3, span] = np.arange(pos, pos + part.n_tokens)
-            else:
-                rows[span] = self._encode(part)
-                positions[:, span] = self._image_positions(part, pos)
-            at, pos = span.stop, pos + part.n_pos
-        return rows, positions
-
-    def _read_by_parts(self) -> None:
-        """A call for each stretch of text and each image; only the last token asks for logits."""
-        for part, is_last in _with_last(self._prompt.parts):
-            if isinstance(part, TextPart):
-                self._decode_tokens(part.tokens, n_outputs=int(is_last))
+            first, last = max(start - at, 0), min(stop - at, part.n_tokens)
+            at += part.n_tokens
+            if first >= last:
+                self._n_past += part.n_pos if last > 0 else 0
                 continue
-            embeddings = self._encode(part)
-            after = ctypes.c_int32()
-            status = mtmd.mtmd_helper_decode_image_chunk(
-                self._model.vision,
-                self.context,
-                part.chunk,
-                embeddings.ctypes.data_as(ctypes.POINTER(ctypes.c_float)),
-                self._n_past,
-                0,
-                self._prompt.n_tokens,
-                ctypes.byref(after),
-                mtmd.mtmd_helper_post_decode_callback(0),
-                None,
+            n = n_outputs if at >= stop else 0
+            if isinstance(part, TextPart):
+                self._n_past += first
+                self._decode_tokens(part.tokens[first:last], n_outputs=n)
+            else:
+                self._decode_image(part, slice(first, last), n_outputs=n)
+
+    def _decode_image(self, part: ImagePart, rows: slice, *, n_outputs: int) -> None:
+        """Append some tokens of an image."""
+        embeddings = np.ascontiguousarray(self._encode(part)[rows])
+        positions = np.ascontiguousarray(self._image_positions(part, self._n_past)[:, rows])
+        outputs = np.zeros(len(embeddings), dtype=np.int8)
+        if n_outputs:
+            outputs[max(len(outputs) - n_outputs, 0) :] = 1
+        non_causal = self._model.is_non_causal(part)
+        if non_causal:
+            llama.llama_set_causal_attn(self.context, False)
+        try:
+            self._decode(
+                llama.llama_batch(
+                    n_tokens=len(embeddings),
+                    embd=embeddings.ctypes.data_as(ctypes.POINTER(ctypes.c_float)),
+                    pos=positions.ctypes.data_as(ctypes.POINTER(ctypes.c_int32)),
+                    logits=outputs.ctypes.data_as(ctypes.POINTER(ctypes.c_int8)),
+                )
             )
-            self._check(status)
-            self._n_past = after.value
-            self.n_tokens += part.n_tokens
-            self._n_calls += 1
+        finally:
+            if non_causal:
+                llama.llama_set_causal_attn(self.context, True)
+        self._n_past += part.n_pos
 
     def _encode(self, part: ImagePart) -> npt.NDArray[np.float32]:
         """VisionModel.encode_image, and how long it took: [n_tokens, n_embd_inp]."""
@@ -495,16 +462,6 @@ class Session:
             raise library.failure("llama.cpp cannot save the KV cache")
         return state
 
-    def _set_state(self, state: npt.NDArray[np.uint8]) -> None:
-        """Fill this empty cache with what _state of a cache with other head budgets returned.
-
-        A state begins with what it is a state of, head budgets included, and llama.cpp takes back no other's.
-        What has not been evicted is the same under all of them: so the state gets the beginning of this
-        cache's own empty one, which ends with three counters.
-        """
-        own = self._state()[: -3 * 4]
-        self._restore(np.concatenate([own, state[len(own) :]]))
-
     def _restore(self, state: npt.NDArray[np.uint8]) -> None:
         """Fill this cache with what _state returned."""
         pointer = state.ctypes.data_as(ctypes.POINTER(ctypes.c_uint8))
@@ -516,7 +473,8 @@ class Session:
         """Append tokens, the last n_outputs of which ask for logits."""
         positions = np.arange(self._n_past, self._n_past + len(tokens), dtype=np.int32)
         outputs = np.zeros(len(tokens), dtype=np.int8)
-        outputs[max(len(tokens) - n_outputs, 0) :] = 1
+        if n_outputs:
+            outputs[max(len(tokens) - n_outputs, 0) :] = 1
         self._decode(
             llama.llama_batch(
                 n_tokens=len(tokens),
@@ -557,13 +515,6 @@ def cache_type(name: str) -> GGMLQuantizationType:
 def _row_bytes(kind: GGMLQuantizationType, n: int) -> int:
     block, n_bytes = GGML_QUANT_SIZES[kind]
     return n // block * n_bytes
-
-
-def _with_last(
-    parts: tuple[TextPart | ImagePart, ...],
-) -> Iterator[tuple[TextPart | ImagePart, bool]]:
-    for index, part in enumerate(parts):
-        yield part, index == len(parts) - 1
 
 
 def _ms_since(start: float) -> float:

@@ -62,7 +62,7 @@ class GgufFiles:
 
     Attributes:
         model, mmproj: GGUF files.
-        n_threads: None: the physical cores.
+        n_threads: None: the physical cores. n_threads_batch: those that read prompts; None: as many.
         n_gpu_layers: layers on the GPU, if llama.cpp was built for one; None: as llama.cpp does it.
         image_min_tokens, image_max_tokens: least and most tokens of an image, where its size decides.
         chat_template: instead of the model's own.
@@ -71,6 +71,7 @@ class GgufFiles:
     model: Path
     mmproj: Path
     n_threads: int | None = None
+    n_threads_batch: int | None = None
     n_gpu_layers: int | None = None
     image_min_tokens: int | None = None
     image_max_tokens: int | None = None
@@ -111,6 +112,7 @@ class GgufFiles:
 
         n_threads = self.n_threads or max(1, usable_cores() // n_jobs)
         loading = Loading(
+            n_threads_batch=self.n_threads_batch,
             n_gpu_layers=self.n_gpu_layers,
             image_min_tokens=self.image_min_tokens,
             image_max_tokens=self.image_max_tokens,
