@@ -24,17 +24,18 @@ lint: $(VENV)/.dev
 	$(VENV)/bin/mypy
 
 # The tests of the cache on a llama.cpp with AddressSanitizer and UBSan: builds for some 15 minutes
-SANITIZE := -DCMAKE_BUILD_TYPE=RelWithDebInfo -DBUILD_SHARED_LIBS=ON -DLLAMA_CURL=OFF -DLLAMA_BUILD_TESTS=OFF \
-	-DLLAMA_BUILD_EXAMPLES=OFF -DLLAMA_BUILD_SERVER=OFF -DLLAMA_SANITIZE_ADDRESS=ON \
+SANITIZE := -DCMAKE_BUILD_TYPE=RelWithDebInfo -DBUILD_SHARED_LIBS=ON -DLLAMA_CURL=OFF -DLLAMA_BUILD_TESTS=ON \
+	-DLLAMA_BUILD_EXAMPLES=OFF -DLLAMA_BUILD_SERVER=OFF -DLLAMA_OPENSSL=OFF -DLLAMA_SANITIZE_ADDRESS=ON \
 	-DLLAMA_SANITIZE_UNDEFINED=ON -DGGML_SANITIZE_ADDRESS=ON -DGGML_SANITIZE_UNDEFINED=ON
 sanitize: $(VENV)/.dev
 	$(PIP) cmake ninja
 	PATH="$(CURDIR)/$(VENV)/bin:$$PATH" cmake -G Ninja -B build/sanitize $(SANITIZE) \
 		-S "$$($(PY) scripts/build_llama_cpp_python.py source)/vendor/llama.cpp"
-	$(VENV)/bin/ninja -C build/sanitize llama mtmd
+	$(VENV)/bin/ninja -C build/sanitize llama mtmd test-llama-archs
+	ASAN_OPTIONS=detect_leaks=0 build/sanitize/bin/test-llama-archs
 	LLAMA_CPP_LIB_PATH=build/sanitize/bin MTMD_CPP_LIB=build/sanitize/bin ASAN_OPTIONS=detect_leaks=0 \
 		LD_PRELOAD="$$(gcc -print-file-name=libasan.so) $$(gcc -print-file-name=libubsan.so)" \
-		$(PY) -m pytest tests/test_eviction.py tests/test_tail.py tests/test_conversation.py
+		$(PY) -m pytest tests/test_eviction.py tests/test_prompt_end.py tests/test_tail.py tests/test_conversation.py
 	source="$$($(PY) scripts/build_llama_cpp_python.py source)/vendor/llama.cpp"; \
 	g++ -g -std=c++17 -fsanitize=address,undefined -I"$$source/include" -I"$$source/ggml/include" \
 		tests/leak_check.cpp -Lbuild/sanitize/bin -lllama -lggml -lggml-base \
