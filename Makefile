@@ -68,8 +68,8 @@ $(VENV)/.package: $(VENV)/.llama pyproject.toml
 	$(PIP) --editable .
 	touch $@
 
-# The demo model's GGUF files, from its checkpoint: llama.cpp's converter wants torch, the package does not
-$(DEMO_MODEL): $(VENV)/.dev scripts/make_demo_gguf.py $(wildcard models/demo/* scores/demo.json)
+# The demo model's GGUF files, from its checkpoint, with gguf-py and numpy: no torch
+$(DEMO_MODEL): $(VENV)/.package scripts/make_demo_gguf.py $(wildcard models/demo/* scores/demo.json)
 	$(PY) scripts/make_demo_gguf.py
 	touch $@
 
