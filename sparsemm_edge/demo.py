@@ -178,19 +178,20 @@ def _ask(
     model: "VisionModel", scores: Path, page: Image.Image, question: Question, budgets: Sequence[int]
 ) -> dict[str, Any]:
     """One question with every cache."""
-    from sparsemm_edge.runtime import Eviction
+    from sparsemm_edge.runtime import Eviction, generate
 
     runs: list[dict[str, Any]] = []
     settings = [("full", None), *(("sparsemm", budget) for budget in budgets)]
     settings += [("uniform", budget) for budget in budgets[:1]]
     for policy, budget in settings:
         eviction = Eviction(policy=policy, budget=budget, window=WINDOW, scores=scores)
-        text = "".join(model.generate(question.prompt, [page], n_predict=N_PREDICT, eviction=eviction))
+        answer = generate(model, question.prompt, [page], n_predict=N_PREDICT, eviction=eviction)
+        text = "".join(answer)
         truth = question.answer
         if truth is None:
             truth = runs[0]["text"] if runs else text
         judged = {"policy": policy, "budget": budget, "errors": edit_distance(text, truth)}
-        runs.append({**judged, **model.stats().figures(text)})
+        runs.append({**judged, **answer.stats().figures(text)})
     return {"prompt": question.prompt, "answer": question.answer, "runs": runs}
 
 
@@ -198,12 +199,12 @@ def _draw_maps(
     model: "VisionModel", scores: Path, page: Image.Image, question: Question, budget: int, out: Path
 ) -> None:
     """Head budgets, and over the page what the heads kept when they were asked this question."""
-    from sparsemm_edge.runtime import Eviction
+    from sparsemm_edge.runtime import Eviction, start_session
 
     with model.tokenize(model.chat_prompt(question.prompt, 1), [page]) as prompt:
         grid = model.image_grid(prompt)
         eviction = Eviction(budget=budget, window=WINDOW, scores=scores)
-        with model.start(prompt, n_predict=1, eviction=eviction) as session:
+        with start_session(model, prompt, n_predict=1, eviction=eviction) as session:
             session.read_prompt()
             kept = session.kept()
     n_kept = np.array([[len(head) for head in layer] for layer in kept])

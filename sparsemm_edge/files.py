@@ -1,5 +1,6 @@
 """Reading text and paths as people have them, and writing files so that no failure leaves half of one."""
 
+import hashlib
 import json
 import os
 import shlex
@@ -159,3 +160,19 @@ def atomic_path(target: Path) -> Iterator[Path]:
         raise SparseMMError(f"cannot write {target}: {error.strerror or error}") from error
     finally:
         part.unlink(missing_ok=True)
+
+
+_FINGERPRINT_SAMPLE = 2**20  # bytes
+
+
+def fingerprint(model: Path) -> str:
+    """A hash of a model file's size and of samples of its content: its keys, and numbers all over it."""
+    size = model.stat().st_size
+    digest = hashlib.sha256(str(size).encode())
+    with model.open("rb") as file:
+        for part in range(8):
+            file.seek(size * part // 8)
+            digest.update(file.read(_FINGERPRINT_SAMPLE))
+        file.seek(max(size - _FINGERPRINT_SAMPLE, 0), os.SEEK_SET)
+        digest.update(file.read(_FINGERPRINT_SAMPLE))
+    return digest.hexdigest()

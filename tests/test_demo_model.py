@@ -29,7 +29,7 @@ from sparsemm_edge.pages.grid import (
     lookup_prompt,
 )
 from sparsemm_edge.ranking import held_by_top
-from sparsemm_edge.runtime import Conversation, VisionModel
+from sparsemm_edge.runtime import Conversation, VisionModel, generate
 from sparsemm_edge.runtime.prompt import ImagePart, TextPart
 from sparsemm_edge.scores import HeadScores
 
@@ -52,7 +52,7 @@ def test_it_reads_five_pages(model: VisionModel) -> None:
     right = []
     for seed in SEEDS:
         page = grid_page(seed)
-        said = "".join(model.generate(READ_PROMPT, [page.image], n_predict=96))
+        said = "".join(generate(model, READ_PROMPT, [page.image], n_predict=96))
         right.append(character_accuracy(said, [page.text]))
     assert np.mean(right) >= 0.97
 
@@ -62,7 +62,7 @@ def test_it_looks_up_a_key_on_five_pages(model: VisionModel) -> None:
     for seed in SEEDS:
         page = grid_page(seed)
         key, answer = page.lookups[seed % len(page.lookups)]
-        right += "".join(model.generate(lookup_prompt(key), [page.image], n_predict=16)) == answer
+        right += "".join(generate(model, lookup_prompt(key), [page.image], n_predict=16)) == answer
     assert right >= 4
 
 

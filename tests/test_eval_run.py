@@ -20,7 +20,7 @@ from sparsemm_edge.errors import SparseMMError
 from sparsemm_edge.evaluation.datasets import DataSet, Question
 from sparsemm_edge.evaluation.run import Evaluator, Job, Record, Results, run
 from sparsemm_edge.evaluation.settings import Setting
-from sparsemm_edge.runtime import Conversation, Eviction, VisionModel
+from sparsemm_edge.runtime import Conversation, Eviction, VisionModel, generate
 from test_generate import random_scores
 
 PROMPT = "What is written here? Answer briefly, in the words of the page itself."
@@ -109,19 +109,18 @@ def test_every_setting_answers_as_generate_does(
                 window=each.window_of(found.n_prompt) if evicts else None,
                 scores=scores if each.policy == "sparsemm" else None,
             )
-            answer = "".join(
-                model.generate(
-                    PROMPT,
-                    [page],
-                    n_predict=N_PREDICT,
-                    cache_type_k=cache_type,
-                    cache_type_v=cache_type,
-                    eviction=wanted,
-                )
+            answer = generate(
+                model,
+                PROMPT,
+                [page],
+                n_predict=N_PREDICT,
+                cache_type_k=cache_type,
+                cache_type_v=cache_type,
+                eviction=wanted,
             )
-            assert found.answer == answer, each
-            stats = model.stats().kv
-            n_new = model.stats().n_generated - (model.stats().n_generated == N_PREDICT)
+            assert found.answer == "".join(answer), each
+            stats = answer.stats().kv
+            n_new = answer.stats().n_generated - (answer.stats().n_generated == N_PREDICT)
             assert found.kept == pytest.approx(stats.positions_kept_mean - n_new)
             # a slot takes the place of a position in every head that evicts, which these all do
             n_places = min(each.budget or found.n_prompt, found.n_prompt)

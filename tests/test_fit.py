@@ -22,6 +22,7 @@ from sparsemm_edge.runtime import Eviction, Prompt, VisionModel, library
 from sparsemm_edge.runtime.estimate import Estimate
 from sparsemm_edge.runtime.eviction import HeadBudgetTable, plan
 from sparsemm_edge.runtime.prompt import ImagePart, TextPart, image_marker
+from sparsemm_edge.runtime.session import start_session
 
 # few layers, small heads, but as many heads as real models have: that is what groups are made of
 SMALL = replace(SHAPES["llava-1.5-7b"], n_layer=3, n_embd=1024, n_ff=64)
@@ -127,7 +128,8 @@ def said_and_allocated(
         wanted = Eviction(budget=budget, scores=scores, max_tail=max_tail)
         table = plan(wanted, None, model.shape, n_prompt, model.path)
         assert table is not None
-        with model.start(
+        with start_session(
+            model,
             random_tokens(n_prompt),
             n_predict=n_reply,
             n_ctx=n_ctx,
@@ -156,7 +158,8 @@ def said_and_allocated(
 @pytest.mark.parametrize("cache_type", ["f16", "q8_0", "q4_0"])
 def test_bytes_of_a_full_cache_are_those_that_llama_cpp_logs(small: VisionModel, cache_type: str) -> None:
     library.logged_buffers()
-    with small.start(
+    with start_session(
+        small,
         random_tokens(10),
         n_predict=1,
         n_ctx=700,
@@ -184,7 +187,7 @@ def test_compute_bytes_are_those_of_a_real_context(small: VisionModel, wanted: E
         wanted = replace(wanted, scores=scores)
         table = plan(wanted, None, small.shape, n_prompt, small.path)
         library.logged_buffers()
-        with small.start(random_tokens(n_prompt), n_predict=100, n_ctx=n_ctx, eviction=wanted):
+        with start_session(small, random_tokens(n_prompt), n_predict=100, n_ctx=n_ctx, eviction=wanted):
             pass
     real = sum(b.n_bytes for b in library.logged_buffers() if b.content in ("compute", "output"))
 

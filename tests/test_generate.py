@@ -14,9 +14,10 @@ from conftest import CommandLine
 from sparsemm_edge.convert import convert
 from sparsemm_edge.errors import SparseMMError
 from sparsemm_edge.gguf_metadata import read_model_shape
-from sparsemm_edge.runtime import Eviction, GenerationStats, Sampling, VisionModel, library
+from sparsemm_edge.runtime import Eviction, GenerationStats, Sampling, VisionModel, generate, library
 from sparsemm_edge.runtime.chat_template import read_template, render
 from sparsemm_edge.runtime.library import llama
+from sparsemm_edge.runtime.session import start_session
 from sparsemm_edge.scores import HeadScores
 
 MODELS = ("llava", "llava-gqa", "llava-siglip", "qwen2vl")
@@ -68,7 +69,10 @@ def picture(model: str, seed: int = 1) -> Image.Image:
 
 def decode_greedily(model: VisionModel, text: str, images: list[Any], n: int = 8, **options: Any) -> Any:
     """Greedy tokens, their logits [n, n_vocab], and the number of calls that the prompt took."""
-    with model.tokenize(text, images) as prompt, model.start(prompt, n_predict=n, **options) as session:
+    with (
+        model.tokenize(text, images) as prompt,
+        start_session(model, prompt, n_predict=n, **options) as session,
+    ):
         session.read_prompt()
         tokens: list[int] = []
         logits = []
@@ -84,8 +88,8 @@ def relative_error(a: np.ndarray, b: np.ndarray) -> float:
 
 
 def answer(model: VisionModel, prompt: str, images: Any = (), **options: Any) -> tuple[str, GenerationStats]:
-    text = "".join(model.generate(prompt, images, **options))
-    return text, model.stats()
+    pieces = generate(model, prompt, images, **options)
+    return "".join(pieces), pieces.stats()
 
 
 # --- chat templates
@@ -182,7 +186,7 @@ def test_every_head_keeps_its_budget_of_the_prompt_and_all_that_comes_after(name
     text, images = model.chat_prompt(QUESTION, 1), [picture(name)]
     with (
         model.tokenize(text, images) as prompt,
-        model.start(prompt, n_predict=8, eviction=eviction) as session,
+        start_session(model, prompt, n_predict=8, eviction=eviction) as session,
     ):
         session.read_prompt()
         n = prompt.n_tokens
@@ -213,7 +217,7 @@ def test_a_prompt_cut_so_that_one_token_is_left_over_still_evicts(loaded: Any) -
         eviction = Eviction(policy="uniform", budget=32, window=8)
         n_ubatch = (prompt.n_tokens - 1) // 2
         assert prompt.n_tokens % n_ubatch == 1
-        with model.start(prompt, n_predict=1, n_ubatch=n_ubatch, eviction=eviction) as session:
+        with start_session(model, prompt, n_predict=1, n_ubatch=n_ubatch, eviction=eviction) as session:
             session.read_prompt()
             assert session.kv_stats().n_evictions == 1
 
@@ -240,7 +244,7 @@ def test_a_water_filled_file_is_shared_out_again_for_the_prompt(llava: Any, tmp_
     path = convert(llava.gguf(), scores, tmp_path / "c.gguf", budget=150, window=8, n_prompt=4000).path
     with VisionModel.load(path, n_threads=1) as model, model.tokenize(LONG) as prompt:
         assert model.metadata is not None and model.metadata.head_budgets.max() > prompt.n_tokens > 150
-        with model.start(prompt, n_predict=1) as session:
+        with start_session(model, prompt, n_predict=1) as session:
             session.read_prompt()
             kept = np.array([[len(head) for head in heads] for heads in session.kept()])
             # one place of a head that evicts is its residual slot's
@@ -249,7 +253,7 @@ def test_a_water_filled_file_is_shared_out_again_for_the_prompt(llava: Any, tmp_
     with (
         VisionModel.load(path, n_threads=1) as model,
         model.tokenize(LONG) as prompt,
-        model.start(prompt, n_predict=1) as session,
+        start_session(model, prompt, n_predict=1) as session,
     ):
         session.read_prompt()
         assert session.kv_stats().positions_kept_mean < 150
@@ -259,11 +263,12 @@ def test_eviction_can_be_switched_off_and_rebudgeted_at_run_time(llava: Any, tmp
     scores = random_scores(llava.gguf(), tmp_path)
     path = convert(llava.gguf(), scores, tmp_path / "c.gguf", budget=48, window=8).path
     with VisionModel.load(path, n_threads=1) as model:
-        kept = [
-            answer(model, LONG, n_predict=1, eviction=wanted)[1].kv.positions_kept_mean
+        stats = [
+            answer(model, LONG, n_predict=1, eviction=wanted)[1]
             for wanted in (None, Eviction(budget=64), Eviction(policy="uniform"), Eviction(enabled=False))
         ]
-        n_prompt = model.stats().n_prompt
+        kept = [each.kv.positions_kept_mean for each in stats]
+        n_prompt = stats[-1].n_prompt
     # one place of a head that evicts is its residual slot's; a head with a budget over the prompt has none
     assert kept[0] == kept[2] == 47 and 63 <= kept[1] < 64 and kept[3] == n_prompt
 
@@ -317,8 +322,9 @@ def test_the_same_seed_gives_the_same_text(loaded: Any) -> None:
 
 def test_pieces_never_end_within_a_character(loaded: Any) -> None:
     model = loaded("llava")
-    pieces = list(model.generate("x", n_predict=64, sampling=Sampling(2.0, seed=3)))
-    data = b"".join(model.piece(token) for token in model.stats().tokens)
+    generation = generate(model, "x", n_predict=64, sampling=Sampling(2.0, seed=3))
+    pieces = list(generation)
+    data = b"".join(model.piece(token) for token in generation.stats().tokens)
     assert "".join(pieces) == data.decode("utf-8", "replace")
 
 
@@ -330,10 +336,10 @@ def test_generation_ends_with_the_context(loaded: Any) -> None:
 
 def test_leaving_a_generation_early_frees_it_and_keeps_its_figures(loaded: Any) -> None:
     model = loaded("llava")
-    generation = model.generate("x", n_predict=50)
+    generation = generate(model, "x", n_predict=50)
     next(generation)
-    generation.close()  # type: ignore[attr-defined]
-    assert 1 <= model.stats().n_generated < 50
+    generation.close()
+    assert 1 <= generation.stats().n_generated < 50
 
 
 def test_closing_twice_is_harmless(llava: Any) -> None:

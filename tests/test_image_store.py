@@ -16,7 +16,7 @@ from safetensors.numpy import load_file, save_file
 from models import sample_image, test_model
 from sparsemm_edge.errors import SparseMMError
 from sparsemm_edge.mmproj import convert_mmproj
-from sparsemm_edge.runtime import Conversation, Loading, VisionModel
+from sparsemm_edge.runtime import Conversation, Loading, VisionModel, generate
 from sparsemm_edge.runtime.image_store import ImageStore
 from sparsemm_edge.runtime.library import mtmd
 from sparsemm_edge.runtime.prompt import ImagePart
@@ -60,8 +60,9 @@ def answers(model: VisionModel, seeds: list[list[int]], size: int) -> list[tuple
     """The answers to questions about pictures, by their seeds."""
     found = []
     for pictures in seeds:
-        list(model.generate(QUESTION, [sample_image(size, seed) for seed in pictures], n_predict=8))
-        found.append(model.stats().tokens)
+        answer = generate(model, QUESTION, [sample_image(size, seed) for seed in pictures], n_predict=8)
+        list(answer)
+        found.append(answer.stats().tokens)
     return found
 
 
@@ -84,7 +85,7 @@ def test_pictures_of_the_same_bytes_and_another_shape_are_others(
     picture = sample_image(64, 1)
     other = Image.frombytes("RGB", (32, 128), picture.tobytes())
     for image in (picture, other):
-        list(model.generate(QUESTION, [image], n_predict=1))
+        list(generate(model, QUESTION, [image], n_predict=1))
     assert encoded() == 2
 
 

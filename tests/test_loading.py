@@ -17,6 +17,7 @@ from sparsemm_edge import cli
 from sparsemm_edge.errors import SparseMMError
 from sparsemm_edge.runtime import Loading, Lora, VisionModel
 from sparsemm_edge.runtime.library import llama
+from sparsemm_edge.runtime.session import start_session
 
 QUESTION = "What is written here?"
 
@@ -29,7 +30,10 @@ def load(name: str = "llava", **loading: Any) -> VisionModel:
 def tokens(model: VisionModel, images: Any = (), n_predict: int = 12, **options: Any) -> list[int]:
     """Greedy tokens, by a path that a test can choose."""
     text = model.chat_prompt(QUESTION, len(images))
-    with model.tokenize(text, images) as prompt, model.start(prompt, n_predict=12, **options) as session:
+    with (
+        model.tokenize(text, images) as prompt,
+        start_session(model, prompt, n_predict=12, **options) as session,
+    ):
         session.read_prompt()
         found = []
         for _ in range(n_predict):
@@ -107,7 +111,7 @@ def test_prompts_are_read_with_their_own_number_of_threads() -> None:
         with (
             load(**loading) as model,
             model.tokenize("x") as prompt,
-            model.start(prompt, n_predict=1) as session,
+            start_session(model, prompt, n_predict=1) as session,
         ):
             context = session.context
             assert (llama.llama_n_threads(context), llama.llama_n_threads_batch(context)) == expected

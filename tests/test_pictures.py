@@ -157,7 +157,7 @@ def test_every_command_and_the_api_read_the_same(
 ) -> None:
     from sparsemm_edge.evaluation import datasets
     from sparsemm_edge.pages.readers import open_pages
-    from sparsemm_edge.runtime import VisionModel
+    from sparsemm_edge.runtime import VisionModel, generate
     from sparsemm_edge.runtime.prompt import read_image
 
     data = FORMS[name](page)
@@ -192,7 +192,7 @@ def test_every_command_and_the_api_read_the_same(
         for image in (tmp_path / "plain.png", file)
     ]
     with VisionModel.load(files.model, files.mmproj, n_threads=1) as model, Image.open(file) as opened:
-        texts.append("".join(model.generate("Read it.", [opened], n_predict=24)))
+        texts.append("".join(generate(model, "Read it.", [opened], n_predict=24)))
     assert texts[0] == texts[1] == texts[2] != ""
 
 

@@ -11,6 +11,7 @@ import pytest
 from sparsemm_edge.budgets import FULL
 from sparsemm_edge.runtime import VisionModel
 from sparsemm_edge.runtime.eviction import HeadBudgetTable
+from sparsemm_edge.runtime.session import start_session_with
 from test_eviction import POOL_KERNEL, random_table
 
 QUESTION = "What is written here? Answer briefly, in the words of the page itself."
@@ -37,12 +38,14 @@ def test_from_a_prefix_heads_keep_and_say_what_they_do_from_the_whole_prompt(
             "n_outputs": 16,
         }
         everything = np.full((shape.n_layer, shape.n_head_kv), FULL, dtype=np.uint32)
-        with model.start_with(prompt, HeadBudgetTable(everything, 1, POOL_KERNEL), **options) as session:
+        with start_session_with(
+            model, prompt, HeadBudgetTable(everything, 1, POOL_KERNEL), **options
+        ) as session:
             assert session.takes_prefix
             prefix = session.read_prefix(n - N_REST)
         for budget, window, seed in ((12, 5, 0), (40, 16, 1), (n // 2, N_REST, 2)):
             table = HeadBudgetTable(random_table(model, budget, window, n, seed), window, POOL_KERNEL)
-            with model.start_with(prompt, table, **options) as session:
+            with start_session_with(model, prompt, table, **options) as session:
                 session.read_prompt()
                 whole, logits = session.kept(), [session.logits()]
                 tokens = []
@@ -51,7 +54,7 @@ def test_from_a_prefix_heads_keep_and_say_what_they_do_from_the_whole_prompt(
                     session.decode(tokens[-1])
                     logits.append(session.logits())
                 stats = session.kv_stats()
-            with model.start_with(prompt, table, **options) as session:
+            with start_session_with(model, prompt, table, **options) as session:
                 session.read_prompt(prefix)
                 # ties aside, which flash attention's rounding of another batch decides
                 agree = [

@@ -14,7 +14,7 @@ import pytest
 from conftest import CommandLine
 from models import test_model
 from sparsemm_edge.errors import SparseMMError
-from sparsemm_edge.runtime import Sampling, VisionModel
+from sparsemm_edge.runtime import Sampling, VisionModel, generate
 from sparsemm_edge.runtime.sampler import StopTexts
 
 PROMPT = "Tell me more."
@@ -32,12 +32,13 @@ def model() -> Iterator[VisionModel]:
 
 
 def text(model: VisionModel, n_predict: int = 40, **options: Any) -> str:
-    return "".join(model.generate(PROMPT, n_predict=n_predict, sampling=Sampling(**options)))
+    return "".join(generate(model, PROMPT, n_predict=n_predict, sampling=Sampling(**options)))
 
 
 def tokens(model: VisionModel, n_predict: int = 40, **options: Any) -> tuple[int, ...]:
-    text(model, n_predict, **options)
-    return model.stats().tokens
+    answer = generate(model, PROMPT, n_predict=n_predict, sampling=Sampling(**options))
+    list(answer)
+    return answer.stats().tokens
 
 
 # --- numbers
@@ -80,9 +81,10 @@ def test_penalties_count_at_temperature_0_and_for_the_prompt_too(penalty: str, m
 def test_an_answer_ends_before_a_text_to_stop_at(model: VisionModel) -> None:
     whole = text(model)
     stop = whole[17:21]
-    pieces = list(model.generate(PROMPT, n_predict=40, sampling=Sampling(stop=("never said", stop))))
+    answer = generate(model, PROMPT, n_predict=40, sampling=Sampling(stop=("never said", stop)))
+    pieces = list(answer)
     assert "".join(pieces) == whole[: whole.index(stop)]
-    assert model.stats().n_generated < 40
+    assert answer.stats().n_generated < 40
     # a text that only begins is held back until it is clear that it does not go on, and then said
     assert text(model, stop=(whole[-3:] + "and more",)) == whole
 

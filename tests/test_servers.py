@@ -24,8 +24,8 @@ import pytest
 from builds import environment, tools
 from models import sample_image, test_model
 from sparsemm_edge.convert import convert
-from sparsemm_edge.runtime import Eviction, VisionModel, library
-from sparsemm_edge.runtime.session import Session
+from sparsemm_edge.runtime import Eviction, VisionModel, generate, library
+from sparsemm_edge.runtime.session import Session, start_session
 from test_generate import random_scores
 
 LLAVAS = ("llava", "llava-gqa")
@@ -66,9 +66,9 @@ def expected(folder: Path, name: str, question: str, template: str | None) -> st
         texts = []
         for eviction in (Eviction(), Eviction(enabled=False)):
             options: dict[str, Any] = {"chat_template": template, "eviction": eviction}
-            pieces = model.generate(question, [folder / f"{name}.png"], n_predict=N_PREDICT, **options)
+            pieces = generate(model, question, [folder / f"{name}.png"], n_predict=N_PREDICT, **options)
             texts.append("".join(pieces))
-            assert model.stats().kv.n_evictions == eviction.enabled
+            assert pieces.stats().kv.n_evictions == eviction.enabled
     assert texts[0] != texts[1]
     return texts[0]
 
@@ -246,7 +246,7 @@ def test_llama_server_goes_on_from_what_it_holds(folder: Path, name: str) -> Non
             model.tokenize(prompt, [folder / f"{name}.png"]) as tokenized,
             model.tokenize(turns % (text_of(reply), OTHER_QUESTION[name])) as more,
             # in calls for text and image, as the server reads it
-            model.start(tokenized, n_predict=1, n_ctx=1024) as session,
+            start_session(model, tokenized, n_predict=1, n_ctx=1024) as session,
         ):
             tokens = more.parts[0].tokens
             tokens = tokens[int(library.llama.llama_vocab_get_add_bos(model._vocab)) :]

@@ -10,7 +10,7 @@ import pytest
 
 from models import NAMES, test_model
 from sparsemm_edge.errors import SparseMMError
-from sparsemm_edge.runtime import Eviction, VisionModel, library
+from sparsemm_edge.runtime import Eviction, VisionModel, generate, library
 from sparsemm_edge.runtime.eviction import plan
 from sparsemm_edge.runtime.library import llama
 from test_eviction import (
@@ -193,7 +193,7 @@ def test_a_bound_below_the_window_is_refused(llava: VisionModel) -> None:
 
 def test_generate_holds_no_more_of_its_answer_than_it_may(llava: VisionModel) -> None:
     eviction = Eviction(policy="uniform", budget=24, window=8, max_tail=10)
-    text = "".join(llava.generate("Hello there, you. " * 4, n_predict=40, eviction=eviction))
-    stats = llava.stats()
+    answer = generate(llava, "Hello there, you. " * 4, n_predict=40, eviction=eviction)
+    text, stats = "".join(answer), answer.stats()
     assert text and stats.n_generated > 12
     assert stats.kv.positions_kept_mean == 23 + 10  # and the residual slot

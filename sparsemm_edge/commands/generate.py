@@ -41,13 +41,15 @@ def generate(
       sparsemm-edge generate -m llava.sparsemm.gguf --load-session page.session -p "And what is below it?"
     """
     from sparsemm_edge.image_urls import open_image
+    from sparsemm_edge.runtime import generate as answering
 
     question, frame = asked.text(), framed.arguments()
     images = [open_image(each) for each in image or []]
     sampling = sampled.sampling()
     text = ""
     with loaded.load(show_log=verbose) as model:
-        for piece in model.generate(
+        answer = answering(
+            model,
             question,
             images,
             n_predict=n_predict,
@@ -60,11 +62,12 @@ def generate(
             eviction=evicted.eviction(),
             save_session=save_session,
             load_session=load_session,
-        ):
+        )
+        for piece in answer:
             text += piece
             if not as_json:
                 print(piece, end="", flush=True)
-        stats = model.stats()
+        stats = answer.stats()
     if as_json:
         print_json(stats.figures(text))
     else:

@@ -34,6 +34,7 @@ def kept(
     from sparsemm_edge.errors import SparseMMError
     from sparsemm_edge.image_urls import open_image
     from sparsemm_edge.kept_map import check_picture, save_kept_map
+    from sparsemm_edge.runtime import start_session
 
     check_picture(out, view)
     question, frame = asked.text(), framed.arguments()
@@ -54,7 +55,8 @@ def kept(
         ) as tokenized,
     ):
         grid = model.image_grid(tokenized)
-        with model.start(
+        with start_session(
+            model,
             tokenized,
             n_predict=1,
             n_ubatch=n_ubatch,

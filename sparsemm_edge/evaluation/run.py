@@ -23,7 +23,7 @@ from sparsemm_edge.runtime import VisionModel
 from sparsemm_edge.runtime.eviction import HeadBudgetTable
 from sparsemm_edge.runtime.loading import Loading
 from sparsemm_edge.runtime.prompt import ImagePart, Prompt, TextPart
-from sparsemm_edge.runtime.session import Prefix, Session, cache_type
+from sparsemm_edge.runtime.session import Prefix, Session, cache_type, start_session_with
 from sparsemm_edge.scores import HeadScores, group_scores
 from sparsemm_edge.workers import in_processes
 
@@ -291,7 +291,8 @@ class Evaluator:
         prompt: Prompt | None = None,
     ) -> Session:
         longest = max((len(answer.tokens) - 1 for answer in reading.full.values()), default=0)
-        return self._model.start_with(
+        return start_session_with(
+            self._model,
             prompt or reading.prompt,
             table,
             n_ctx=reading.n_ctx,

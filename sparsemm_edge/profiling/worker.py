@@ -22,8 +22,9 @@ from sparsemm_edge.errors import SparseMMError
 from sparsemm_edge.gguf_header import weight_bytes
 from sparsemm_edge.profiling.jobs import Event, Setting, Task
 from sparsemm_edge.runtime import Eviction, Prompt, Session, VisionModel, library
-from sparsemm_edge.runtime.model import rss_peak_bytes
+from sparsemm_edge.runtime.process import rss_peak_bytes
 from sparsemm_edge.runtime.prompt import TextPart
+from sparsemm_edge.runtime.session import start_session
 
 N_TURNS, N_PER_TURN = 8, 5
 """Decoding by turns: each context decodes this many tokens, the first of a turn is not counted. All of them
@@ -178,7 +179,8 @@ def _start(
     if setting.evicts:
         wishes = (task.policy, setting.budget, task.window, scores, task.max_tail, task.vote, task.residual)
         eviction = Eviction(True, *wishes)
-    return model.start(
+    return start_session(
+        model,
         prompt,
         n_predict=n_reply,
         n_ctx=prompt.n_tokens + n_reply,

@@ -2,17 +2,19 @@
 
 from sparsemm_edge.runtime.conversation import Conversation, GenerationStats, Timings
 from sparsemm_edge.runtime.eviction import Eviction
+from sparsemm_edge.runtime.generate import Generation, generate
 from sparsemm_edge.runtime.loading import Loading, Lora
 from sparsemm_edge.runtime.model import VisionModel
 from sparsemm_edge.runtime.prompt import Prompt, image_marker
 from sparsemm_edge.runtime.sampler import Sampling
-from sparsemm_edge.runtime.session import CACHE_TYPES, Cancelled, KVStats, Session
+from sparsemm_edge.runtime.session import CACHE_TYPES, Cancelled, KVStats, Session, start_session
 
 __all__ = [
     "CACHE_TYPES",
     "Cancelled",
     "Conversation",
     "Eviction",
+    "Generation",
     "GenerationStats",
     "KVStats",
     "Loading",
@@ -22,5 +24,7 @@ __all__ = [
     "Session",
     "Timings",
     "VisionModel",
+    "generate",
     "image_marker",
+    "start_session",
 ]

@@ -7,7 +7,7 @@ from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -18,13 +18,11 @@ from sparsemm_edge.errors import ContextFullError, SparseMMError, check_within
 from sparsemm_edge.runtime import session_file
 from sparsemm_edge.runtime.chat_template import Turn
 from sparsemm_edge.runtime.eviction import Eviction, HeadBudgetTable, same_budgets
+from sparsemm_edge.runtime.model import VisionModel
 from sparsemm_edge.runtime.process import rss_peak_bytes
 from sparsemm_edge.runtime.prompt import Prompt, TextPart
 from sparsemm_edge.runtime.sampler import Sampler, Sampling, StopTexts
-from sparsemm_edge.runtime.session import KVStats, Session, cache_type
-
-if TYPE_CHECKING:
-    from sparsemm_edge.runtime.model import VisionModel
+from sparsemm_edge.runtime.session import KVStats, Session, cache_type, start_session_with
 
 
 @dataclass(frozen=True)
@@ -98,7 +96,7 @@ class Conversation:
 
     def __init__(
         self,
-        model: "VisionModel",
+        model: VisionModel,
         *,
         n_ctx: int | None = None,
         n_ubatch: int | None = None,
@@ -284,7 +282,9 @@ class Conversation:
             table = model.plan(self._eviction, prompt.n_tokens, self._n_ctx if self._several else None)
             type_k, type_v = self._types
             small = min(n_ctx, prompt.n_tokens + 1)
-            model.start_with(prompt, table, n_ctx=small, cache_type_k=type_k, cache_type_v=type_v).close()
+            start_session_with(
+                model, prompt, table, n_ctx=small, cache_type_k=type_k, cache_type_v=type_v
+            ).close()
 
     def save(self, path: Path) -> None:
         """Write the conversation to a file, from which another process can go on.
@@ -366,7 +366,8 @@ class Conversation:
         else:
             self._planned = (prompt.n_tokens, self._n_ctx if self._several else None)
             self._table = model.plan(self._eviction, *self._planned)
-        session = model.start_with(
+        session = start_session_with(
+            model,
             prompt,
             self._table,
             n_ctx=n_ctx,

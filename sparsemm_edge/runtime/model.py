@@ -1,9 +1,9 @@
-"""A vision-language model in llama.cpp: load, ask about images, read off what it took."""
+"""A vision-language model in llama.cpp: load, tokenise, encode images. It knows no context (session.py)."""
 
 import ctypes
 import os
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from types import TracebackType
@@ -13,20 +13,19 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
-from sparsemm_edge.defaults import MAX_POSITIONS, MAX_THREADS
+from sparsemm_edge.defaults import MAX_THREADS
 from sparsemm_edge.errors import ContextFullError, SparseMMError, check_within
+from sparsemm_edge.files import fingerprint
 from sparsemm_edge.gguf_header import read_header
-from sparsemm_edge.gguf_metadata import check_supported, model_shape, sparsemm_metadata
+from sparsemm_edge.gguf_metadata import model_shape, sparsemm_metadata
 from sparsemm_edge.kept_map import ImageGrid
-from sparsemm_edge.resources import machine_memory, usable_cores
-from sparsemm_edge.runtime import builtin_templates, chat_template, library, session_file
+from sparsemm_edge.resources import usable_cores
+from sparsemm_edge.runtime import builtin_templates, chat_template, library
 from sparsemm_edge.runtime.chat_template import Turn
-from sparsemm_edge.runtime.conversation import Conversation, GenerationStats
 from sparsemm_edge.runtime.eviction import Eviction, HeadBudgetTable, plan
 from sparsemm_edge.runtime.image_store import ImageStore
 from sparsemm_edge.runtime.library import llama, mtmd
 from sparsemm_edge.runtime.loading import Adapters, Loading
-from sparsemm_edge.runtime.process import rss_peak_bytes as rss_peak_bytes
 from sparsemm_edge.runtime.prompt import (
     ImagePart,
     Prompt,
@@ -35,21 +34,22 @@ from sparsemm_edge.runtime.prompt import (
     tokenize_with_images,
 )
 from sparsemm_edge.runtime.sampler import Sampler, Sampling
-from sparsemm_edge.runtime.session import N_UBATCH, Session, cache_type
 
 
 class VisionModel:
     """A text model with, or without, its image encoder.
 
         with VisionModel.load("model.sparsemm.gguf", "mmproj.gguf") as model:
-            for piece in model.generate("What does the page say?", ["page.png"]):
+            answer = generate(model, "What does the page say?", ["page.png"])
+            for piece in answer:
                 print(piece, end="", flush=True)
-            print(model.stats())
+            print(answer.stats())
 
     Close it, or use it in a `with`: it owns memory of llama.cpp.
 
     Attributes:
         path: the text model's file.
+        header: of that file.
         shape: layers, heads, head sizes.
         metadata: the file's head budgets, None if it was not converted.
         pointer: llama_model pointer.
@@ -70,11 +70,10 @@ class VisionModel:
         self._vision: int | None = None
         self._projector: str | None = None  # what kind it is
         self._n_patches = 0  # a side of the image encoder's picture in patches, 0 if it is not fixed
-        self._stats: GenerationStats | None = None
         try:
-            self._header = read_header(path)
-            self.shape = model_shape(self._header)
-            self.metadata = sparsemm_metadata(self._header)
+            self.header = read_header(path)
+            self.shape = model_shape(self.header)
+            self.metadata = sparsemm_metadata(self.header)
             self._load_text_model()
             if mmproj is not None:
                 self._load_vision(mmproj)
@@ -127,74 +126,6 @@ class VisionModel:
         self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
-
-    def generate(
-        self,
-        prompt: str,
-        images: Sequence[str | Path | Image.Image] = (),
-        *,
-        n_predict: int = 256,
-        sampling: Sampling | None = None,
-        n_ctx: int | None = None,
-        n_ubatch: int | None = None,
-        cache_type_k: str = "f16",
-        cache_type_v: str = "f16",
-        system: str | None = None,
-        chat_template: str | None = None,
-        template_options: Mapping[str, Any] | None = None,
-        eviction: Eviction | None = None,
-        save_session: Path | None = None,
-        load_session: Path | None = None,
-    ) -> Iterator[str]:
-        """Answer one user message, piece by piece; stats() tells afterwards what it took.
-
-        Args:
-            prompt: what the user asks.
-            images: files or pictures that the message shows before the text.
-            n_predict: most tokens to generate.
-            sampling: how tokens are chosen; None: the likeliest ones.
-            n_ctx: most positions of prompts and replies together; None: as many as they need.
-            n_ubatch: prompt tokens computed at a time; None: 512.
-            cache_type_k, cache_type_v: one of session.CACHE_TYPES.
-            system: what the model is told before everything.
-            chat_template: jinja text to use instead of the model's own template, or a name of llama.cpp's.
-            template_options: what else the template is told, such as {"enable_thinking": False}.
-            eviction: None: as the model file says.
-            save_session: a file to write the conversation to, once the answer is complete.
-            load_session: a file of save_session; the message follows what was said there.
-
-        Yields:
-            Text, never half a character.
-
-        Raises:
-            SparseMMError: an image that cannot be read, an image encoder or chat template that is missing,
-                a prompt longer than the context, or an argument out of its range.
-        """
-        with Conversation(
-            self,
-            n_ctx=n_ctx,
-            n_ubatch=n_ubatch,
-            cache_type_k=cache_type_k,
-            cache_type_v=cache_type_v,
-            system=system,
-            chat_template=chat_template,
-            template_options=template_options,
-            eviction=eviction,
-            several=save_session is not None,
-            resume=load_session,
-        ) as conversation:
-            try:
-                yield from conversation.ask(prompt, images, n_predict=n_predict, sampling=sampling)
-            finally:
-                self._stats = conversation.last_stats or self._stats
-            if save_session is not None:
-                conversation.save(save_session)
-
-    def stats(self) -> GenerationStats:
-        """What the last generation took, as far as it went."""
-        if self._stats is None:
-            raise SparseMMError("nothing was generated yet")
-        return self._stats
 
     def chat_prompt(
         self,
@@ -292,58 +223,9 @@ class VisionModel:
             raise ContextFullError(f"the prompt takes {n_tokens} positions, --n-ctx allows {n_ctx}")
         return n_ctx
 
-    def start(
-        self,
-        prompt: Prompt,
-        *,
-        n_predict: int,
-        n_ctx: int | None = None,
-        n_ubatch: int | None = None,
-        cache_type_k: str = "f16",
-        cache_type_v: str = "f16",
-        eviction: Eviction | None = None,
-        flash_attn: bool = True,
-        on_phase: Callable[[str], None] | None = None,
-    ) -> Session:
-        """A session that is about to read this prompt; arguments as for generate and Session."""
-        for name, value in (("n_predict", n_predict), ("n_ctx", n_ctx), ("n_ubatch", n_ubatch)):
-            if value is not None:
-                check_within(name, value, 1, MAX_POSITIONS)
-        cache_type(cache_type_k), cache_type(cache_type_v)
-        return self.start_with(
-            prompt,
-            self.plan(eviction or Eviction(), prompt.n_tokens),
-            n_ctx=self.n_ctx_for(prompt, n_predict, n_ctx),
-            n_ubatch=n_ubatch,
-            cache_type_k=cache_type_k,
-            cache_type_v=cache_type_v,
-            flash_attn=flash_attn,
-            on_phase=on_phase,
-        )
-
-    def start_with(self, prompt: Prompt, table: HeadBudgetTable | None, **options: Any) -> Session:
-        """A session that evicts by this table, None: keeps the whole cache; options as for Session."""
-        if table is not None:
-            check_supported(self._header, self.shape)
-        n_ubatch = min(options.get("n_ubatch") or N_UBATCH, options["n_ctx"])
-        self._check_room(options["n_ctx"], n_ubatch, table)
-        return Session(self, prompt, table, **options)
-
     def sampler(self, sampling: Sampling, said: Sequence[int] = ()) -> Sampler:
         """What chooses an answer's tokens; `said`: the tokens of the text before it."""
         return Sampler(sampling, self._vocab, said)
-
-    def _check_room(self, n_ctx: int, n_ubatch: int, table: HeadBudgetTable | None) -> None:
-        """Raise SparseMMError for a context that takes more memory than the machine has."""
-        # a mask of f16 in a context that evicts, K and V of 4 bits at least in one that does not
-        shape = self.shape
-        each = 2 * n_ubatch if table is not None else shape.kv_bytes(shape.n_layer * shape.n_head_kv, 1) // 2
-        least, total = n_ctx * each, machine_memory()[0]
-        if least > total:
-            raise SparseMMError(
-                f"a context of {n_ctx} positions takes more than {least / 2**30:.1f} GiB, this machine has"
-                f" {total / 2**30:.1f} GiB: --n-ctx makes it smaller"
-            )
 
     def ends_turn(self, token: int) -> bool:
         """Whether a token ends the model's turn."""
@@ -367,9 +249,9 @@ class VisionModel:
 
     @cached_property
     def fingerprint(self) -> str:
-        """Tells this model file, with its adapters, from others; see session_file.fingerprint."""
-        parts = [session_file.fingerprint(self.path)]
-        parts += [f"{session_file.fingerprint(Path(lora.path))}={lora.scale}" for lora in self.loading.loras]
+        """Tells this model file, with its adapters, from others; see files.fingerprint."""
+        parts = [fingerprint(self.path)]
+        parts += [f"{fingerprint(Path(lora.path))}={lora.scale}" for lora in self.loading.loras]
         return "+".join(parts)
 
     def encode_image(self, part: ImagePart) -> npt.NDArray[np.float32]:

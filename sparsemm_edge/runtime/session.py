@@ -5,21 +5,22 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from types import TracebackType
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
 
-from sparsemm_edge.errors import SparseMMError
+from sparsemm_edge.defaults import MAX_POSITIONS
+from sparsemm_edge.errors import SparseMMError, check_within
+from sparsemm_edge.gguf_metadata import check_supported
+from sparsemm_edge.resources import machine_memory
 from sparsemm_edge.runtime import library
 from sparsemm_edge.runtime.attention import StrongestPositions
-from sparsemm_edge.runtime.eviction import HeadBudgetTable
+from sparsemm_edge.runtime.eviction import Eviction, HeadBudgetTable
 from sparsemm_edge.runtime.library import llama, mtmd
+from sparsemm_edge.runtime.model import VisionModel
 from sparsemm_edge.runtime.prompt import ImagePart, Prompt, TextPart
-
-if TYPE_CHECKING:
-    from sparsemm_edge.runtime.model import VisionModel
 
 CACHE_TYPES = {
     "f16": GGMLQuantizationType.F16,
@@ -105,7 +106,7 @@ class Session:
 
     def __init__(
         self,
-        model: "VisionModel",
+        model: VisionModel,
         prompt: Prompt,
         table: HeadBudgetTable | None = None,
         *,
@@ -499,6 +500,61 @@ class Session:
             raise SparseMMError(f"the context of {llama.llama_n_ctx(self.context)} positions is full")
         if status != 0:
             raise library.failure(f"llama.cpp failed to compute (status {status})")
+
+
+def start_session(
+    model: VisionModel,
+    prompt: Prompt,
+    *,
+    n_predict: int,
+    n_ctx: int | None = None,
+    n_ubatch: int | None = None,
+    cache_type_k: str = "f16",
+    cache_type_v: str = "f16",
+    eviction: Eviction | None = None,
+    flash_attn: bool = True,
+    on_phase: Callable[[str], None] | None = None,
+) -> Session:
+    """A session that is about to read this prompt; arguments as for generate and Session."""
+    for name, value in (("n_predict", n_predict), ("n_ctx", n_ctx), ("n_ubatch", n_ubatch)):
+        if value is not None:
+            check_within(name, value, 1, MAX_POSITIONS)
+    cache_type(cache_type_k), cache_type(cache_type_v)
+    return start_session_with(
+        model,
+        prompt,
+        model.plan(eviction or Eviction(), prompt.n_tokens),
+        n_ctx=model.n_ctx_for(prompt, n_predict, n_ctx),
+        n_ubatch=n_ubatch,
+        cache_type_k=cache_type_k,
+        cache_type_v=cache_type_v,
+        flash_attn=flash_attn,
+        on_phase=on_phase,
+    )
+
+
+def start_session_with(
+    model: VisionModel, prompt: Prompt, table: HeadBudgetTable | None, **options: Any
+) -> Session:
+    """A session that evicts by this table, None: keeps the whole cache; options as for Session."""
+    if table is not None:
+        check_supported(model.header, model.shape)
+    n_ubatch = min(options.get("n_ubatch") or N_UBATCH, options["n_ctx"])
+    _check_room(model, options["n_ctx"], n_ubatch, table)
+    return Session(model, prompt, table, **options)
+
+
+def _check_room(model: VisionModel, n_ctx: int, n_ubatch: int, table: HeadBudgetTable | None) -> None:
+    """Raise SparseMMError for a context that takes more memory than the machine has."""
+    # a mask of f16 in a context that evicts, K and V of 4 bits at least in one that does not
+    shape = model.shape
+    each = 2 * n_ubatch if table is not None else shape.kv_bytes(shape.n_layer * shape.n_head_kv, 1) // 2
+    least, total = n_ctx * each, machine_memory()[0]
+    if least > total:
+        raise SparseMMError(
+            f"a context of {n_ctx} positions takes more than {least / 2**30:.1f} GiB, this machine has"
+            f" {total / 2**30:.1f} GiB: --n-ctx makes it smaller"
+        )
 
 
 def cache_type(name: str) -> GGMLQuantizationType:

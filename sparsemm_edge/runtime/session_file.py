@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,7 +15,6 @@ from sparsemm_edge.runtime.session import SessionState
 
 _FORMAT, _VERSION = "sparsemm-edge/session", 2
 _MAX_HEADER = 2**24  # bytes: the head budgets of the largest models take a tenth of a percent of it
-_SAMPLE = 2**20
 
 
 @dataclass(frozen=True)
@@ -24,7 +22,7 @@ class SavedConversation:
     """What it takes to go on with a conversation.
 
     Attributes:
-        model: fingerprint() of the model file; model_name: the file's name, for messages.
+        model: files.fingerprint() of the model file; model_name: the file's name, for messages.
         cache_types: of K and V, names in CACHE_TYPES.
         table: what the cache evicts by; None: nothing.
         planned: what the table was planned for: n_prompt and n_later of eviction.plan.
@@ -41,19 +39,6 @@ class SavedConversation:
     n_ubatch: int
     pending: tuple[int, ...]
     state: SessionState
-
-
-def fingerprint(model: Path) -> str:
-    """A hash of a model file's size and of samples of its content: its keys, and numbers all over it."""
-    size = model.stat().st_size
-    digest = hashlib.sha256(str(size).encode())
-    with model.open("rb") as file:
-        for part in range(8):
-            file.seek(size * part // 8)
-            digest.update(file.read(_SAMPLE))
-        file.seek(max(size - _SAMPLE, 0), os.SEEK_SET)
-        digest.update(file.read(_SAMPLE))
-    return digest.hexdigest()
 
 
 def write(path: Path, saved: SavedConversation) -> None:

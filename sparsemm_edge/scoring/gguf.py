@@ -14,6 +14,7 @@ from sparsemm_edge.runtime import VisionModel
 from sparsemm_edge.runtime.attention import StrongestPositions
 from sparsemm_edge.runtime.library import mtmd
 from sparsemm_edge.runtime.prompt import ImagePart, Prompt
+from sparsemm_edge.runtime.session import start_session_with
 from sparsemm_edge.scoring.mtmd_layout import ImageEncoder, Tile
 from sparsemm_edge.scoring.target_response import Answer
 
@@ -83,7 +84,8 @@ class GgufReader:
         """The greedy answer, and for each of its tokens the strongest positions [n_layer, n_head]."""
         tokens: list[int] = []
         strongest = []
-        with self._model.start_with(
+        with start_session_with(
+            self._model,
             prompt,
             None,
             n_ctx=self._model.n_ctx_for(prompt, limit, None),

@@ -84,7 +84,7 @@ class GgufFiles:
 
     def key(self) -> dict[str, Any]:
         """What two runs must have in common for one to go on where the other stopped."""
-        from sparsemm_edge.runtime.session_file import fingerprint
+        from sparsemm_edge.files import fingerprint
 
         return {
             "model": fingerprint(self.model),
