@@ -119,7 +119,7 @@ def show(report: dict[str, Any]) -> None:
     from rich import box
     from rich.table import Table
 
-    from sparsemm_edge.commands.output import console as output
+    from sparsemm_edge.output import console as output
 
     console = output()
     drawn = "" if report["seed"] is None else f", drawn from seed {report['seed']}"

@@ -19,9 +19,9 @@ import typer
 from conftest import CommandLine
 from sparsemm_edge import cli
 from sparsemm_edge.commands.options import NUMBERS
-from sparsemm_edge.commands.output import whole_numbers
 from sparsemm_edge.demo import DemoModel
 from sparsemm_edge.errors import SparseMMError
+from sparsemm_edge.output import whole_numbers
 from sparsemm_edge.resources import machine_memory, usable_cores
 from sparsemm_edge.runtime import Conversation, Eviction, VisionModel
 

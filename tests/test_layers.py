@@ -17,9 +17,9 @@ LAYERS = (
     ("commands",),
     ("demo", "server", "chat"),
     ("convert", "inspection", "scoring", "profiling"),
-    ("evaluation",),
+    ("evaluation", "versions"),
     ("runtime",),
-    ("image_urls", "versions", "extras"),
+    ("image_urls", "extras", "output"),
 )
 RUNTIME = (
     ("generate",),

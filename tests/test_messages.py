@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 
 from conftest import CommandLine
-from sparsemm_edge.commands.output import print_table, progress_bar
 from sparsemm_edge.demo import DemoModel
+from sparsemm_edge.output import print_table, progress_bar
 from sparsemm_edge.profiling.progress import Progress
 from sparsemm_edge.runtime.session import KVStats
 

@@ -20,11 +20,11 @@ import psutil
 import pytest
 
 from conftest import CommandLine
-from sparsemm_edge.commands.output import whole_numbers
 from sparsemm_edge.errors import SparseMMError
 from sparsemm_edge.gguf_header import read_header, weight_bytes
 from sparsemm_edge.gguf_metadata import model_shape, read_model_shape
 from sparsemm_edge.kv_layout import full_cache
+from sparsemm_edge.output import whole_numbers
 from sparsemm_edge.profiling import bench, plots, profile, profile_report, shapes
 from sparsemm_edge.profiling.figures import samples, setting_figures
 from sparsemm_edge.profiling.fit import Wish, fit

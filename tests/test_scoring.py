@@ -98,7 +98,7 @@ def test_the_query_of_the_first_token_is_the_last_of_the_prompt(name: str) -> No
     """Every head's strongest position, whether or not it is a hit, of the pass that reads the prompt."""
     ours = model(name)
     prompt = ours.prompt("read", letters_page().image)
-    with strongest_positions(ours, prompt.n_tokens) as taps:
+    with strongest_positions(ours.decoder, ours.attentions, prompt.n_tokens) as taps:
         ours.answer(prompt, 1)
         got = table(taps)
     eager = AutoModelForImageTextToText.from_pretrained(

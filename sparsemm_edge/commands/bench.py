@@ -6,8 +6,8 @@ from typing import Annotated
 import typer
 
 from sparsemm_edge.commands import options
-from sparsemm_edge.commands.output import print_json, print_table, whole_numbers
 from sparsemm_edge.errors import SparseMMError
+from sparsemm_edge.output import print_json, print_table, whole_numbers
 
 
 def bench(

@@ -8,8 +8,8 @@ import typer
 
 from sparsemm_edge import defaults
 from sparsemm_edge.commands import options
-from sparsemm_edge.commands.output import print_figures, print_json, progress_bar
 from sparsemm_edge.errors import SparseMMError
+from sparsemm_edge.output import print_figures, print_json, progress_bar
 
 
 def convert(

@@ -6,7 +6,7 @@ from typing import Annotated
 import typer
 
 from sparsemm_edge.commands import options
-from sparsemm_edge.commands.output import print_json, whole_numbers
+from sparsemm_edge.output import print_json, whole_numbers
 
 
 def demo(

@@ -9,8 +9,8 @@ import typer
 
 from sparsemm_edge import defaults
 from sparsemm_edge.commands import options
-from sparsemm_edge.commands.output import print_json
 from sparsemm_edge.errors import SparseMMError
+from sparsemm_edge.output import print_json
 
 _T = TypeVar("_T")
 

@@ -8,8 +8,8 @@ from typing import Annotated, Any
 import typer
 
 from sparsemm_edge.commands import options
-from sparsemm_edge.commands.output import print_json, print_table
 from sparsemm_edge.errors import SparseMMError
+from sparsemm_edge.output import print_json, print_table
 
 _UNITS = {"K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 

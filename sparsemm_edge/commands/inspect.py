@@ -6,8 +6,8 @@ from typing import Annotated
 import typer
 
 from sparsemm_edge.commands import options
-from sparsemm_edge.commands.output import console, print_figures, print_json
 from sparsemm_edge.errors import SparseMMError
+from sparsemm_edge.output import console, print_figures, print_json
 
 
 def inspect(

@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from sparsemm_edge.commands import options
-from sparsemm_edge.commands.output import print_json, print_table, whole_numbers
+from sparsemm_edge.output import print_json, print_table, whole_numbers
 
 
 @options.grouped

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from sparsemm_edge.commands import options
-from sparsemm_edge.commands.output import print_json, progress_bar
 from sparsemm_edge.errors import SparseMMError
+from sparsemm_edge.output import print_json, progress_bar
 
 if TYPE_CHECKING:
     from sparsemm_edge.scoring.run import Job, Report

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from sparsemm_edge.commands import options
-from sparsemm_edge.commands.output import print_json, print_table, progress_bar
+from sparsemm_edge.output import print_json, print_table, progress_bar
 
 if TYPE_CHECKING:
     from sparsemm_edge.scores import HeadScores

@@ -187,7 +187,7 @@ class VisionLanguageModel:
             SparseMMError: prompt or processor do not go with the model, or it cannot answer.
         """
         prompt = self.prompt(question, page)
-        with strongest_positions(self, prompt.n_tokens) as taps:
+        with strongest_positions(self.decoder, self.attentions, prompt.n_tokens) as taps:
             tokens = self.answer(prompt, max_new_tokens)
             return Answer(tokens, table(taps), prompt.image_positions, prompt.layout)
 

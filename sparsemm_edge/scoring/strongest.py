@@ -5,9 +5,9 @@ usual (sdpa), and beside it, for the last query alone, which position it attends
 per head and token, and all that the scores need.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -15,9 +15,6 @@ import torch
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
-
-if TYPE_CHECKING:
-    from sparsemm_edge.scoring.models import VisionLanguageModel
 
 _ATTENTION = "sparsemm_target_response"
 
@@ -75,16 +72,16 @@ AttentionMaskInterface.register(_ATTENTION, sdpa_mask)
 
 
 @contextmanager
-def strongest_positions(model: "VisionLanguageModel", n_prompt: int) -> Iterator[list[_Tap]]:
+def strongest_positions(decoder: Any, attentions: Sequence[Any], n_prompt: int) -> Iterator[list[_Tap]]:
     """Within, the model remembers for every forward pass which position each head attends to most.
 
     Yields the taps of the layers; `table` reads them.
     """
-    if model.decoder.config._attn_implementation != _ATTENTION:
-        model.decoder.set_attn_implementation(_ATTENTION)
-        for attention in model.attentions:
+    if decoder.config._attn_implementation != _ATTENTION:
+        decoder.set_attn_implementation(_ATTENTION)
+        for attention in attentions:
             attention.sparsemm_tap = _Tap()
-    taps = [attention.sparsemm_tap for attention in model.attentions]
+    taps = [attention.sparsemm_tap for attention in attentions]
     for tap in taps:
         tap.n_prompt = n_prompt
     try:
