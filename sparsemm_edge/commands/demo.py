@@ -26,9 +26,9 @@ def demo(
     out: Annotated[Path, typer.Option(help="Folder for the page and the pictures.")] = Path("sparsemm-demo"),
     as_json: options.AsJson = False,
 ) -> None:
-    """A small packaged model reads a page: with the full cache and with evicted ones, side by side.
+    """Run a small bundled model with and without eviction, and show the answers side by side.
 
-    Budgets go to the heads by their scores; the first one is also shared out evenly, for comparison.
+    Budgets are distributed over the heads by score; the first one also evenly, for comparison.
 
     \b
     Examples:

@@ -47,7 +47,7 @@ def fit(
     ] = None,
     as_json: options.AsJson = False,
 ) -> None:
-    """Does it fit? What model, images and cache would take, without running anything.
+    """Compute the memory that a model, its images and its cache need, without running it.
 
     K and V are exact. Compute buffers are what llama.cpp says it would allocate, the image encoder's for the
     image that it warms up with. What a GPU holds counts like the rest: totals are of all devices together.

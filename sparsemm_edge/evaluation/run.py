@@ -35,7 +35,7 @@ _MIN_REST = 64
 
 @dataclass(frozen=True)
 class Job:
-    """What is run, and on what.
+    """Model files and generation limits of one evaluation.
 
     Attributes:
         model, mmproj: GGUF files of the text model and its image encoder.

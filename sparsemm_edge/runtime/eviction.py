@@ -15,7 +15,7 @@ from sparsemm_edge.scores import HeadScores, group_scores
 
 @dataclass(frozen=True)
 class Eviction:
-    """What a generation wants of eviction. What is None is as the converted file says.
+    """Eviction options; None uses the GGUF's value.
 
     Attributes:
         enabled: False keeps the whole cache.
