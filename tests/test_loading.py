@@ -139,6 +139,17 @@ def test_the_tokens_of_an_image_are_bounded_where_its_size_decides() -> None:
     assert n_tokens(image_min_tokens=plain * 2, image_max_tokens=plain * 4) >= plain * 2
 
 
+@pytest.mark.parametrize("name", ["llava", "qwen2vl"])
+def test_an_encoder_that_is_unloaded_encodes_the_next_image_alike(name: str) -> None:
+    images = [[sample_image(test_model(name).image_size, seed)] for seed in (1, 2)]
+    with load(name) as model, load(name, unload_mmproj=True) as unloading:
+        for image in images:
+            assert tokens(unloading, image) == tokens(model, image)
+            assert model._vision and not unloading._vision
+        assert tokens(unloading) == tokens(model), "text needs none"
+        assert not unloading._vision
+
+
 # --- how they are written
 
 

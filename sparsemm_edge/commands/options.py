@@ -144,6 +144,13 @@ class Loaded:
     mlock: Annotated[
         bool, typer.Option("--mlock", help="Keep the weights in memory, as far as the system lets.")
     ] = False
+    unload_mmproj: Annotated[
+        bool,
+        typer.Option(
+            "--unload-mmproj",
+            help="Free the image encoder before the prompt is read, and load it again for the next image.",
+        ),
+    ] = False
 
     def loading(self, *, image_cache: int = 0) -> "Loading":
         from sparsemm_edge.runtime.loading import Loading, Lora
@@ -158,6 +165,7 @@ class Loaded:
             mmap=self.mmap,
             mlock=self.mlock,
             image_cache=image_cache,
+            unload_mmproj=self.unload_mmproj,
         )
 
     def load(self, *, show_log: bool = False, image_cache: int = 0) -> "VisionModel":

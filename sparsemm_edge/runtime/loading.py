@@ -54,6 +54,7 @@ class Loading:
         mmap: the file is mapped, not read.
         mlock: the weights stay in memory, as far as the system lets.
         image_cache: MiB of images that stay encoded, see ImageStore.
+        unload_mmproj: the image encoder is freed when a prompt's images are encoded, and loaded for the next.
     """
 
     n_threads_batch: int | None = None
@@ -65,6 +66,7 @@ class Loading:
     mmap: bool = True
     mlock: bool = False
     image_cache: int = 0
+    unload_mmproj: bool = False
 
     def __post_init__(self) -> None:
         if self.n_threads_batch is not None:

@@ -67,6 +67,7 @@ class VisionModel:
         self.loading = loading
         self.image_store = ImageStore(loading.image_cache * 2**20)
         self.pointer = 0
+        self._mmproj = mmproj
         self._vision: int | None = None
         self._projector: str | None = None  # what kind it is
         self._n_patches = 0  # a side of the image encoder's picture in patches, 0 if it is not fixed
@@ -190,10 +191,10 @@ class VisionModel:
         """
         if not images:
             return tokenize_text(self._vocab, text, first=first)
-        if self._vision is None:
+        if self._mmproj is None:
             raise SparseMMError("an image needs the model's image encoder: give its file with --mmproj")
         with_keys = bool(self.image_store.max_bytes)
-        return tokenize_with_images(self._vision, text, images, first=first, with_keys=with_keys)
+        return tokenize_with_images(self.vision, text, images, first=first, with_keys=with_keys)
 
     def plan(self, eviction: Eviction, n_prompt: int, n_later: int | None = None) -> HeadBudgetTable | None:
         """What a cache evicts by for a prompt of this length, see eviction.plan."""
@@ -237,12 +238,21 @@ class VisionModel:
 
     @property
     def vision(self) -> int:
-        """mtmd_context pointer."""
-        if self._vision is None:
+        """mtmd_context pointer; the image encoder is loaded again if it was unloaded."""
+        if self._mmproj is None:
             raise SparseMMError("the model was loaded without its image encoder")
+        if self._vision is None:
+            self._load_vision(self._mmproj)
+        assert self._vision is not None
         return self._vision
 
-    @property
+    def unload_encoder(self) -> None:
+        """Free the image encoder, weights and compute buffer, until it is needed again."""
+        if self._vision:
+            mtmd.mtmd_free(self._vision)
+            self._vision = None
+
+    @cached_property
     def uses_mrope(self) -> bool:
         """Whether positions of image tokens have several dimensions."""
         return bool(mtmd.mtmd_decode_use_mrope(self.vision))

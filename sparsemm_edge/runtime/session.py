@@ -414,12 +414,14 @@ class Session:
 
     def _decode_image(self, part: ImagePart, rows: slice, *, n_outputs: int) -> None:
         """Append some tokens of an image."""
+        non_causal = self._model.is_non_causal(part)
         embeddings = np.ascontiguousarray(self._encode(part)[rows])
         positions = np.ascontiguousarray(self._image_positions(part, self._n_past)[:, rows])
         outputs = np.zeros(len(embeddings), dtype=np.int8)
         if n_outputs:
             outputs[max(len(outputs) - n_outputs, 0) :] = 1
-        non_causal = self._model.is_non_causal(part)
+        if self._model.loading.unload_mmproj and part is self._images()[-1]:
+            self._model.unload_encoder()
         if non_causal:
             llama.llama_set_causal_attn(self.context, False)
         try:
