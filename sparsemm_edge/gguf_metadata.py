@@ -49,11 +49,16 @@ _ARRAYS = {"head_budgets": _U32, "head_scores": _F32}
 # attention sinks). What else can rule a file out is checked in check_supported.
 SUPPORTED_ARCHITECTURES = frozenset(
     {
+        "glm4",  # GLM-4.1V, GLM-OCR
+        "glm4moe",  # GLM-4.5V, GLM-4.6V
         "granite",  # Granite Vision
+        "hunyuan_vl",  # HunyuanOCR
         "internlm2",  # InternVL
         "llama",  # LLaVA on LLaMA, Vicuna, Mistral; Pixtral; SmolVLM; MiniCPM-V 2.5
         "minicpm",  # MiniCPM-V 2
         "mistral3",  # Mistral Small 3
+        "paddleocr",  # PaddleOCR-VL
+        "phi2",  # Moondream 2
         "phi3",  # LLaVA on Phi-3, Phi-4
         "qwen2",  # LLaVA-OneVision, InternVL
         "qwen2moe",
@@ -200,12 +205,17 @@ def model_shape(header: GGUFHeader) -> ModelShape:
     n_head_kv = count("attention.head_count_kv", n_head)
     if n_head % n_head_kv:
         raise SparseMMError(f"{path}: {n_head} query heads cannot be shared out to {n_head_kv} KV heads")
+    # layers that predict further tokens come last, and llama.cpp does not run them
+    n_next = header.value(f"{arch}.nextn_predict_layers", 0)
+    n_layer = count("block_count") - (n_next if isinstance(n_next, int) else 0)
+    if n_layer < 1:
+        raise SparseMMError(f"{path}: {shown(arch)}.nextn_predict_layers leaves no layer of block_count")
     n_embd_head = count("embedding_length") // n_head
     name = header.value("general.name")
     return ModelShape(
         arch=arch,
         name=name if isinstance(name, str) and name else path.stem,
-        n_layer=count("block_count"),
+        n_layer=n_layer,
         n_head=n_head,
         n_head_kv=n_head_kv,
         n_embd_head_k=count("attention.key_length", n_embd_head),
@@ -222,7 +232,6 @@ def check_supported(header: GGUFHeader, shape: ModelShape) -> None:
     for key, what in (
         ("attention.sliding_window", "a sliding window"),
         ("attention.kv_lora_rank", "latent attention (MLA)"),
-        ("nextn_predict_layers", "prediction layers (MTP)"),
     ):
         if np.any(header.value(f"{arch}.{key}", 0)):
             raise SparseMMError(f"{path}: unsupported model: it has {what} ({arch}.{key})")

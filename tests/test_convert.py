@@ -421,6 +421,12 @@ def test_a_part_under_another_name_is_refused_with_the_names_that_parts_have(
             read_header(write_model(tmp_path / f"m-00001-of-{value}.gguf", keys=keys))  # type: ignore[arg-type]
 
 
+def test_layers_that_predict_further_tokens_have_no_budgets(tmp_path: Path) -> None:
+    """The KV cache of llama.cpp has no place for them: see n_layer_nextn in its hparams."""
+    path = write_model(tmp_path / "m.gguf", keys={"llama.nextn_predict_layers": (1, U32)})
+    assert model_shape(read_header(path)).n_layer == 1
+
+
 LLAMA_WITHOUT_K = {key: value for key, value in attention_tensors().items() if "1.attn_k" not in key}
 
 
@@ -432,13 +438,16 @@ LLAMA_WITHOUT_K = {key: value for key, value in attention_tensors().items() if "
             r"missing tensors: blk\.1\.attn_k\.weight \(a llama model of 2 layers",
         ),
         ({"tensors": {}}, r"missing tensors: token_embd\.weight, .* and more"),
-        ({"arch": "mamba"}, "unsupported architecture 'mamba'; supported: granite, internlm2, llama"),
+        (
+            {"arch": "mamba"},
+            "unsupported architecture 'mamba'; supported: glm4, glm4moe, granite, hunyuan_vl",
+        ),
         ({"arch": "gemma3"}, "unsupported architecture 'gemma3'"),
         ({"arch": "deepseek2"}, "unsupported architecture 'deepseek2'"),
         ({"arch": "clip"}, r"this is an image encoder \(mmproj\)"),
         ({"keys": {"llama.attention.sliding_window": (4096, U32)}}, "it has a sliding window"),
         ({"keys": {"llama.attention.kv_lora_rank": (512, U32)}}, r"latent attention \(MLA\)"),
-        ({"keys": {"llama.nextn_predict_layers": (1, U32)}}, r"prediction layers \(MTP\)"),
+        ({"keys": {"llama.nextn_predict_layers": (2, U32)}}, "leaves no layer of block_count"),
         ({"keys": {"split.count": (3, GGUFValueType.UINT16)}}, "part 1 of 3 of a split model"),
         (
             {"keys": {"llama.attention.head_count_kv": ([2, 1], GGUFValueType.ARRAY)}},
