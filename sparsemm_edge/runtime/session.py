@@ -548,9 +548,12 @@ def start_session_with(
 
 def _check_room(model: VisionModel, n_ctx: int, n_ubatch: int, table: HeadBudgetTable | None) -> None:
     """Raise SparseMMError for a context that takes more memory than the machine has."""
-    # a mask of f16 in a context that evicts, K and V of 4 bits at least in one that does not
+    # K and V of 4 bits at least; where it evicts the mask of a batch, the attention of the window and its
+    # transpose, and seven tables of what the KV heads of a layer hold
     shape = model.shape
-    each = 2 * n_ubatch if table is not None else shape.kv_bytes(shape.n_layer * shape.n_head_kv, 1) // 2
+    each = shape.kv_bytes(shape.n_layer * shape.n_head_kv, 1) // 2
+    if table is not None:
+        each = 2 * n_ubatch + 2 * 4 * shape.n_head * table.window + 7 * 4 * shape.n_head_kv
     least, total = n_ctx * each, machine_memory()[0]
     if least > total:
         raise SparseMMError(
