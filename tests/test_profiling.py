@@ -13,7 +13,7 @@ import time
 from collections.abc import Callable
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import numpy as np
 import psutil
@@ -420,23 +420,3 @@ def test_bench_names_mistakes_in_one_line(
     monkeypatch.chdir(tmp_path)
 
     assert message in sparsemm("bench", *options).refusal
-
-
-@pytest.mark.parametrize("command", ["profile", "bench"])
-def test_batches_below_the_window_are_raised_and_that_is_said(
-    command: str,
-    llava_task: Task,
-    monkeypatch: pytest.MonkeyPatch,
-    caplog: pytest.LogCaptureFixture,
-) -> None:
-    def run(*_: object) -> NoReturn:
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(profile, "run_and_say", run)
-    monkeypatch.setattr(bench, "run_and_say", run)
-    with pytest.raises(KeyboardInterrupt):
-        if command == "profile":
-            profile.profile(llava_task, [64], Progress(), n_ubatch=4)
-        else:
-            bench.bench(Path(llava_task.model), [100], [64], Progress(), n_ubatch=4)
-    assert "prompts are read 16 tokens at a time, not 4" in caplog.text
