@@ -46,7 +46,7 @@ def row_bytes(cache_type: str, n: int) -> int:
 
 def full_cache(shape: ModelShape, n_ctx: int, type_k: str = "f16", type_v: str = "f16") -> KVBytes:
     """The cache of a context that does not evict: allocated up front, for all of n_ctx."""
-    allocated = _cells(shape, _pad(n_ctx, _CELLS_PAD), shape.n_layer, type_k, type_v)
+    allocated = _cells(shape, _pad(n_ctx, _CELLS_PAD), type_k, type_v)
     return KVBytes(allocated, allocated)
 
 
@@ -149,13 +149,13 @@ def _store_rows(groups: list[list[tuple[int, int]]], room: int) -> npt.NDArray[n
     )
 
 
-def _cells(shape: ModelShape, n_cells: int, n_layer: int, type_k: str, type_v: str) -> int:
-    """Bytes of n_layer K tensors and V tensors with a row of all KV heads in each cell."""
+def _cells(shape: ModelShape, n_cells: int, type_k: str, type_v: str) -> int:
+    """Bytes of the K and V tensors of all layers, with a row of all KV heads in each cell."""
     sizes = (
         n_cells * row_bytes(kind, n_embd * shape.n_head_kv)
         for kind, n_embd in ((type_k, shape.n_embd_head_k), (type_v, shape.n_embd_head_v))
     )
-    return n_layer * sum(_pad(size, _ALIGNMENT) for size in sizes)
+    return shape.n_layer * sum(_pad(size, _ALIGNMENT) for size in sizes)
 
 
 def _pad(n: int, multiple: int) -> int:

@@ -30,7 +30,6 @@ CACHE_TYPES = {
     "q4_0": GGMLQuantizationType.Q4_0,
 }
 N_UBATCH = 512  # llama.cpp's default
-_N_POS_MROPE = 4
 
 
 @dataclass(frozen=True)
@@ -417,22 +416,13 @@ class Session:
         non_causal = self._model.is_non_causal(part)
         embeddings = np.ascontiguousarray(self._encode(part)[rows])
         positions = np.ascontiguousarray(self._image_positions(part, self._n_past)[:, rows])
-        outputs = np.zeros(len(embeddings), dtype=np.int8)
-        if n_outputs:
-            outputs[max(len(outputs) - n_outputs, 0) :] = 1
         if self._model.loading.unload_mmproj and part is self._images()[-1]:
             self._model.unload_encoder()
         if non_causal:
             llama.llama_set_causal_attn(self.context, False)
         try:
-            self._decode(
-                llama.llama_batch(
-                    n_tokens=len(embeddings),
-                    embd=embeddings.ctypes.data_as(ctypes.POINTER(ctypes.c_float)),
-                    pos=positions.ctypes.data_as(ctypes.POINTER(ctypes.c_int32)),
-                    logits=outputs.ctypes.data_as(ctypes.POINTER(ctypes.c_int8)),
-                )
-            )
+            pointer = embeddings.ctypes.data_as(ctypes.POINTER(ctypes.c_float))
+            self._decode(positions, n_outputs, embd=pointer)
         finally:
             if non_causal:
                 llama.llama_set_causal_attn(self.context, True)
@@ -475,24 +465,29 @@ class Session:
     def _decode_tokens(self, tokens: npt.NDArray[np.int32], *, n_outputs: int) -> None:
         """Append tokens, the last n_outputs of which ask for logits."""
         positions = np.arange(self._n_past, self._n_past + len(tokens), dtype=np.int32)
-        outputs = np.zeros(len(tokens), dtype=np.int8)
-        if n_outputs:
-            outputs[max(len(tokens) - n_outputs, 0) :] = 1
-        self._decode(
-            llama.llama_batch(
-                n_tokens=len(tokens),
-                token=tokens.ctypes.data_as(ctypes.POINTER(ctypes.c_int32)),
-                pos=positions.ctypes.data_as(ctypes.POINTER(ctypes.c_int32)),
-                logits=outputs.ctypes.data_as(ctypes.POINTER(ctypes.c_int8)),
-            )
-        )
+        self._decode(positions, n_outputs, token=tokens.ctypes.data_as(ctypes.POINTER(ctypes.c_int32)))
         self._n_past += len(tokens)
 
-    def _decode(self, batch: Any) -> None:
-        """One llama_decode. llama.cpp copies the batch, its arrays need to live no longer than this."""
+    def _decode(self, positions: npt.NDArray[np.int32], n_outputs: int, **content: Any) -> None:
+        """One llama_decode. llama.cpp copies the batch, its arrays need to live no longer than this.
+
+        Args:
+            positions: [n], with M-RoPE [4, n] for embeddings.
+            n_outputs: how many of the last tokens ask for logits.
+            content: what the batch holds: a pointer to tokens as `token`, or to embeddings as `embd`.
+        """
+        n_tokens = positions.shape[-1]
+        outputs = np.zeros(n_tokens, dtype=np.int8)
+        outputs[max(n_tokens - n_outputs, 0) :] = 1
+        batch = llama.llama_batch(
+            n_tokens=n_tokens,
+            pos=positions.ctypes.data_as(ctypes.POINTER(ctypes.c_int32)),
+            logits=outputs.ctypes.data_as(ctypes.POINTER(ctypes.c_int8)),
+            **content,
+        )
         library.forget_errors()
         self._check(llama.llama_decode(self.context, batch))
-        self.n_tokens += batch.n_tokens
+        self.n_tokens += n_tokens
         self._n_calls += 1
 
     def _check(self, status: int) -> None:

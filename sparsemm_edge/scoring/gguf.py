@@ -34,7 +34,7 @@ class GgufReader:
         Raises:
             SparseMMError: the model's heads cannot be scored.
         """
-        check_supported(read_header(model.path), model.shape)
+        check_supported(model.header, model.shape)
         limits = (model.loading.image_min_tokens, model.loading.image_max_tokens)
         self._encoder = ImageEncoder.of(read_header(mmproj), limits)
         self._model = model
