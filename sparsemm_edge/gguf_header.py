@@ -166,6 +166,13 @@ def weight_bytes(path: Path) -> int:
     return sum(tensor.end - tensor.start for tensor in read_header(path).tensors.values())
 
 
+def weight_bytes_read(header: GGUFHeader) -> int:
+    """Bytes of the weights of a text model that a batch of tokens reads: all but other tokens' embeddings."""
+    sizes = {name: tensor.end - tensor.start for name, tensor in header.tensors.items()}
+    tied = "output.weight" not in sizes
+    return sum(sizes.values()) - (0 if tied else sizes.get("token_embd.weight", 0))
+
+
 def shown(value: Any) -> str:
     """A value of a file for an error's one line: what a damaged file holds may be long, or no text at all."""
     if isinstance(value, str) and value.isprintable() and 0 < len(value) <= 64:

@@ -101,6 +101,7 @@ class _Done:
             "prompt_tokens_details": {"cached_tokens": self.n_cached},
             "kv": asdict(self.stats.kv),
             "timings": asdict(self.stats.timings),
+            "first_token": self.stats.first_token.to_dict(self.stats.read_bytes_per_s),
         }
 
 

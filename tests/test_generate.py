@@ -14,6 +14,7 @@ from conftest import CommandLine
 from sparsemm_edge.convert import convert
 from sparsemm_edge.errors import SparseMMError
 from sparsemm_edge.gguf_metadata import read_model_shape
+from sparsemm_edge.resources import usable_cores
 from sparsemm_edge.runtime import Eviction, GenerationStats, Sampling, VisionModel, generate, library
 from sparsemm_edge.runtime.chat_template import read_template, render
 from sparsemm_edge.runtime.library import llama
@@ -361,7 +362,16 @@ def test_json_is_one_object_of_the_documented_keys(llava: Any, page: Path, spars
     files = ("-m", llava.gguf(), "--mmproj", llava.mmproj(), "--image", page, "--image", page)
     done = sparsemm("generate", *files, "-p", QUESTION, "-n", 4, "--json")
     figures = done.report
-    assert list(figures) == ["text", "tokens", "n_prompt", "n_generated", "kv", "timings", "rss_peak_bytes"]
+    assert list(figures) == [
+        "text",
+        "tokens",
+        "n_prompt",
+        "n_generated",
+        "kv",
+        "timings",
+        "first_token",
+        "rss_peak_bytes",
+    ]
     assert list(figures["kv"]) == [
         "n_positions",
         "bytes_now",
@@ -371,6 +381,15 @@ def test_json_is_one_object_of_the_documented_keys(llava: Any, page: Path, spars
         "n_evictions",
     ]
     assert list(figures["timings"]) == ["load_ms", "image_ms", "prompt_ms", "decode_ms_per_token"]
+    first = figures["first_token"]
+    parts = {name: first[name] for name in ("images", "vision", "prompt", "token")}
+    assert list(first) == ["total_ms", *parts]
+    assert all(part["ms"] > 0 and part["limit"] is not None for part in parts.values())
+    assert sum(part["ms"] for part in parts.values()) < first["total_ms"]
+    assert parts["vision"]["ms"] == figures["timings"]["image_ms"]
+    assert parts["prompt"]["ms"] == figures["timings"]["prompt_ms"]
+    assert parts["images"]["threads"] == parts["token"]["threads"] == 1
+    assert parts["vision"]["threads"] == usable_cores()
     assert len(figures["tokens"]) == figures["n_generated"] <= 4
     assert figures["rss_peak_bytes"] > 2**20
     assert done.err == ""

@@ -28,7 +28,7 @@ RUNTIME = (
     ("session",),
     ("model",),
     ("chat_template", "prompt", "loading", "sampler", "attention"),
-    ("builtin_templates", "image_store", "process"),
+    ("builtin_templates", "image_store", "process", "first_token"),
     ("library",),
     ("eviction",),
 )

@@ -32,6 +32,8 @@ from sparsemm_edge.profiling.jobs import Event, Setting, Task, full
 from sparsemm_edge.profiling.memory import MemoryTrace, MemoryWatch
 from sparsemm_edge.profiling.progress import Progress
 from sparsemm_edge.profiling.runs import Run, run_setting
+from sparsemm_edge.runtime.first_token import FirstToken, Part
+from sparsemm_edge.runtime.first_token import in_words as first_token_in_words
 from sparsemm_edge.scores import HeadScores
 
 SMALL = replace(shapes.SHAPES["llava-1.5-7b"], n_layer=2, n_embd=1024, n_ff=64)
@@ -106,6 +108,9 @@ def test_profile_runs_every_setting_and_fit_says_the_same_bytes(llava_task: Task
         assert ("eviction" in phases) == name.startswith("evicted")
         ends = [phase["end"] for phase in setting["phases"]]
         assert ends == sorted(ends)
+        first = setting["first_token"]
+        assert first["vision"]["ms"] == setting["image_ms"] and first["prompt"]["ms"] == setting["prompt_ms"]
+        assert sum(first[part]["ms"] for part in ("images", "vision", "prompt", "token")) < first["total_ms"]
         memory = setting["memory"]
         assert len({len(values) for values in memory.values()}) == 1
         assert setting["rss_peak"] >= max(memory["rss"]) > 2**20
@@ -113,6 +118,12 @@ def test_profile_runs_every_setting_and_fit_says_the_same_bytes(llava_task: Task
 
     profile_report.write(tmp_path, content)
     assert json.loads((tmp_path / "profile.json").read_text()) == json.loads(json.dumps(content))
+    lines = profile_report.first_tokens(content["settings"])
+    assert [line.partition(": first token after ")[0] for line in lines] == [
+        "full",
+        "evicted, budget 48",
+        "evicted, budget 64",
+    ]
 
 
 def test_the_page_needs_nothing_but_itself(llava_task: Task, tmp_path: Path) -> None:
@@ -420,3 +431,18 @@ def test_bench_names_mistakes_in_one_line(
     monkeypatch.chdir(tmp_path)
 
     assert message in sparsemm("bench", *options).refusal
+
+
+def test_a_part_that_reads_weights_as_fast_as_memory_gives_them_is_limited_by_it() -> None:
+    gb = 10**9
+    assert Part(100, 2, weight_bytes=gb).limit(12e9) == "memory bandwidth"  # 10 GB/s
+    assert Part(1000, 2, weight_bytes=gb).limit(12e9) == "compute"  # 1 GB/s
+    assert Part(100, 2).limit(12e9) == Part(100, 2).limit(None) == "compute"  # it reads no weights
+    assert Part(100, 2, weight_bytes=gb).limit(None) is None
+    assert Part().limit(12e9) is None
+
+    first = FirstToken(400, images=Part(20), prompt=Part(100, 2, gb)).with_opening(30)
+    assert first_token_in_words(first.to_dict(12e9)) == (
+        "first token after 430 ms: images decoded and resized 50 ms (limited by compute, 1 thread), prompt"
+        " 100 ms (limited by memory bandwidth, 2 threads)"
+    )

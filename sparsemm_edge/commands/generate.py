@@ -1,6 +1,8 @@
 """`sparsemm-edge generate`."""
 
 import sys
+import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
 
@@ -44,7 +46,9 @@ def generate(
     from sparsemm_edge.runtime import generate as answering
 
     question, frame = asked.text(), framed.arguments()
+    started = time.perf_counter()
     images = [open_image(each) for each in image or []]
+    opening_ms = (time.perf_counter() - started) * 1000 if images else 0.0
     sampling = sampled.sampling()
     text = ""
     with loaded.load(show_log=verbose) as model:
@@ -68,6 +72,7 @@ def generate(
             if not as_json:
                 print(piece, end="", flush=True)
         stats = answer.stats()
+        stats = replace(stats, first_token=stats.first_token.with_opening(opening_ms))
     if as_json:
         print_json(stats.figures(text))
     else:

@@ -72,5 +72,7 @@ def profile(
         return
     table = profile_report.screen_table(content["settings"])
     print_table(f"{content['model']['name']}; {in_words(content['machine'])}", table.columns, table.rows)
+    for line in profile_report.first_tokens(content["settings"]):
+        print(line)
     print(f"head scores: {content['scores']}")
     print(f"wrote {out / 'profile.html'}")

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from sparsemm_edge.errors import SparseMMError
-from sparsemm_edge.gguf_header import GGUFHeader, read_header, weight_bytes
+from sparsemm_edge.gguf_header import GGUFHeader, read_header, weight_bytes, weight_bytes_read
 from sparsemm_edge.gguf_metadata import check_supported, model_shape, sparsemm_metadata
 from sparsemm_edge.kv_layout import full_cache, row_bytes
 from sparsemm_edge.profiling import machine as this_machine
@@ -98,7 +98,7 @@ def bench(
             figures["name"]: _not_in_breakdown(header, figures, length["n_prompt"])
             for figures in length["settings"]
         }
-        length["limits"] = _limits(length, _weights_read(header.tensors), bandwidth)
+        length["limits"] = _limits(length, weight_bytes_read(header), bandwidth)
     return {
         "machine": this_machine.machine() | {"n_threads": n_threads, "memory_bandwidth": bandwidth},
         "model": {
@@ -290,13 +290,6 @@ def _not_in_breakdown(header: GGUFHeader, figures: dict[str, Any], n_prompt: int
     )
     n_rows = min(figures["n_ubatch"] or N_UBATCH, n_prompt)
     return row_bytes("q8_0", max(n_embd, n_ff) * n_rows) - 4 * n_embd * n_rows
-
-
-def _weights_read(tensors: dict[str, Any]) -> int:
-    """Bytes of the weights that decoding one token reads: all but the embeddings of other tokens."""
-    sizes = {name: tensor.end - tensor.start for name, tensor in tensors.items()}
-    tied = "output.weight" not in sizes
-    return sum(sizes.values()) - (0 if tied else sizes["token_embd.weight"])
 
 
 def _limits(length: dict[str, Any], weights: int, bandwidth: float) -> dict[str, Any]:

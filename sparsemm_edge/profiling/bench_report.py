@@ -47,6 +47,7 @@ def sentences(content: dict[str, Any]) -> list[str]:
     bandwidth = content["machine"]["memory_bandwidth"] / 1e9
     for length in content["lengths"]:
         where = f"{length['n_prompt']} positions"
+        said += [f"{where}, {line}." for line in profile_report.first_tokens(length["settings"])]
         limits = length["limits"]
         if "bandwidth_share" not in limits:
             said.append(f"{where}: not measured by turns ({length['by_turns']['reason']})")
@@ -116,6 +117,7 @@ def write(folder: Path, content: dict[str, Any]) -> None:
             "Prompts are random tokens. Speeds are of contexts that decode by turns in one process, a few"
             " tokens each, so that what else the machine does slows all alike. Memory is of processes of"
             " their own.",
+            profile_report.READING_FIRST_TOKEN,
             profile_report.READING_MEMORY,
         ],
     )

@@ -51,6 +51,7 @@ def setting_figures(setting: Setting, run: Run) -> dict[str, Any]:
         "load_ms": result["load_ms"],
         "image_ms": result["image_ms"],
         "prompt_ms": text_ms,
+        "first_token": result["first_token"],
         "prompt_tps": result["n_prompt"] / text_ms * 1000,
         "decode_ms": spread(result["decode_ms"]),
         "decode_tps": 1000 / float(np.median(result["decode_ms"])),

@@ -4,7 +4,8 @@ from pathlib import Path
 from typing import Any
 
 from sparsemm_edge.profiling import plots, report
-from sparsemm_edge.profiling.machine import in_words
+from sparsemm_edge.profiling.machine import in_words as machine_in_words
+from sparsemm_edge.runtime.first_token import in_words
 
 _SCREEN = ("setting", "K+V MiB", "K+V peak", "peak MiB", "prompt t/s", "decode t/s")
 _COLUMNS = (
@@ -23,6 +24,12 @@ READING_MEMORY = (
     "Peak memory is the largest resident size of the setting's own process. Weights that llama.cpp maps from"
     " the model file are part of it, but the system can drop and read them again; 'not in files' is what"
     " cannot be given back. Weights that llama.cpp rearranges for the processor are in memory a second time."
+)
+
+
+READING_FIRST_TOKEN = (
+    "A part is limited by memory bandwidth if it reads weights at least half as fast as decoding reads"
+    " weights, K and V in the same setting, otherwise by compute."
 )
 
 
@@ -55,6 +62,16 @@ def table(settings: list[dict[str, Any]]) -> report.Table:
             ]
         )
     return report.Table("Every setting", _COLUMNS, rows)
+
+
+def first_tokens(settings: list[dict[str, Any]]) -> list[str]:
+    """What the time to the first token consists of: a line for the full f16 cache and each evicted one."""
+    return [
+        f"{setting['name']}: {in_words(setting['first_token'])}"
+        for setting in settings
+        if setting["status"] == "ok"
+        and (setting["budget"] is not None or (setting["cache_type"] == "f16" and setting["flash_attn"]))
+    ]
 
 
 def pictures(settings: list[dict[str, Any]], prefix: str = "") -> list[report.Picture]:
@@ -97,11 +114,13 @@ def write(folder: Path, content: dict[str, Any]) -> None:
         "profile",
         content,
         title=f"{model['name']}: a prompt of {n_prompt} positions",
-        lead=f"{in_words(content['machine'])}. Head scores: {content['scores']}.",
+        lead=f"{machine_in_words(content['machine'])}. Head scores: {content['scores']}.",
         cards=_cards(done),
         tables=[table(settings)],
         pictures=pictures(settings),
         notes=[
+            *first_tokens(settings),
+            READING_FIRST_TOKEN,
             READING_MEMORY,
             "One process a setting, one after the other, the same prompt, greedy decoding. Time on a machine"
             " that also does other work is noisy; bench measures speed by turns.",

@@ -19,9 +19,10 @@ from typing import Any
 import numpy as np
 
 from sparsemm_edge.errors import SparseMMError
-from sparsemm_edge.gguf_header import weight_bytes
+from sparsemm_edge.gguf_header import weight_bytes, weight_bytes_read
 from sparsemm_edge.profiling.jobs import Event, Setting, Task
 from sparsemm_edge.runtime import Eviction, Prompt, Session, VisionModel, library
+from sparsemm_edge.runtime.first_token import FirstToken, Part
 from sparsemm_edge.runtime.process import rss_peak_bytes
 from sparsemm_edge.runtime.prompt import TextPart
 from sparsemm_edge.runtime.session import start_session
@@ -43,18 +44,29 @@ def run(task: Task, setting: Setting, emit: Emit) -> None:
     with _load(task) as model, _prompt(model, task) as prompt:
         loaded = library.logged_buffers()
         phase("context")
+        begun = time.perf_counter()
         with _start(model, prompt, task, setting, n_reply=task.n_predict, on_phase=phase) as session:
             session.read_prompt()
+            chosen_at = time.perf_counter()
+            token = int(session.logits().argmax())
+            now = time.perf_counter()
+            first_token = FirstToken(
+                prompt.images_ms + (now - begun) * 1000,
+                Part(prompt.images_ms),
+                session.vision_part,
+                session.prompt_part,
+                Part((now - chosen_at) * 1000),
+            )
             at_prompt = session.kv_stats()
             if setting.evicts and at_prompt.n_evictions:
                 phase("eviction")
             phase("decode")
             decode_ms = []
             for _ in range(task.n_predict):
-                token = int(session.logits().argmax())
                 started = time.perf_counter()
                 session.decode(token)
                 decode_ms.append((time.perf_counter() - started) * 1000)
+                token = int(session.logits().argmax())
             kv = session.kv_stats()
             phase("end")
             emit(
@@ -66,6 +78,9 @@ def run(task: Task, setting: Setting, emit: Emit) -> None:
                     "load_ms": model.load_ms,
                     "image_ms": session.image_ms,
                     "prompt_ms": session.prompt_ms,
+                    "first_token": first_token.to_dict(
+                        (weight_bytes_read(model.header) + kv.bytes_now) / float(np.median(decode_ms)) * 1000
+                    ),
                     "decode_ms": decode_ms,
                     "kv": asdict(kv),
                     "rss_peak_bytes": rss_peak_bytes(),

@@ -15,9 +15,11 @@ from PIL import Image
 
 from sparsemm_edge.defaults import MAX_POSITIONS
 from sparsemm_edge.errors import ContextFullError, SparseMMError, check_within
+from sparsemm_edge.gguf_header import weight_bytes_read
 from sparsemm_edge.runtime import session_file
 from sparsemm_edge.runtime.chat_template import Turn
 from sparsemm_edge.runtime.eviction import Eviction, HeadBudgetTable, same_budgets
+from sparsemm_edge.runtime.first_token import FirstToken, Part
 from sparsemm_edge.runtime.model import VisionModel
 from sparsemm_edge.runtime.process import rss_peak_bytes
 from sparsemm_edge.runtime.prompt import Prompt, TextPart
@@ -45,6 +47,8 @@ class GenerationStats:
             not if there was no more room, no more was asked for, or it was not read to its end.
         n_prompt: places in the KV cache that the question took; of a later turn's, only what was new.
         kv, timings: bytes and milliseconds.
+        first_token: what the time to the first token consists of.
+        read_bytes_per_s: how fast decoding read weights, K and V; None if nothing was decoded.
         rss_peak_bytes: the largest resident size of this process so far.
     """
 
@@ -53,6 +57,8 @@ class GenerationStats:
     n_prompt: int
     kv: KVStats
     timings: Timings
+    first_token: FirstToken
+    read_bytes_per_s: float | None
     rss_peak_bytes: int
 
     @property
@@ -68,17 +74,19 @@ class GenerationStats:
             "n_generated": self.n_generated,
             "kv": asdict(self.kv),
             "timings": asdict(self.timings),
+            "first_token": self.first_token.to_dict(self.read_bytes_per_s),
             "rss_peak_bytes": self.rss_peak_bytes,
         }
 
 
 @dataclass(frozen=True, eq=False)
 class _Asked:
-    """The last message: its positions, the tokens of its text, and the logits after it."""
+    """The last message: positions, tokens of its text, logits after it, and what reading it took."""
 
     n_prompt: int
     said: Sequence[int]
     logits: npt.NDArray[np.float32]
+    first_token: FirstToken  # its total and its last part are not known yet
 
 
 class Conversation:
@@ -259,6 +267,7 @@ class Conversation:
             SparseMMError: nothing was asked yet, the answer cannot be dropped (max_tail), or an argument out
                 of its range.
         """
+        started = time.perf_counter()
         check_within("n_predict", n_predict, 1, MAX_POSITIONS)
         session, asked, sampling = self._session, self._asked, sampling or Sampling()
         if session is None or asked is None:
@@ -266,7 +275,8 @@ class Conversation:
         with self._model.sampler(sampling, asked.said) as sampler:
             session.forget_reply()
             self._pending = ()
-            yield from self._reply(session, asked, n_predict, sampler, sampling.stop)
+            asked = replace(asked, first_token=FirstToken())  # nothing is read again
+            yield from self._reply(session, asked, n_predict, sampler, sampling.stop, started)
 
     def check(self, sampling: Sampling | None = None) -> None:
         """Raise SparseMMError if no first message could be answered: before a user has typed one.
@@ -318,6 +328,7 @@ class Conversation:
         cancelled: Callable[[], bool] | None,
     ) -> Generator[str, None, None]:
         """Read the text of a prompt and reply to it."""
+        started = time.perf_counter()
         check_within("n_predict", n_predict, 1, MAX_POSITIONS)
         with ExitStack() as stack:
             with self._model.tokenize(text, images, first=first) as prompt:
@@ -332,8 +343,11 @@ class Conversation:
                         self.close()
                     raise
                 self._pending = ()
-                self._asked = _Asked(prompt.n_tokens, said, session.logits())
-            yield from self._reply(session, self._asked, n_predict, sampler, sampling.stop)
+                parts = FirstToken(
+                    images=Part(prompt.images_ms), vision=session.vision_part, prompt=session.prompt_part
+                )
+                self._asked = _Asked(prompt.n_tokens, said, session.logits(), parts)
+            yield from self._reply(session, self._asked, n_predict, sampler, sampling.stop, started)
 
     def _text(self, question: str, n_images: int, first: bool) -> str:
         return self._model.chat_prompt(
@@ -412,15 +426,25 @@ class Conversation:
             raise SparseMMError(f"{path}: saved {was}, and cannot go on otherwise: {leave_out}")
 
     def _reply(
-        self, session: Session, asked: "_Asked", n_predict: int, sampler: Sampler, stop: Sequence[str]
+        self,
+        session: Session,
+        asked: "_Asked",
+        n_predict: int,
+        sampler: Sampler,
+        stop: Sequence[str],
+        asked_at: float,
     ) -> Generator[str, None, None]:
-        """Sample and decode until the turn ends, a stop text is said, or n_predict tokens are there."""
+        """Sample and decode until the turn ends, a stop text is said, or n_predict tokens are there.
+
+        `asked_at`: time.perf_counter when the question was asked.
+        """
         n_predict = min(n_predict, self._room - session.n_tokens)
         model = self._model
         tokens: list[int] = []
         decode_ms: list[float] = []
         text = codecs.getincrementaldecoder("utf-8")(errors="replace")
         stops, turn_ended = StopTexts(stop), False
+        first_token = asked.first_token
         try:
             while len(tokens) < n_predict and not stops.found:
                 started, logits = time.perf_counter(), asked.logits
@@ -429,8 +453,12 @@ class Conversation:
                     self._pending = ()
                     logits = session.logits()
                 token = sampler.sample(logits)
+                now = time.perf_counter()
                 if tokens:
-                    decode_ms.append((time.perf_counter() - started) * 1000)
+                    decode_ms.append((now - started) * 1000)
+                else:
+                    chosen = Part((now - started) * 1000)
+                    first_token = replace(first_token, total_ms=(now - asked_at) * 1000, token=chosen)
                 if turn_ended := model.ends_turn(token):
                     break
                 sampler.accept(token)
@@ -443,11 +471,15 @@ class Conversation:
         finally:
             per_token = sum(decode_ms) / len(decode_ms) if decode_ms else None
             timings = Timings(model.load_ms, session.image_ms, session.prompt_ms, per_token)
+            kv = session.kv_stats()
+            per_token_bytes = weight_bytes_read(model.header) + kv.bytes_now
             self.last_stats = GenerationStats(
                 tuple(tokens),
                 turn_ended or stops.found,
                 asked.n_prompt,
-                session.kv_stats(),
+                kv,
                 timings,
+                first_token,
+                per_token_bytes / per_token * 1000 if per_token else None,
                 rss_peak_bytes(),
             )

@@ -16,7 +16,7 @@ from PIL import Image
 from sparsemm_edge.defaults import MAX_THREADS
 from sparsemm_edge.errors import ContextFullError, SparseMMError, check_within
 from sparsemm_edge.files import fingerprint
-from sparsemm_edge.gguf_header import read_header
+from sparsemm_edge.gguf_header import read_header, weight_bytes
 from sparsemm_edge.gguf_metadata import model_shape, sparsemm_metadata
 from sparsemm_edge.kept_map import ImageGrid
 from sparsemm_edge.resources import usable_cores
@@ -57,6 +57,7 @@ class VisionModel:
         loading: how it was loaded.
         adapters: its LoRA adapters.
         image_store: images that were encoded, so that they need not be again.
+        n_encoded: images and tiles that the image encoder was run on so far.
     """
 
     def __init__(self, path: Path, mmproj: Path | None, n_threads: int, loading: Loading) -> None:
@@ -66,6 +67,7 @@ class VisionModel:
         self.n_threads = n_threads
         self.loading = loading
         self.image_store = ImageStore(loading.image_cache * 2**20)
+        self.n_encoded = 0
         self.pointer = 0
         self._mmproj = mmproj
         self._vision: int | None = None
@@ -257,6 +259,16 @@ class VisionModel:
         """Whether positions of image tokens have several dimensions."""
         return bool(mtmd.mtmd_decode_use_mrope(self.vision))
 
+    @property
+    def n_threads_batch(self) -> int:
+        """Threads that read prompts."""
+        return self.loading.n_threads_batch or self.n_threads
+
+    @cached_property
+    def vision_weight_bytes(self) -> int:
+        """Bytes of the image encoder's weights; 0 without one."""
+        return 0 if self._mmproj is None else weight_bytes(self._mmproj)
+
     @cached_property
     def fingerprint(self) -> str:
         """Tells this model file, with its adapters, from others; see files.fingerprint."""
@@ -270,6 +282,7 @@ class VisionModel:
             return held
         if mtmd.mtmd_encode_chunk(self.vision, part.chunk) != 0:
             raise library.failure("llama.cpp cannot encode the image")
+        self.n_encoded += 1
         pointer = mtmd.mtmd_get_output_embd(self.vision)
         embeddings = np.ctypeslib.as_array(pointer, shape=(part.n_tokens, self.n_embd_inp)).copy()
         if part.key is not None:

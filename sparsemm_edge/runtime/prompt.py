@@ -3,6 +3,7 @@
 import ctypes
 import hashlib
 import secrets
+import time
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -60,10 +61,14 @@ class Prompt:
         parts: text and images in order.
         n_tokens: places in the KV cache.
         n_pos: the position after the last one.
+        images_ms: time that decoding, cutting and resizing its images took.
     """
 
-    def __init__(self, parts: Sequence[TextPart | ImagePart], chunks: int | None = None) -> None:
+    def __init__(
+        self, parts: Sequence[TextPart | ImagePart], chunks: int | None = None, images_ms: float = 0.0
+    ) -> None:
         self.parts = tuple(parts)
+        self.images_ms = images_ms
         self.n_tokens = sum(part.n_tokens for part in parts)
         self.n_pos = sum(part.n_pos for part in parts)
         self._chunks = chunks
@@ -128,6 +133,7 @@ def tokenize_with_images(
         first: whether it begins the sequence: the begin token is added if the model wants one.
         with_keys: whether to tell what the images' content is, which takes milliseconds.
     """
+    started = time.perf_counter()
     pictures = [read_image(image) for image in images]
     bitmaps: list[int] = []
     contents: Counter[bytes] = Counter()
@@ -146,7 +152,8 @@ def tokenize_with_images(
         array = (ctypes.c_void_p * len(bitmaps))(*bitmaps)
         if mtmd.mtmd_tokenize(vision, chunks, ctypes.byref(given), array, len(bitmaps)) != 0:
             raise library.failure("llama.cpp cannot prepare the prompt's images")
-        return Prompt(_parts(chunks, contents), chunks)
+        parts = _parts(chunks, contents)
+        return Prompt(parts, chunks, images_ms=(time.perf_counter() - started) * 1000)
     except BaseException:
         mtmd.mtmd_input_chunks_free(chunks)
         raise

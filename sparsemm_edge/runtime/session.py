@@ -13,11 +13,13 @@ from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
 
 from sparsemm_edge.defaults import MAX_POSITIONS
 from sparsemm_edge.errors import SparseMMError, check_within
+from sparsemm_edge.gguf_header import weight_bytes_read
 from sparsemm_edge.gguf_metadata import check_supported
 from sparsemm_edge.resources import machine_memory
 from sparsemm_edge.runtime import library
 from sparsemm_edge.runtime.attention import StrongestPositions
 from sparsemm_edge.runtime.eviction import Eviction, HeadBudgetTable
+from sparsemm_edge.runtime.first_token import Part
 from sparsemm_edge.runtime.library import llama, mtmd
 from sparsemm_edge.runtime.model import VisionModel
 from sparsemm_edge.runtime.prompt import ImagePart, Prompt, TextPart
@@ -135,6 +137,8 @@ class Session:
         """
         self.image_ms = 0.0
         self.prompt_ms = 0.0
+        self._n_encoded = 0  # images and tiles of the last prompt that were encoded
+        self._n_read = 0  # tokens of it
         self.n_prompt_calls = 0
         self._model = model
         self._prompt = prompt
@@ -152,7 +156,7 @@ class Session:
         params.n_seq_max = 1
         params.n_outputs_max = n_outputs
         params.n_threads = model.n_threads
-        params.n_threads_batch = model.loading.n_threads_batch or model.n_threads
+        params.n_threads_batch = model.n_threads_batch
         params.flash_attn_type = (
             llama.LLAMA_FLASH_ATTN_TYPE_ENABLED if flash_attn else llama.LLAMA_FLASH_ATTN_TYPE_DISABLED
         )
@@ -182,6 +186,19 @@ class Session:
         if self._context is None:
             raise SparseMMError("the session is closed")
         return self._context
+
+    @property
+    def vision_part(self) -> Part:
+        """What the image encoder did for the last prompt."""
+        model = self._model
+        return Part(self.image_ms, model.n_threads, self._n_encoded * model.vision_weight_bytes)
+
+    @property
+    def prompt_part(self) -> Part:
+        """What reading the last prompt took."""
+        n_batches = -(-self._n_read // self.n_ubatch)
+        weights = weight_bytes_read(self._model.header)
+        return Part(self.prompt_ms, self._model.n_threads_batch, n_batches * weights)
 
     @property
     def takes_prefix(self) -> bool:
@@ -253,12 +270,15 @@ class Session:
         """
         self._on_phase("prompt")
         start, self.image_ms, self._n_calls = time.perf_counter(), 0.0, 0
+        before = (self.n_tokens, self._model.n_encoded)
         if prefix is not None:
             self._restore(prefix.state)
             self.n_tokens = prefix.n_tokens
+            before = (self.n_tokens, before[1])
         self._read_parts(start=prefix.n_tokens if prefix is not None else 0)
         llama.llama_synchronize(self.context)
         self.prompt_ms = _ms_since(start) - self.image_ms
+        self._n_read, self._n_encoded = self.n_tokens - before[0], self._model.n_encoded - before[1]
         self.n_prompt_calls = self._n_calls
         self._after_prompt = (self._n_past, self.n_tokens)
 
