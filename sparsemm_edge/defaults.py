@@ -22,8 +22,11 @@ model next to nothing where budgets are small."""
 N_CTX = 8192
 """Most positions of a chat."""
 
-IMAGE_CACHE = 256
-"""MiB of images that a chat or a server keeps encoded."""
+IMAGE_MEMORY = 256
+"""MiB of images that a chat or a server keeps encoded in memory."""
+
+IMAGE_CACHE_SIZE = 1024
+"""MiB that the files of an image cache take at most."""
 
 MAX_THREADS = 512
 """More than llama.cpp has room for (GGML_MAX_N_THREADS) end in a crash."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -13,10 +14,12 @@ import pytest
 from PIL import Image
 from safetensors.numpy import load_file, save_file
 
+from conftest import CommandLine
 from models import sample_image, test_model
 from sparsemm_edge.errors import SparseMMError
 from sparsemm_edge.mmproj import convert_mmproj
-from sparsemm_edge.runtime import Conversation, Loading, VisionModel, generate
+from sparsemm_edge.runtime import Conversation, Loading, VisionModel, generate, image_file
+from sparsemm_edge.runtime.disk_cache import DiskCache
 from sparsemm_edge.runtime.image_store import ImageStore
 from sparsemm_edge.runtime.library import mtmd
 from sparsemm_edge.runtime.prompt import ImagePart
@@ -46,8 +49,8 @@ def encoded(monkeypatch: pytest.MonkeyPatch) -> Callable[[], int]:
 def load() -> Iterator[Callable[..., VisionModel]]:
     opened = []
 
-    def load(image_cache: int, name: str = "llava") -> VisionModel:
-        files, loading = test_model(name), Loading(image_cache=image_cache)
+    def load(image_memory: int, name: str = "llava") -> VisionModel:
+        files, loading = test_model(name), Loading(image_memory=image_memory)
         opened.append(VisionModel.load(files.gguf(), files.mmproj(), n_threads=1, loading=loading))
         return opened[-1]
 
@@ -99,7 +102,7 @@ def test_the_tiles_of_a_picture_are_told_apart(tmp_path: Path, encoded: Callable
     weights = load_file(hf_dir / "model.safetensors") | {"image_newline": np.arange(128, dtype=np.float32)}
     save_file(weights, hf_dir / "model.safetensors")
     convert_mmproj(hf_dir, mmproj)
-    with VisionModel.load(files.gguf(), mmproj, n_threads=1, loading=Loading(image_cache=64)) as model:
+    with VisionModel.load(files.gguf(), mmproj, n_threads=1, loading=Loading(image_memory=64)) as model:
         images = [sample_image(200, 1), sample_image(200, 2), sample_image(200, 1)]
         with model.tokenize(model.chat_prompt(QUESTION, 3), images) as prompt:
             parts = [part for part in prompt.parts if isinstance(part, ImagePart)]
@@ -141,5 +144,125 @@ def test_a_chat_that_begins_anew_does_not_encode_its_image_again(
 
 
 def test_the_bound_is_a_number() -> None:
-    with pytest.raises(SparseMMError, match="image_cache is -1"):
-        Loading(image_cache=-1)
+    with pytest.raises(SparseMMError, match="image_memory is -1"):
+        Loading(image_memory=-1)
+
+
+# --- in files
+
+
+@pytest.fixture
+def ask(tmp_path: Path, encoded: Callable[[], int]) -> Callable[..., tuple[tuple[int, ...], int]]:
+    """`ask(seed)` loads the model anew and asks about a picture: the answer, and how many were encoded."""
+
+    def ask(seed: int, name: str = "llava", mmproj: str = "f16", **options: Any) -> Any:
+        files, loading = test_model(name), Loading(image_cache=str(tmp_path / "kept"), **options)
+        with VisionModel.load(files.gguf(), files.mmproj(mmproj), n_threads=1, loading=loading) as model:
+            found = answers(model, [[seed]], files.image_size)[0]
+            count = encoded()
+            assert count == model.n_encoded
+        return found, count
+
+    return ask
+
+
+@pytest.mark.parametrize("name", ["llava", "qwen2vl"])
+def test_another_process_does_not_encode_a_kept_picture_and_answers_alike(
+    name: str, ask: Callable[..., Any], load: Callable[..., VisionModel], encoded: Callable[[], int]
+) -> None:
+    plain = answers(load(0, name), [[1]], test_model(name).image_size)[0]
+    assert encoded() == 1
+    assert [ask(1, name), ask(1, name), ask(2, name)[1]] == [(plain, 1), (plain, 0), 1]
+
+
+def test_what_another_encoder_or_another_size_made_is_not_taken(ask: Callable[..., Any]) -> None:
+    assert ask(1)[1] == 1
+    assert ask(1, mmproj="f32")[1] == 1
+    assert ask(1, image_max_tokens=32)[1] == 1
+    assert ask(1)[1] == 0
+
+
+@pytest.mark.parametrize(
+    ("damage", "reason"),
+    [
+        (lambda data: data[:-1], "64 x 128 numbers were expected"),
+        (lambda data: data[:-1] + bytes([data[-1] ^ 1]), "its checksum differs"),
+        (lambda data: data.replace(b'"n_tokens": 64', b'"n_tokens": 32'), "64 x 128 numbers were expected"),
+        (lambda data: data.replace(b'"version": 1', b'"version": 9'), "not a kept image of this version"),
+        (lambda data: b"", "not a kept image"),
+        (lambda data: b"\xff" * 5000, "not a kept image"),
+        (lambda data: b"[" * 10000, "not a kept image"),
+        (lambda data: b"[]\n", "not a kept image"),
+    ],
+)
+def test_a_damaged_file_is_one_line_and_written_again(
+    damage: Callable[[bytes], bytes],
+    reason: str,
+    ask: Callable[..., Any],
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    answer, _ = ask(1)
+    (path,) = (tmp_path / "kept").iterdir()
+    data = path.read_bytes()
+    path.write_bytes(damage(data))
+    assert not caplog.records
+
+    assert ask(1) == (answer, 1)
+
+    (line,) = caplog.messages
+    assert line.startswith(f"warning: {path}: ") and reason in line and "\n" not in line
+    assert path.read_bytes() == data and list(path.parent.iterdir()) == [path]
+    assert ask(1) == (answer, 0)
+
+
+def test_the_folder_is_bounded_and_what_was_not_used_longest_goes(
+    ask: Callable[..., Any], tmp_path: Path
+) -> None:
+    folder, stranger = tmp_path / "kept", tmp_path / "kept" / "notes.txt"
+    for seed in (1, 2, 3):
+        assert ask(seed)[1] == 1
+    size = sum(path.stat().st_size for path in folder.iterdir()) // 3
+    stranger.write_bytes(bytes(10 * size))  # no file of the cache: neither counted nor removed
+    left = folder / ".0.image.1.part"  # of a process that was killed
+    left.write_bytes(b"half")
+    os.utime(left, (0, 0))
+    assert ask(1)[1] == 0  # so that 2 is what was not used longest
+
+    cache = DiskCache(folder, 3 * size + 100)
+    cache.write("0.image", lambda path: image_file.write(path, np.zeros((64, 128), np.float32)))
+
+    assert len([path for path in folder.iterdir() if path.suffix == ".image"]) == 3
+    assert stranger.exists() and not left.exists()
+    assert [ask(1)[1], ask(3)[1], ask(2)[1]] == [0, 0, 1]
+
+
+def test_a_folder_that_cannot_be_written_does_not_keep_an_answer(
+    ask: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("os.replace", full)
+    answer, n = ask(1)
+    assert n == 1 and len(answer) > 0
+    (line,) = caplog.messages
+    assert "No space left on device; it is not kept" in line
+    assert list((tmp_path / "kept").iterdir()) == []
+
+
+def test_generate_keeps_images_in_a_folder(tmp_path: Path, sparsemm: CommandLine) -> None:
+    files, page = test_model("llava"), tmp_path / "page.png"
+    sample_image(files.image_size, 1).save(page)
+    command = ("generate", "-m", files.gguf(), "--mmproj", files.mmproj(), "--image", page, "-p", QUESTION)
+    kept = ("--image-cache", tmp_path / "kept", "--json", "-n", 4)
+
+    first, second = sparsemm(*command, *kept).report, sparsemm(*command, *kept).report
+
+    assert first["tokens"] == second["tokens"] and len(list((tmp_path / "kept").iterdir())) == 1
+    assert "--image-memory" in sparsemm(*command, "--image-cache", "256").refusal
+    (tmp_path / "file").touch()
+    assert (
+        f"cannot make the folder {tmp_path / 'file'}"
+        in sparsemm(*command, "--image-cache", tmp_path / "file").refusal
+    )

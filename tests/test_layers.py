@@ -28,7 +28,8 @@ RUNTIME = (
     ("session",),
     ("model",),
     ("chat_template", "prompt", "loading", "sampler", "attention"),
-    ("builtin_templates", "image_store", "process", "first_token"),
+    ("builtin_templates", "image_file", "image_store", "process", "first_token"),
+    ("disk_cache",),
     ("library",),
     ("eviction",),
 )

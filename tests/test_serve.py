@@ -308,7 +308,7 @@ def test_what_no_client_asks_is_refused_in_openais_words(
         (["--port", "65536"], "--port is 65536"),
         (["--chat-template", "{{ 1 }}"], "the chat template cannot be used"),
         (["--policy", "best"], "unknown policy"),
-        (["--image-cache", "-1"], "--image-cache is -1"),
+        (["--image-memory", "-1"], "--image-memory is -1"),
     ],
 )
 def test_a_server_that_could_answer_nothing_is_refused_at_once(

@@ -17,6 +17,7 @@ def chat(
     sampled: options.Sampled,
     framed: options.Framed,
     evicted: options.Evicted,
+    kept: options.Kept,
     image: Annotated[
         list[str] | None,
         typer.Option(
@@ -28,7 +29,7 @@ def chat(
     n_ubatch: options.NUbatch = None,
     cache_type_k: options.CacheTypeK = "f16",
     cache_type_v: options.CacheTypeV = "f16",
-    image_cache: options.ImageCache = defaults.IMAGE_CACHE,
+    image_memory: options.ImageMemory = defaults.IMAGE_MEMORY,
     verbose: options.Verbose = False,
     as_json: Annotated[
         bool, typer.Option("--json", help="Print text and figures of each answer as one JSON object a line.")
@@ -52,7 +53,7 @@ def chat(
     images = [open_image(each) for each in image or []]
     if images and loaded.mmproj is None:
         raise SparseMMError("an image needs the model's image encoder: give its file with --mmproj")
-    with loaded.load(show_log=verbose, image_cache=image_cache) as model:
+    with loaded.load(show_log=verbose, image_memory=image_memory, kept=kept) as model:
 
         def begin(system: str | None, resume: Path | None = None) -> Conversation:
             return Conversation(

@@ -18,6 +18,7 @@ _T = TypeVar("_T")
 @options.grouped
 def evaluate(
     loaded: options.Loaded,
+    kept: options.Kept,
     data: Annotated[
         str | None,
         typer.Option(
@@ -155,7 +156,7 @@ def evaluate(
         n_predict=n_predict or data_set.n_predict,
         n_ctx=n_ctx,
         n_threads=loaded.threads or max(1, usable_cores() // jobs),
-        loading=loaded.loading(),
+        loading=loaded.loading(kept=kept),
         chat_template=None if chat_template is None else read_template(chat_template),
         n_turns=turns,
         cross=cross,

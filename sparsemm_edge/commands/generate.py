@@ -19,6 +19,7 @@ def generate(
     framed: options.Framed,
     sampled: options.Sampled,
     evicted: options.Evicted,
+    kept: options.Kept,
     image: options.Images = None,
     n_predict: Annotated[int, typer.Option("--n-predict", "-n", help="Most tokens to generate.")] = 256,
     n_ctx: options.NCtx = None,
@@ -51,7 +52,7 @@ def generate(
     opening_ms = (time.perf_counter() - started) * 1000 if images else 0.0
     sampling = sampled.sampling()
     text = ""
-    with loaded.load(show_log=verbose) as model:
+    with loaded.load(show_log=verbose, kept=kept) as model:
         answer = answering(
             model,
             question,

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Annotated, Any, TypedDict
 
 import typer
 
-from sparsemm_edge.defaults import MAX_POSITIONS, MAX_THREADS, N_CTX
+from sparsemm_edge.defaults import IMAGE_CACHE_SIZE, MAX_POSITIONS, MAX_THREADS, N_CTX
 from sparsemm_edge.errors import SparseMMError, check_within
 from sparsemm_edge.files import check_text, decode_text, read_text
 
@@ -62,8 +62,8 @@ CacheTypeK = Annotated[
 CacheTypeV = Annotated[
     str, typer.Option("--cache-type-v", "-ctv", help="Numbers of V: f16, f32, bf16, q8_0 or q4_0.")
 ]
-ImageCache = Annotated[
-    int, typer.Option(help="MiB of images that stay encoded, so that one that comes again is not.")
+ImageMemory = Annotated[
+    int, typer.Option(help="MiB of images that stay encoded in memory, so that one that comes again is not.")
 ]
 NUbatch = Annotated[
     int | None,
@@ -152,7 +152,7 @@ class Loaded:
         ),
     ] = False
 
-    def loading(self, *, image_cache: int = 0) -> "Loading":
+    def loading(self, *, image_memory: int = 0, kept: "Kept | None" = None) -> "Loading":
         from sparsemm_edge.runtime.loading import Loading, Lora
 
         return Loading(
@@ -164,11 +164,14 @@ class Loaded:
             image_max_tokens=self.image_max_tokens,
             mmap=self.mmap,
             mlock=self.mlock,
-            image_cache=image_cache,
+            image_memory=image_memory,
+            **({} if kept is None else kept.arguments()),
             unload_mmproj=self.unload_mmproj,
         )
 
-    def load(self, *, show_log: bool = False, image_cache: int = 0) -> "VisionModel":
+    def load(
+        self, *, show_log: bool = False, image_memory: int = 0, kept: "Kept | None" = None
+    ) -> "VisionModel":
         from sparsemm_edge.runtime import VisionModel
 
         return VisionModel.load(
@@ -176,8 +179,37 @@ class Loaded:
             self.mmproj,
             n_threads=self.threads,
             show_log=show_log,
-            loading=self.loading(image_cache=image_cache),
+            loading=self.loading(image_memory=image_memory, kept=kept),
         )
+
+
+@dataclass(frozen=True)
+class Kept:
+    """What is kept of images in files."""
+
+    image_cache: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="DIR",
+            help="Keep encoded images in this folder, so that one that comes again is not encoded again.",
+        ),
+    ] = None
+    image_cache_size: Annotated[
+        int, typer.Option(help="MiB that its files take at most; those that were not used longest go.")
+    ] = IMAGE_CACHE_SIZE
+
+    def arguments(self) -> dict[str, Any]:
+        """What Loading is told of it."""
+        folder = self.image_cache
+        if folder is not None and folder.name.isdecimal() and not folder.exists():
+            raise SparseMMError(
+                f"--image-cache is {folder}: it names a folder; how many MiB of images stay in memory is said"
+                " with --image-memory"
+            )
+        return {
+            "image_cache": None if folder is None else str(folder),
+            "image_cache_size": self.image_cache_size,
+        }
 
 
 @dataclass(frozen=True)
@@ -322,8 +354,9 @@ NUMBERS: dict[str, tuple[float, float]] = {
     "draws": (1, 1000),
     "floor_ratio": (0, 1),
     "frequency_penalty": (-100, 100),
-    "image_cache": (0, 2**20),
+    "image_cache_size": (1, 2**20),
     "image_max_tokens": (1, MAX_POSITIONS),
+    "image_memory": (0, 2**20),
     "image_min_tokens": (1, MAX_POSITIONS),
     "jobs": (1, 64),
     "kv_max_tail": (1, 2**31 - 1),

@@ -31,6 +31,7 @@ def serve(
     framed: options.Framed,
     sampled: Sampled,
     evicted: options.Evicted,
+    kept: options.Kept,
     n_predict: Annotated[
         int | None, typer.Option("--n-predict", "-n", help="Most tokens of an answer [default: what fits].")
     ] = None,
@@ -38,7 +39,7 @@ def serve(
     n_ubatch: options.NUbatch = None,
     cache_type_k: options.CacheTypeK = "f16",
     cache_type_v: options.CacheTypeV = "f16",
-    image_cache: options.ImageCache = defaults.IMAGE_CACHE,
+    image_memory: options.ImageMemory = defaults.IMAGE_MEMORY,
     verbose: options.Verbose = False,
 ) -> None:
     """Serve OpenAI's chat API: messages with images as data URLs, streaming, one request after the other.
@@ -71,7 +72,7 @@ def serve(
             reason = getattr(error, "strerror", None) or error
             raise SparseMMError(f"cannot listen at {host}, port {port}: {reason}") from error
         with (
-            loaded.load(show_log=verbose, image_cache=image_cache) as model,
+            loaded.load(show_log=verbose, image_memory=image_memory, kept=kept) as model,
             Conversation(
                 model,
                 n_ctx=(n_ctx := min(model.n_ctx_train, defaults.N_CTX) if n_ctx is None else n_ctx),

@@ -28,7 +28,7 @@ from sparsemm_edge.scores import HeadScores, group_scores
 from sparsemm_edge.workers import in_processes
 
 _REFERENCE = Setting("full")
-_IMAGE_CACHE = 256  # MiB
+_IMAGE_MEMORY = 256  # MiB
 # flash attention on the CPU computes in tiles of 64 rows, and smaller batches take longer
 _MIN_REST = 64
 
@@ -179,7 +179,7 @@ class Evaluator:
     def __init__(self, job: Job) -> None:
         self._job = job
         # an image is read again for every question and setting, and encoded once
-        loading = replace(job.loading, image_cache=_IMAGE_CACHE)
+        loading = replace(job.loading, image_memory=_IMAGE_MEMORY)
         self._model = VisionModel.load(job.model, job.mmproj, n_threads=job.n_threads, loading=loading)
         try:
             self._scores = self._read_scores()

@@ -13,6 +13,7 @@ from sparsemm_edge.errors import SparseMMError
 from sparsemm_edge.runtime.eviction import HeadBudgetTable
 
 try:
+    import llama_cpp
     import llama_cpp.llama_cpp as llama
     import llama_cpp.mtmd_cpp as mtmd
 except (ImportError, OSError, RuntimeError) as error:
@@ -25,6 +26,11 @@ _LOG_ERROR, _LOG_CONTINUED = 4, 5  # ggml_log_level
 
 _BUFFER_SIZE = re.compile(r"(\w+):\s+(\S+)\s+(model|output|KV|compute) buffer size\s*=\s*([0-9.]+) MiB")
 _VISION = "reserve_compute_meta"  # the function that logs the compute buffer of the image encoder
+
+
+def version() -> str:
+    """Of llama-cpp-python, with the edition of the patches."""
+    return str(llama_cpp.__version__)
 
 
 class HeadsStats(ctypes.Structure):

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from sparsemm_edge.defaults import MAX_THREADS
+from sparsemm_edge.defaults import IMAGE_CACHE_SIZE, MAX_THREADS
 from sparsemm_edge.errors import SparseMMError, check_within
 from sparsemm_edge.gguf_header import read_header
 from sparsemm_edge.runtime import library
@@ -53,7 +53,9 @@ class Loading:
         image_min_tokens, image_max_tokens: least and most tokens of an image, where its size decides.
         mmap: the file is mapped, not read.
         mlock: the weights stay in memory, as far as the system lets.
-        image_cache: MiB of images that stay encoded, see ImageStore.
+        image_memory: MiB of images that stay encoded in memory, see ImageStore.
+        image_cache: a folder of encoded images, see DiskCache; None: none.
+        image_cache_size: most MiB that its files take.
         unload_mmproj: the image encoder is freed when a prompt's images are encoded, and loaded for the next.
     """
 
@@ -65,7 +67,9 @@ class Loading:
     image_max_tokens: int | None = None
     mmap: bool = True
     mlock: bool = False
-    image_cache: int = 0
+    image_memory: int = 0
+    image_cache: str | None = None
+    image_cache_size: int = IMAGE_CACHE_SIZE
     unload_mmproj: bool = False
 
     def __post_init__(self) -> None:
@@ -79,7 +83,8 @@ class Loading:
                 raise SparseMMError(f"{name} is {value}: it must be 1 to {_MAX_IMAGE_TOKENS}")
         if least is not None and most is not None and least > most:
             raise SparseMMError(f"image_min_tokens is {least}, more than image_max_tokens, {most}")
-        check_within("image_cache", self.image_cache, 0, 2**20)
+        check_within("image_memory", self.image_memory, 0, 2**20)
+        check_within("image_cache_size", self.image_cache_size, 1, 2**20)
 
     def model_params(self) -> Any:
         """llama_model_params."""

@@ -1,6 +1,7 @@
 """A vision-language model in llama.cpp: load, tokenise, encode images. It knows no context (session.py)."""
 
 import ctypes
+import hashlib
 import os
 import time
 from collections.abc import Mapping, Sequence
@@ -20,10 +21,11 @@ from sparsemm_edge.gguf_header import read_header, weight_bytes
 from sparsemm_edge.gguf_metadata import model_shape, sparsemm_metadata
 from sparsemm_edge.kept_map import ImageGrid
 from sparsemm_edge.resources import usable_cores
-from sparsemm_edge.runtime import builtin_templates, chat_template, library
+from sparsemm_edge.runtime import builtin_templates, chat_template, image_file, library
 from sparsemm_edge.runtime.chat_template import Turn
+from sparsemm_edge.runtime.disk_cache import DiskCache
 from sparsemm_edge.runtime.eviction import Eviction, HeadBudgetTable, plan
-from sparsemm_edge.runtime.image_store import ImageStore
+from sparsemm_edge.runtime.image_store import ImageKey, ImageStore
 from sparsemm_edge.runtime.library import llama, mtmd
 from sparsemm_edge.runtime.loading import Adapters, Loading
 from sparsemm_edge.runtime.prompt import (
@@ -57,6 +59,7 @@ class VisionModel:
         loading: how it was loaded.
         adapters: its LoRA adapters.
         image_store: images that were encoded, so that they need not be again.
+        disk_cache: the same in files; None: none.
         n_encoded: images and tiles that the image encoder was run on so far.
     """
 
@@ -66,7 +69,10 @@ class VisionModel:
         self.path = path
         self.n_threads = n_threads
         self.loading = loading
-        self.image_store = ImageStore(loading.image_cache * 2**20)
+        self.image_store = ImageStore(loading.image_memory * 2**20)
+        self.disk_cache: DiskCache | None = None
+        if loading.image_cache is not None:
+            self.disk_cache = DiskCache(Path(loading.image_cache), loading.image_cache_size * 2**20)
         self.n_encoded = 0
         self.pointer = 0
         self._mmproj = mmproj
@@ -195,7 +201,7 @@ class VisionModel:
             return tokenize_text(self._vocab, text, first=first)
         if self._mmproj is None:
             raise SparseMMError("an image needs the model's image encoder: give its file with --mmproj")
-        with_keys = bool(self.image_store.max_bytes)
+        with_keys = bool(self.image_store.max_bytes) or self.disk_cache is not None
         return tokenize_with_images(self.vision, text, images, first=first, with_keys=with_keys)
 
     def plan(self, eviction: Eviction, n_prompt: int, n_later: int | None = None) -> HeadBudgetTable | None:
@@ -277,17 +283,40 @@ class VisionModel:
         return "+".join(parts)
 
     def encode_image(self, part: ImagePart) -> npt.NDArray[np.float32]:
-        """An image through the vision tower and the projector, or from the store: [n_tokens, n_embd_inp]."""
-        if part.key is not None and (held := self.image_store.get(part.key)) is not None:
+        """An image through the vision tower and the projector, or as it was kept: [n_tokens, n_embd_inp]."""
+        if part.key is None:
+            return self._encode(part)
+        if (held := self.image_store.get(part.key)) is not None:
             return held
+        found, disk = None, self.disk_cache
+        if disk is not None:
+            name = f"{self.image_digest(part.key)}.image"
+            found = disk.read(name, lambda path: image_file.read(path, part.n_tokens, self.n_embd_inp))
+        if found is None:
+            found = encoded = self._encode(part)
+            if disk is not None:
+                disk.write(name, lambda path: image_file.write(path, encoded))
+        self.image_store.put(part.key, found)
+        return found
+
+    def image_digest(self, key: ImageKey) -> str:
+        """Names an image as it is encoded here: by its content, the encoder's file, and how it is cut."""
+        content, tile = key
+        loading = self.loading
+        layout = (loading.image_min_tokens, loading.image_max_tokens)
+        known = (content.decode(), tile, self._mmproj_fingerprint, *layout, library.version())
+        return hashlib.sha256(repr(known).encode()).hexdigest()
+
+    @cached_property
+    def _mmproj_fingerprint(self) -> str:
+        return "" if self._mmproj is None else fingerprint(self._mmproj)
+
+    def _encode(self, part: ImagePart) -> npt.NDArray[np.float32]:
         if mtmd.mtmd_encode_chunk(self.vision, part.chunk) != 0:
             raise library.failure("llama.cpp cannot encode the image")
         self.n_encoded += 1
         pointer = mtmd.mtmd_get_output_embd(self.vision)
-        embeddings = np.ctypeslib.as_array(pointer, shape=(part.n_tokens, self.n_embd_inp)).copy()
-        if part.key is not None:
-            self.image_store.put(part.key, embeddings)
-        return embeddings
+        return np.ctypeslib.as_array(pointer, shape=(part.n_tokens, self.n_embd_inp)).copy()
 
     def is_non_causal(self, image: ImagePart) -> bool:
         """Whether the tokens of an image attend to those after them."""

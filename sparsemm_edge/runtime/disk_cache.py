@@ -1,0 +1,104 @@
+"""Files that can be made again, in a folder of bounded size: those that were not used longest go."""
+
+import logging
+import os
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
+from typing import TypeVar
+
+from sparsemm_edge.errors import SparseMMError
+from sparsemm_edge.files import atomic_path
+
+_T = TypeVar("_T")
+_log = logging.getLogger(__name__)  # Python prints warnings on stderr, a line each, if nobody says otherwise
+
+SUFFIXES = (".image", ".sequence")
+"""How the cache's files end. No other file of the folder is counted, read or removed."""
+
+_ABANDONED_S = 3600  # a file that is being written for longer belongs to a process that was killed
+
+
+class DiskCache:
+    """A folder that several processes may use at a time.
+
+    Attributes:
+        folder: made if it is not there.
+        max_bytes: most that the cache's files take.
+    """
+
+    def __init__(self, folder: Path, max_bytes: int) -> None:
+        """Raises:
+        SparseMMError: the folder cannot be made.
+        """
+        self.folder = folder
+        self.max_bytes = max_bytes
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise SparseMMError(
+                f"cannot make the folder {folder} (--image-cache): {error.strerror or error}"
+            ) from error
+
+    def read(self, name: str, read: Callable[[Path], _T]) -> _T | None:
+        """What a file holds; None if it is not there, or cannot be used, which a warning says.
+
+        Args:
+            name: of the file, which ends with one of SUFFIXES.
+            read: reads it; raises SparseMMError if it is damaged or of another kind.
+        """
+        path = self.folder / name
+        if not path.exists():
+            return None
+        try:
+            found = read(path)
+        except SparseMMError as error:
+            _log.warning("warning: %s; it is made anew", error)
+            return None
+        with suppress(OSError):
+            os.utime(path)  # used now
+        return found
+
+    def write(self, name: str, write: Callable[[Path], None]) -> None:
+        """Write a file, and remove others if the folder holds too much; a failure is a warning.
+
+        Args:
+            name: of the file, which ends with one of SUFFIXES.
+            write: writes it to a path, all of it or nothing; raises SparseMMError.
+        """
+        try:
+            write(self.folder / name)
+        except SparseMMError as error:
+            _log.warning("warning: %s; it is not kept", error)
+        self._prune()
+
+    def _prune(self) -> None:
+        files = []
+        for path in self.folder.iterdir():
+            with suppress(OSError):  # another process removed it
+                found = path.stat()
+                if path.suffix in SUFFIXES:
+                    files.append((found.st_mtime_ns, found.st_size, path))
+                elif path.suffix == ".part" and path.name.startswith("."):
+                    kept = path.name[1:].rsplit(".", 2)[0].endswith(SUFFIXES)
+                    if kept and time.time() - found.st_mtime > _ABANDONED_S:
+                        path.unlink(missing_ok=True)
+        total = sum(size for _, size, _ in files)
+        for _, size, path in sorted(files):
+            if total <= self.max_bytes:
+                return
+            with suppress(OSError):
+                path.unlink(missing_ok=True)
+            total -= size
+
+
+def write_bytes(path: Path, *parts: bytes | memoryview) -> None:
+    """Write a file, all of it or nothing.
+
+    Raises:
+        SparseMMError: it cannot be written.
+    """
+    with atomic_path(path) as part, part.open("wb") as file:
+        for each in parts:
+            file.write(each)
