@@ -35,13 +35,14 @@ sanitize: $(VENV)/.dev
 	ASAN_OPTIONS=detect_leaks=0 build/sanitize/bin/test-llama-archs
 	LLAMA_CPP_LIB_PATH=build/sanitize/bin MTMD_CPP_LIB=build/sanitize/bin ASAN_OPTIONS=detect_leaks=0 \
 		LD_PRELOAD="$$(gcc -print-file-name=libasan.so) $$(gcc -print-file-name=libubsan.so)" \
-		$(PY) -m pytest tests/test_eviction.py tests/test_prompt_end.py tests/test_tail.py tests/test_conversation.py
+		$(PY) -m pytest tests/llama/test_eviction.py tests/llama/test_prompt_end.py tests/llama/test_max_tail.py \
+		tests/llama/test_conversation.py
 	source="$$($(PY) scripts/build_llama_cpp_python.py source)/vendor/llama.cpp"; \
 	g++ -g -std=c++17 -fsanitize=address,undefined -I"$$source/include" -I"$$source/ggml/include" \
-		tests/leak_check.cpp -Lbuild/sanitize/bin -lllama -lggml -lggml-base \
+		tests/helpers/leak_check.cpp -Lbuild/sanitize/bin -lllama -lggml -lggml-base \
 		-Wl,-rpath,"$(CURDIR)/build/sanitize/bin" -Wl,-rpath-link,build/sanitize/bin -o build/sanitize/leak_check
 	ASAN_OPTIONS=detect_leaks=1 build/sanitize/leak_check \
-		"$$(cd tests && ../$(PY) -c 'from models import test_model; print(test_model("llava").gguf("f16"))')"
+		"$$(PYTHONPATH=tests:scripts $(PY) -c 'from helpers.models import test_model; print(test_model("llava").gguf("f16"))')"
 
 clean:
 	rm -rf $(VENV) $(dir $(DEMO_MODEL)) build dist .pytest_cache .mypy_cache .ruff_cache

@@ -6,8 +6,8 @@
 
 The packaged files are the GGUF files of the text model and the image encoder, and the head scores
 (scores/demo.json). Both GGUF files are f16, written with gguf-py and numpy: neither torch nor transformers
-is needed. tests/test_demo_gguf.py compares the text model with what llama.cpp's own converter makes. The
-user cache keeps the files by the hash of what they are made from, so that a machine converts a checkpoint
+is needed: tests/reference/test_demo_gguf.py compares the text model with what llama.cpp's converter makes.
+The user cache keeps the files by the hash of what they are made from, so that a machine converts a checkpoint
 once.
 """
 

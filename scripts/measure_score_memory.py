@@ -37,7 +37,6 @@ def model_of_shape(n_layer: int) -> VisionLanguageModel:
     """LLaVA-1.5-7B with random weights: CLIP ViT-L/14 at 336 pixels, 4096 wide, 32 heads."""
     import tempfile
 
-    from make_test_models import LLAVA_TEMPLATE, _llava_tokenizer
     from transformers import (
         CLIPImageProcessorPil,
         CLIPVisionConfig,
@@ -45,6 +44,8 @@ def model_of_shape(n_layer: int) -> VisionLanguageModel:
         LlavaConfig,
         LlavaForConditionalGeneration,
     )
+
+    from make_test_models import LLAVA_TEMPLATE, _llava_tokenizer
 
     with tempfile.TemporaryDirectory() as folder:
         tokenizer, vocab = _llava_tokenizer(Path(folder))

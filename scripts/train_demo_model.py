@@ -36,6 +36,15 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import (
+    AutoProcessor,
+    CLIPVisionConfig,
+    LlamaConfig,
+    LlavaConfig,
+    LlavaForConditionalGeneration,
+)
+
 from demo_tokenizer import (
     BOS,
     CHAT_TEMPLATE,
@@ -48,15 +57,6 @@ from demo_tokenizer import (
     patch_tokenizer_config,
     save_tokenizer,
 )
-from torch import Tensor, nn
-from transformers import (
-    AutoProcessor,
-    CLIPVisionConfig,
-    LlamaConfig,
-    LlavaConfig,
-    LlavaForConditionalGeneration,
-)
-
 from sparsemm_edge.evaluation.metrics import character_accuracy
 from sparsemm_edge.files import atomic_path
 from sparsemm_edge.pages.grid import (

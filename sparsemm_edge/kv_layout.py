@@ -2,7 +2,8 @@
 
 The full cache is llama.cpp's own: every layer has rows for the whole context. The evicting cache is
 patches/, llama-kv-cache-heads.cpp, whose rules are said again here: how KV heads are grouped by length, how
-rows are padded, how room for appended tokens grows. tests/test_fit.py holds both to what is really allocated.
+rows are padded, how room for appended tokens grows. tests/cli/test_fit.py
+compares both with what is really allocated.
 """
 
 from dataclasses import dataclass

@@ -2,41 +2,17 @@
 
 from __future__ import annotations
 
-import json
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING
 
 import pytest
 
+from helpers.command_line import CommandLine, Done
+
 if TYPE_CHECKING:
     from sparsemm_edge.runtime import VisionModel
-
-
-class Done(NamedTuple):
-    """How a command ended: its exit status, and what it wrote on stdout and stderr."""
-
-    status: int
-    out: str
-    err: str
-
-    @property
-    def report(self) -> Any:
-        """What a command with --json found: status 0, and stdout is one JSON value."""
-        assert self.status == 0, self.err
-        return json.loads(self.out)
-
-    @property
-    def refusal(self) -> str:
-        """Why a command was refused: status 2, nothing on stdout, one line `error: ...` on stderr."""
-        assert (self.status, self.out) == (2, ""), self
-        (line,) = self.err.splitlines()
-        assert line.startswith("error: ")
-        return line
-
-
-CommandLine = Callable[..., Done]
 
 
 @pytest.fixture
@@ -62,7 +38,7 @@ def sparsemm(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str])
 @pytest.fixture(scope="session")
 def models() -> Callable[[str], object]:
     """`models(name)` is the test model of that name; the first use makes them all, in seconds."""
-    from models import test_model  # imports torch: only for tests that want a model
+    from helpers.models import test_model  # imports torch: only for tests that want a model
 
     return test_model
 
@@ -70,7 +46,7 @@ def models() -> Callable[[str], object]:
 @pytest.fixture(scope="module")
 def llava() -> Iterator[VisionModel]:
     """The small LLaVA with its image encoder, as its files say; a module may have another of this name."""
-    from models import test_model
+    from helpers.models import test_model
     from sparsemm_edge.runtime import VisionModel
 
     files = test_model("llava")
@@ -81,7 +57,7 @@ def llava() -> Iterator[VisionModel]:
 @pytest.fixture
 def pages(tmp_path: Path) -> list[Path]:
     """The files of two different images, as large as that LLaVA takes them."""
-    from models import sample_image, test_model
+    from helpers.models import sample_image, test_model
 
     paths = [tmp_path / "one.png", tmp_path / "two.png"]
     for seed, path in enumerate(paths):

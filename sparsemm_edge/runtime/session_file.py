@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -98,42 +99,61 @@ def read(path: Path) -> SavedConversation:
         raise SparseMMError(f"{path}: not a saved conversation (generate --save-session writes one)")
     if version != _VERSION:
         raise SparseMMError(f"{path}: a saved conversation of version {version!r}, this reads {_VERSION}")
-    try:
-        intact = len(data) == header["n_bytes"] and hashlib.sha256(data).hexdigest() == header["sha256"]
-        saved = _saved(header, data)
-    except (KeyError, TypeError, ValueError, OverflowError):
-        intact = False
-    if not intact:
-        raise SparseMMError(f"{path}: the saved conversation is damaged: save it again")
-    return saved
+    if len(data) != header.get("n_bytes"):
+        raise _damaged(path, f"its state has {len(data)} bytes, expected {header.get('n_bytes')}")
+    if hashlib.sha256(data).hexdigest() != header.get("sha256"):
+        raise _damaged(path, "its state has changed since it was saved")
 
+    def field(key: str, convert: Callable[[Any], Any]) -> Any:
+        try:
+            return convert(header[key])
+        except (KeyError, TypeError, ValueError, OverflowError) as error:
+            raise _damaged(path, f"{key!r} in its first line is missing or has a wrong value") from error
 
-def _saved(header: dict[str, Any], data: Any) -> SavedConversation:
-    def number(value: Any, least: int = 0) -> int:
-        if not isinstance(value, int) or not least <= value <= 2**31 - 1:
-            raise ValueError(f"{value!r} is no number that was saved")
-        return value
-
-    table = None
-    if (wanted := header["eviction"]) is not None:
-        max_tail = wanted["max_tail"]
-        table = HeadBudgetTable(
-            np.array(wanted["head_budgets"], dtype=np.uint32),
-            number(wanted["window"], 1),
-            number(wanted["pool_kernel"], 1),
-            None if max_tail is None else number(max_tail, 1),
-            str(wanted["vote"]),
-            bool(wanted["residual"]),
-        )
-    type_k, type_v = map(str, header["cache_types"])
-    n_prompt, n_later = header["planned"]
     return SavedConversation(
-        model=str(header["model"]),
-        model_name=str(header["model_name"]),
-        cache_types=(type_k, type_v),
-        table=table,
-        planned=(number(n_prompt), None if n_later is None else number(n_later)),
-        n_ubatch=number(header["n_ubatch"], 1),
-        pending=tuple(map(number, header["pending"])),
-        state=SessionState(number(header["n_past"]), number(header["n_tokens"]), data),
+        model=field("model", str),
+        model_name=field("model_name", str),
+        cache_types=field("cache_types", _cache_types),
+        table=field("eviction", _table),
+        planned=field("planned", _planned),
+        n_ubatch=field("n_ubatch", _positive),
+        pending=field("pending", lambda tokens: tuple(map(_natural, tokens))),
+        state=SessionState(field("n_past", _natural), field("n_tokens", _natural), data),
+    )
+
+
+def _damaged(path: Path, reason: str) -> SparseMMError:
+    return SparseMMError(f"{path}: the saved conversation is damaged, {reason}: save it again")
+
+
+def _natural(value: Any, least: int = 0) -> int:
+    if not isinstance(value, int) or not least <= value <= 2**31 - 1:
+        raise ValueError(f"expected a whole number from {least}, found {value!r}")
+    return value
+
+
+def _positive(value: Any) -> int:
+    return _natural(value, 1)
+
+
+def _cache_types(value: Any) -> tuple[str, str]:
+    type_k, type_v = map(str, value)
+    return type_k, type_v
+
+
+def _planned(value: Any) -> tuple[int, int | None]:
+    n_prompt, n_later = value
+    return _natural(n_prompt), None if n_later is None else _natural(n_later)
+
+
+def _table(value: Any) -> HeadBudgetTable | None:
+    if value is None:
+        return None
+    return HeadBudgetTable(
+        np.array(value["head_budgets"], dtype=np.uint32),
+        _positive(value["window"]),
+        _positive(value["pool_kernel"]),
+        None if value["max_tail"] is None else _positive(value["max_tail"]),
+        str(value["vote"]),
+        bool(value["residual"]),
     )

@@ -1,0 +1,60 @@
+"""Each allocation of a ggml buffer fails once: the error says so, and the next prompt is answered rightly."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from helpers.models import sample_image, test_model
+from helpers.paths import HELPERS
+
+NEVER_EVICTS = 600  # positions: more than the prompts have
+
+
+@pytest.fixture(scope="module")
+def fail_alloc(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    if sys.platform != "linux" or not (compiler := shutil.which("cc")):
+        pytest.skip("LD_PRELOAD and a C compiler are needed")
+    library = tmp_path_factory.mktemp("preload") / "fail_alloc.so"
+    subprocess.run([compiler, "-shared", "-fPIC", "-o", library, HELPERS / "fail_alloc.c"], check=True)
+    return library
+
+
+@pytest.mark.parametrize(
+    ("budget", "which", "allocates"),
+    [
+        pytest.param(24, 0, "heads_hidden", id="first prompt"),
+        pytest.param(24, 1, "cache_heads_idxs", id="second prompt, after an eviction"),
+        pytest.param(NEVER_EVICTS, 1, "cache_heads_k", id="second prompt, the cache grows"),
+    ],
+)
+def test_a_failed_allocation_is_said_and_the_next_prompt_is_answered(
+    budget: int, which: int, allocates: str, fail_alloc: Path, tmp_path: Path
+) -> None:
+    files = test_model("llava")
+    images = [tmp_path / "one.png", tmp_path / "two.png"]
+    for seed, path in enumerate(images):
+        sample_image(files.image_size, seed).save(path)
+    arguments = [files.gguf("f16"), files.mmproj("f16"), *images, budget, which]
+    done = subprocess.run(
+        [sys.executable, HELPERS / "out_of_memory_worker.py", *map(str, arguments)],
+        env=os.environ | {"LD_PRELOAD": str(fail_alloc)},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    *failed, last = map(json.loads, done.stdout.splitlines())
+    assert last == {"done": len(failed)}
+    # some are tried again
+    errors = [case["error"] for case in failed if case["error"] is not None]
+    assert len(errors) > 10 and all("failed to allocate" in error for error in errors), errors
+    assert not any("positions is full" in error for error in errors)
+    assert any(allocates in error for error in errors)
+    assert all(case["again"] for case in failed)
+    if which:  # nothing but the failed prompt is forgotten
+        assert not any(case["lost"] for case in failed)

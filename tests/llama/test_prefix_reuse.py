@@ -1,0 +1,77 @@
+"""A prompt read once serves any head budgets: kept and said is what a fresh reading keeps and says."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+
+from helpers.contexts import POOL_KERNEL, random_table
+from sparsemm_edge.budgets import FULL
+from sparsemm_edge.runtime import VisionModel
+from sparsemm_edge.runtime.eviction import HeadBudgetTable
+from sparsemm_edge.runtime.session import start_session_with
+
+QUESTION = "What is written here? Answer briefly, in the words of the page itself."
+N_REST = 40  # tokens that are read after the prefix
+
+
+@pytest.mark.parametrize("name", ["llava", "llava-gqa", "qwen2vl"])
+@pytest.mark.parametrize("cache_type", ["f16", "q8_0"])
+def test_from_a_prefix_heads_keep_and_say_what_they_do_from_the_whole_prompt(
+    name: str, cache_type: str, models: Callable[[str], Any]
+) -> None:
+    from helpers.models import sample_image
+
+    files = models(name)
+    with (
+        VisionModel.load(files.gguf(), files.mmproj(), n_threads=1) as model,
+        model.tokenize(model.chat_prompt(QUESTION, 1), [sample_image(files.image_size, 7)]) as prompt,
+    ):
+        shape, n = model.shape, prompt.n_tokens
+        options: dict[str, Any] = {
+            "n_ctx": n + 16,
+            "cache_type_k": cache_type,
+            "cache_type_v": cache_type,
+            "n_outputs": 16,
+        }
+        everything = np.full((shape.n_layer, shape.n_head_kv), FULL, dtype=np.uint32)
+        with start_session_with(
+            model, prompt, HeadBudgetTable(everything, 1, POOL_KERNEL), **options
+        ) as session:
+            assert session.takes_prefix
+            prefix = session.read_prefix(n - N_REST)
+        for budget, window, seed in ((12, 5, 0), (40, 16, 1), (n // 2, N_REST, 2)):
+            table = HeadBudgetTable(random_table(model, budget, window, n, seed), window, POOL_KERNEL)
+            with start_session_with(model, prompt, table, **options) as session:
+                session.read_prompt()
+                whole, logits = session.kept(), [session.logits()]
+                tokens = []
+                for _ in range(10):
+                    tokens.append(int(logits[-1].argmax()))
+                    session.decode(tokens[-1])
+                    logits.append(session.logits())
+                stats = session.kv_stats()
+            with start_session_with(model, prompt, table, **options) as session:
+                session.read_prompt(prefix)
+                # ties aside, which flash attention's rounding of another batch decides
+                agree = [
+                    len(np.intersect1d(a, b)) / len(a)
+                    for heads, others in zip(whole, session.kept(), strict=True)
+                    for a, b in zip(heads, others, strict=True)
+                ]
+                assert np.mean(agree) > 0.99
+                again = np.concatenate(
+                    [session.logits()[None], session.decode_all(np.array(tokens, np.int32))]
+                )
+                behind = again[:-1].max(axis=1) - again[np.arange(len(tokens)), tokens]
+                assert behind.max() < 0.2 * again.std(), "another token than by a near tie"
+                error = np.linalg.norm(again - np.array(logits), axis=1) / np.linalg.norm(logits, axis=1)
+                assert error.max() < 0.2  # what a tie at the cut makes
+                assert session.kv_stats().bytes_now == stats.bytes_now
+                # the tail can be taken back to any place, and goes on as before
+                session.forget_reply(4)
+                session.decode(tokens[4])
+                assert np.linalg.norm(session.logits() - logits[5]) < 0.2 * np.linalg.norm(logits[5])

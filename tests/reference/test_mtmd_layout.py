@@ -1,0 +1,162 @@
+"""Which image token shows what in llama.cpp: paint a box, and the embeddings that change are those named.
+
+mtmd prepares the image and computes the embeddings, in encoders whose patches do not see each other.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from functools import cache
+from pathlib import Path
+from tempfile import mkdtemp
+from typing import Any
+
+import gguf
+import numpy as np
+import pytest
+from PIL import Image, ImageOps
+
+from helpers import vision_models
+from helpers.boxes import boxes
+from helpers.models import sample_image, test_model
+from helpers.tiny_mmproj import KINDS, write_mmproj
+from sparsemm_edge import SparseMMError
+from sparsemm_edge.gguf_header import read_header
+from sparsemm_edge.runtime import Loading, VisionModel
+from sparsemm_edge.runtime.prompt import ImagePart, image_marker
+from sparsemm_edge.scoring.gguf import _image_chunks
+from sparsemm_edge.scoring.mtmd_layout import SUPPORTED, ImageEncoder
+
+PAGES = [(112, 112), (300, 220), (150, 400), (640, 180), (231, 97)]  # width, height
+
+
+# llama.cpp does not load a vocabulary of this kind without merges, and these checkpoints have none
+_MERGES = """
+import gguf
+add_token_list = gguf.GGUFWriter.add_token_list
+def with_merges(self, tokens):
+    add_token_list(self, tokens)
+    self.add_array("tokenizer.ggml.merges", ["a b"])
+gguf.GGUFWriter.add_token_list = with_merges
+for job in jobs:
+"""
+
+
+@cache
+def files(kind: str) -> tuple[Path, Path]:
+    """A text model, and an image encoder whose patches do not see each other."""
+    from make_test_models import _CONVERT, llama_cpp_source  # which `models` put on the path
+
+    folder = Path(mkdtemp())
+    path = folder / "mmproj.gguf"
+    if kind in KINDS:
+        return test_model("llava").gguf("f32"), write_mmproj(path, kind, 128)
+    if kind == "qwen2vl":
+        model = test_model("qwen2vl").gguf("f32")
+        shutil.copyfile(test_model("qwen2vl").mmproj("f32"), path)
+    else:
+        model = folder / "model.gguf"
+        checkpoint = [str(vision_models.make(kind, folder / "hf")), "--outtype", "f32", "--outfile"]
+        jobs = [[*checkpoint, str(model)], [*checkpoint, str(path), "--mmproj"]]
+        code = _CONVERT.replace("for job in jobs:\n", _MERGES.lstrip())
+        source = str(llama_cpp_source(None))
+        subprocess.run(
+            [sys.executable, "-c", code, source, json.dumps(jobs)], check=True, capture_output=True
+        )
+    n_silenced = 0
+    for tensor in gguf.GGUFReader(path, "r+").tensors:
+        if ".attn_out." in tensor.name:
+            tensor.data[:] = 0
+            n_silenced += 1
+    assert n_silenced == 6
+    return model, path
+
+
+@pytest.fixture(scope="module", params=[*KINDS, "qwen2vl", "qwen2.5-vl", "qwen3-vl"])
+def seen(request: pytest.FixtureRequest) -> Iterator[tuple[VisionModel, ImageEncoder]]:
+    text, mmproj = files(request.param)
+    with VisionModel.load(text, mmproj, n_threads=1) as model:
+        yield model, ImageEncoder.of(read_header(mmproj))
+
+
+def embeddings(model: VisionModel, page: Image.Image) -> np.ndarray:
+    with model.tokenize(image_marker(), [page]) as prompt:
+        return np.concatenate(
+            [model.encode_image(part) for part in prompt.parts if isinstance(part, ImagePart)]
+        )
+
+
+def layout_of(model: VisionModel, encoder: ImageEncoder, page: Image.Image) -> Any:
+    with model.tokenize(image_marker(), [page]) as prompt:
+        return encoder.layout((page.height, page.width), _image_chunks(prompt)[1])
+
+
+@pytest.mark.parametrize("size", PAGES, ids=lambda size: f"{size[0]}x{size[1]}")
+def test_painting_a_box_changes_exactly_the_tokens_that_show_it(
+    seen: tuple[VisionModel, ImageEncoder], size: tuple[int, int]
+) -> None:
+    model, encoder = seen
+    if encoder.kind == "idefics3" and max(size) < 200:
+        pytest.skip("what it makes of so small a page is blurred further than its tokens are wide")
+    page = sample_image(size, seed=3)
+    layout = layout_of(model, encoder, page)
+    before = embeddings(model, page)
+    assert len(before) == len(layout)
+    for detail in sorted(set(layout.detail)):
+        # between rows mtmd puts what a graph left there times zero, and that may be NaN
+        part = np.flatnonzero((layout.detail == detail) & np.isfinite(layout.rects[:, 0]))
+        cells = layout.rects[part]
+        sides = (cells[:, 2:] - cells[:, :2]).max(axis=0)
+        # how far resizing blurs over an edge: bicubic 2 pixels of the coarser side, Lanczos 3, twice
+        support = 6 if encoder.kind == "idefics3" else 2
+        blur = support * max(1.0, float((sides / (encoder.patch * encoder.merge)).max())) + 1
+        for box, inner, outer in boxes(size, blur, layout, detail):
+            painted = page.copy()
+            painted.paste(ImageOps.invert(page.crop(box)), box[:2])
+            changed = set(np.flatnonzero((embeddings(model, painted) != before).any(axis=1))) & set(part)
+            assert inner <= changed <= outer
+            if inner == outer:
+                assert changed == set(layout.covered(box, detail=detail))
+
+
+def test_a_limit_for_the_tokens_of_an_image_moves_them(tmp_path: Path) -> None:
+    """Pixtral's canvas is chosen by its number of tokens, which mtmd does not tell by rows and columns."""
+    mmproj = write_mmproj(tmp_path / "m.gguf", "pixtral", 128)
+    page = sample_image((300, 220), seed=3)
+    n_rows = []
+    for limits in ((None, None), (None, 60), (500, None)):
+        loading = Loading(image_min_tokens=limits[0], image_max_tokens=limits[1])
+        with VisionModel.load(test_model("llava").gguf(), mmproj, n_threads=1, loading=loading) as model:
+            layout = layout_of(model, ImageEncoder.of(read_header(mmproj), limits), page)
+        n_rows.append(1 + int(np.isnan(layout.rects[:, 0]).sum()))
+        assert len(layout.covered((0, 0, 300, 220))) == len(layout) - n_rows[-1] + 1
+    assert n_rows[1] < n_rows[0] < n_rows[2]
+
+
+def test_what_is_laid_out_in_another_way_is_not_scored(
+    seen: tuple[VisionModel, ImageEncoder], tmp_path: Path
+) -> None:
+    model, encoder = seen
+    page = sample_image((300, 220), seed=3)
+    with model.tokenize(image_marker(), [page]) as prompt:
+        tiles = _image_chunks(prompt)[1]
+    assert encoder.layout((220, 300), tiles)
+    longer = [*tiles, tiles[-1]]
+    with pytest.raises(SparseMMError, match=r"an image of 300 x 220 takes .* tokens, .* were expected"):
+        encoder.layout((220, 300), longer)
+
+
+def test_an_encoder_whose_tokens_have_no_known_place_is_refused(tmp_path: Path) -> None:
+    for projector in ("resampler", "gemma3"):
+        path = write_mmproj(tmp_path / f"{projector}.gguf", "idefics3", 128, projector=projector)
+        with pytest.raises(SparseMMError) as caught:
+            ImageEncoder.of(read_header(path))
+        assert f"image encoders of type '{projector}'" in str(caught.value)
+        assert str(caught.value).endswith(", ".join(SUPPORTED))
+    old = write_mmproj(tmp_path / "old.gguf", "idefics3", 128, preproc_image_size=0)
+    with pytest.raises(SparseMMError, match=r"only for files with clip\.vision\.preproc_image_size"):
+        ImageEncoder.of(read_header(old)).layout((100, 100), [])
