@@ -9,6 +9,9 @@ WINDOW = 32
 WINDOW_SHARE = 4
 """The window is at most the budget divided by this, so that most of a small budget is left to choose with."""
 
+IMAGE_WINDOW = 8
+"""Observation window of an image that is evicted without a question: its last positions vote."""
+
 VOTE = "mixkv"
 """How a head's positions are ranked, one of budgets.VOTES."""
 

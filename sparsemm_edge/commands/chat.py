@@ -17,7 +17,7 @@ def chat(
     sampled: options.Sampled,
     framed: options.Framed,
     evicted: options.Evicted,
-    kept: options.Kept,
+    kept: options.Reused,
     image: Annotated[
         list[str] | None,
         typer.Option(
@@ -67,6 +67,7 @@ def chat(
                 template_options=frame["template_options"],
                 eviction=evicted.eviction(),
                 resume=resume,
+                reuse_evicted=kept.reuse_evicted,
             )
 
         messages = Messages()

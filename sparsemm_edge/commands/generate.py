@@ -19,7 +19,7 @@ def generate(
     framed: options.Framed,
     sampled: options.Sampled,
     evicted: options.Evicted,
-    kept: options.Kept,
+    kept: options.Reused,
     image: options.Images = None,
     n_predict: Annotated[int, typer.Option("--n-predict", "-n", help="Most tokens to generate.")] = 256,
     n_ctx: options.NCtx = None,
@@ -67,6 +67,7 @@ def generate(
             eviction=evicted.eviction(),
             save_session=save_session,
             load_session=load_session,
+            reuse_evicted=kept.reuse_evicted,
         )
         for piece in answer:
             text += piece

@@ -349,6 +349,20 @@ class Sampled:
         )
 
 
+@dataclass(frozen=True)
+class Reused(Kept):
+    """What is kept of images in files, evicted sequences too."""
+
+    reuse_evicted: Annotated[
+        bool,
+        typer.Option(
+            "--reuse-evicted",
+            help="Evict the first message's images before its text is read, and keep the cache in"
+            " --image-cache: asked about again, they are not read again. No question votes on what is kept.",
+        ),
+    ] = False
+
+
 NUMBERS: dict[str, tuple[float, float]] = {
     "budget": (1, 2**31 - 1),
     "draws": (1, 1000),

@@ -31,7 +31,7 @@ def serve(
     framed: options.Framed,
     sampled: Sampled,
     evicted: options.Evicted,
-    kept: options.Kept,
+    kept: options.Reused,
     n_predict: Annotated[
         int | None, typer.Option("--n-predict", "-n", help="Most tokens of an answer [default: what fits].")
     ] = None,
@@ -82,6 +82,7 @@ def serve(
                 chat_template=frame["chat_template"],
                 template_options=frame["template_options"],
                 eviction=evicted.eviction(),
+                reuse_evicted=kept.reuse_evicted,
             ) as conversation,
         ):
             conversation.check(sampling)

@@ -273,9 +273,8 @@ class Evaluator:
     def _in_place(self, reading: _Reading, asked: Asked) -> npt.NDArray[np.int32]:
         """What follows the image where this question is the first."""
         with self._first_prompt(asked.question) as prompt:
-            before, after = _at_image(prompt)
-            tokens = _text_tokens(after)
-            if not len(tokens) or not _same_parts(before, _at_image(reading.prompt)[0]):
+            before, tokens = prompt.at_last_image()
+            if not len(tokens) or not _same_parts(before.parts, reading.prompt.at_last_image()[0].parts):
                 raise SparseMMError("the chat template does not put the whole question after the image")
             return tokens
 
@@ -307,11 +306,11 @@ class Evaluator:
         The full f16 cache goes first: its greedy answers are kept in `reading` for the others.
         """
         table, prefix, prompt = None, None, reading.prompt
-        before, after = _at_image(prompt)
+        before, after = prompt.at_last_image()
         if setting.policy != "full":
             table = self._table(reading.prompt.n_tokens, setting)
             if setting.later == "image":
-                prompt = Prompt(before)
+                prompt = before
             prefix = self._prefix(reading, setting)
             if prefix is not None and prompt.n_tokens - prefix.n_tokens < setting.window:
                 prefix = None  # a part of the window is in it
@@ -319,7 +318,7 @@ class Evaluator:
             session.read_prompt(prefix)
             evicted = session.state() if reading.asked[-1].instead and table is not None else None
             if prompt is not reading.prompt:
-                session.append(_text_tokens(after))
+                session.append(after)
             record, tokens = self._answer(session, reading, setting, reading.asked[0])
             records = [record]
             why_not = None
@@ -372,9 +371,8 @@ class Evaluator:
 
         The cache is as it was when the first question had been read.
         """
-        _, after = _at_image(reading.prompt)
-        n_pos = reading.prompt.n_pos - sum(part.n_pos for part in after)
-        if not session.truncate(n_pos, reading.prompt.n_tokens - sum(part.n_tokens for part in after)):
+        before, _ = reading.prompt.at_last_image()
+        if not session.truncate(before.n_pos, before.n_tokens):
             why_not = "the question that is taken back is longer than the window"
             return Record(**_identify(asked, setting), skipped=why_not)
         session.append(self._appended(reading, asked))
@@ -484,12 +482,6 @@ def _n_rest(setting: Setting) -> int:
 
 
 _Parts = Sequence[TextPart | ImagePart]
-
-
-def _at_image(prompt: Prompt) -> tuple[_Parts, _Parts]:
-    """The prompt up to the end of its last image, and what comes after."""
-    end = max(i for i, part in enumerate(prompt.parts) if isinstance(part, ImagePart)) + 1
-    return prompt.parts[:end], prompt.parts[end:]
 
 
 def _same_parts(parts: _Parts, others: _Parts) -> bool:

@@ -1,6 +1,7 @@
 """Questions and answers in turn over one KV cache: each question is read once, nothing is read again."""
 
 import codecs
+import hashlib
 import time
 from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import ExitStack
@@ -13,10 +14,11 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
+from sparsemm_edge import defaults
 from sparsemm_edge.defaults import MAX_POSITIONS
 from sparsemm_edge.errors import ContextFullError, SparseMMError, check_within
 from sparsemm_edge.gguf_header import weight_bytes_read
-from sparsemm_edge.runtime import session_file
+from sparsemm_edge.runtime import library, session_file
 from sparsemm_edge.runtime.chat_template import Turn
 from sparsemm_edge.runtime.eviction import Eviction, HeadBudgetTable, same_budgets
 from sparsemm_edge.runtime.first_token import FirstToken, Part
@@ -24,7 +26,7 @@ from sparsemm_edge.runtime.model import VisionModel
 from sparsemm_edge.runtime.process import rss_peak_bytes
 from sparsemm_edge.runtime.prompt import Prompt, TextPart
 from sparsemm_edge.runtime.sampler import Sampler, Sampling, StopTexts
-from sparsemm_edge.runtime.session import KVStats, Session, cache_type, start_session_with
+from sparsemm_edge.runtime.session import N_UBATCH, KVStats, Session, cache_type, start_session_with
 
 
 @dataclass(frozen=True)
@@ -116,6 +118,7 @@ class Conversation:
         eviction: Eviction | None = None,
         several: bool = True,
         resume: Path | None = None,
+        reuse_evicted: bool = False,
     ) -> None:
         """Args:
         model: the model, which must outlive the conversation.
@@ -130,6 +133,9 @@ class Conversation:
         several: more questions may follow, so that a first one that fits into the budget is not what the
             head budgets are shared out for.
         resume: a file that save() wrote; the next question goes on from there.
+        reuse_evicted: evict the images of the first question by their own last positions, before the question
+            is read, and keep the sequence in the model's disk cache: where it is there already, neither the
+            images nor what stands before them is read. The first question evicts nothing then.
 
         Raises:
             SparseMMError: an argument out of its range, or a file that cannot be resumed with this model and
@@ -148,6 +154,9 @@ class Conversation:
         self._template_options = template_options
         self._eviction = eviction or Eviction()
         self._several = several
+        self._kept = model.disk_cache if reuse_evicted else None
+        if reuse_evicted and self._kept is None:
+            raise SparseMMError("evicted images are kept in a folder: give one with --image-cache")
         self._session: Session | None = None
         self._room = 0
         self._table: HeadBudgetTable | None = None
@@ -304,18 +313,18 @@ class Conversation:
         """
         if self._session is None:
             raise SparseMMError("nothing was asked yet: there is nothing to save")
-        session_file.write(
-            path,
-            session_file.SavedConversation(
-                model=self._model.fingerprint,
-                model_name=self._model.path.name,
-                cache_types=self._types,
-                table=self._table,
-                planned=self._planned,
-                n_ubatch=self._session.n_ubatch,
-                pending=self._pending,
-                state=self._session.state(),
-            ),
+        session_file.write(path, self._saved(self._session))
+
+    def _saved(self, session: Session) -> session_file.SavedConversation:
+        return session_file.SavedConversation(
+            model=self._model.fingerprint,
+            model_name=self._model.path.name,
+            cache_types=self._types,
+            table=self._table,
+            planned=self._planned,
+            n_ubatch=session.n_ubatch,
+            pending=self._pending,
+            state=session.state(),
         )
 
     def _answer(
@@ -335,9 +344,15 @@ class Conversation:
                 prompt.prepend(self._pending)
                 said = [token for part in prompt.parts if isinstance(part, TextPart) for token in part.tokens]
                 sampler = stack.enter_context(self._model.sampler(sampling, said))
-                session = self._session_for(prompt, n_predict)
+                before, after = prompt.at_last_image()
+                apart = first and self._kept is not None and before.n_tokens > 0 and len(after) > 0
+                session = self._session_for(prompt, n_predict, before if apart else None)
                 try:
-                    session.read(prompt, cancelled)
+                    if apart:
+                        self._read_images(session, before, cancelled)
+                        session.append(after)
+                    else:
+                        session.read(prompt, cancelled)
                 except BaseException:
                     if first or not session.n_tokens:
                         self.close()
@@ -349,6 +364,46 @@ class Conversation:
                 self._asked = _Asked(prompt.n_tokens, said, session.logits(), parts)
             yield from self._reply(session, self._asked, n_predict, sampler, sampling.stop, started)
 
+    def _read_images(self, session: Session, images: Prompt, cancelled: Callable[[], bool] | None) -> None:
+        """Let the session hold images, and what stands before them, evicted by their own last positions.
+
+        They are read if they are not kept from another time.
+        """
+        assert self._kept is not None
+        name = f"{self._digest(images)}.sequence"
+
+        def restore(path: Path) -> bool:
+            try:
+                saved = session_file.read(path)
+            except SparseMMError as error:
+                raise SparseMMError(f"{path}: the kept sequence is damaged, or none") from error
+            session.restore(saved.state)
+            return True
+
+        if not self._kept.read(name, restore):
+            session.read(images, cancelled)
+            saved = self._saved(session)
+            self._kept.write(name, lambda path: session_file.write(path, saved))
+
+    def _digest(self, images: Prompt) -> str:
+        """Names a sequence that begins with images: by all that it depends on."""
+        model, table = self._model, self._table
+        parts: list[Any] = []
+        for part in images.parts:
+            if isinstance(part, TextPart):
+                parts.append(part.tokens.tolist())
+            else:
+                assert part.key is not None  # a model with a disk cache always tells
+                parts.append(model.image_digest(part.key))
+        evicts = None
+        if table is not None:
+            votes = (table.window, table.pool_kernel, table.vote, table.residual)
+            evicts = (table.head_budgets.tolist(), *votes, table.max_tail)
+        # what it was computed with, but for the end of the prompt, which a context's n_ubatch also depends on
+        n_ubatch = self._n_ubatch or N_UBATCH
+        known = (model.fingerprint, library.version(), parts, self._types, n_ubatch, evicts)
+        return hashlib.sha256(repr(known).encode()).hexdigest()
+
     def _text(self, question: str, n_images: int, first: bool) -> str:
         return self._model.chat_prompt(
             question,
@@ -359,8 +414,11 @@ class Conversation:
             template_options=self._template_options,
         )
 
-    def _session_for(self, prompt: Prompt, n_predict: int) -> Session:
-        """The context, with room for this prompt: made for the first one."""
+    def _session_for(self, prompt: Prompt, n_predict: int, images: Prompt | None) -> Session:
+        """The context, with room for this prompt: made for the first one.
+
+        `images`: the first half of the prompt, if that is evicted by itself.
+        """
         if self._session is not None:
             if self._session.n_tokens + prompt.n_tokens >= self._room:
                 raise ContextFullError(
@@ -378,8 +436,12 @@ class Conversation:
             self._planned, self._table = saved.planned, saved.table
             n_ubatch = saved.n_ubatch  # computed as if there had been no break
         else:
-            self._planned = (prompt.n_tokens, self._n_ctx if self._several else None)
-            self._table = model.plan(self._eviction, *self._planned)
+            evicted, eviction = images or prompt, self._eviction
+            self._planned = (evicted.n_tokens, self._n_ctx if self._several else None)
+            self._table = model.plan(eviction, *self._planned)
+            if images is not None and self._table is not None and eviction.window is None:
+                window = min(self._table.window, defaults.IMAGE_WINDOW)
+                self._table = model.plan(replace(eviction, window=window), *self._planned)
         session = start_session_with(
             model,
             prompt,
@@ -388,6 +450,7 @@ class Conversation:
             n_ubatch=n_ubatch,
             cache_type_k=self._types[0],
             cache_type_v=self._types[1],
+            n_outputs=1 if images is None else 2,
         )
         if saved is not None:
             try:

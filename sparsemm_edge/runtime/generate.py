@@ -67,6 +67,7 @@ def generate(
     eviction: Eviction | None = None,
     save_session: Path | None = None,
     load_session: Path | None = None,
+    reuse_evicted: bool = False,
 ) -> Generation:
     """Answer one user message, piece by piece.
 
@@ -85,6 +86,7 @@ def generate(
         eviction: None: as the model file says.
         save_session: a file to write the conversation to, once the answer is complete.
         load_session: a file of save_session; the message follows what was said there.
+        reuse_evicted: images are evicted without the question, and kept so, see Conversation.
 
     Returns:
         An iterator over text, never half a character.
@@ -105,5 +107,6 @@ def generate(
         eviction=eviction,
         several=save_session is not None,
         resume=load_session,
+        reuse_evicted=reuse_evicted,
     )
     return Generation(conversation, save_session, prompt, images, n_predict=n_predict, sampling=sampling)

@@ -84,6 +84,15 @@ class Prompt:
         self.n_tokens += len(tokens)
         self.n_pos += len(tokens)
 
+    def at_last_image(self) -> tuple["Prompt", npt.NDArray[np.int32]]:
+        """The prompt up to the end of its last image, and the tokens of the text after it: [n].
+
+        The first half lives as long as this prompt; without an image it is empty.
+        """
+        end = max((i for i, part in enumerate(self.parts, 1) if isinstance(part, ImagePart)), default=0)
+        after = [part.tokens for part in self.parts[end:] if isinstance(part, TextPart)]
+        return Prompt(self.parts[:end]), np.concatenate([np.empty(0, dtype=np.int32), *after])
+
     def close(self) -> None:
         if self._chunks is not None:
             mtmd.mtmd_input_chunks_free(self._chunks)

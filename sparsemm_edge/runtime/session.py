@@ -138,7 +138,7 @@ class Session:
         self.image_ms = 0.0
         self.prompt_ms = 0.0
         self._n_encoded = 0  # images and tiles of the last prompt that were encoded
-        self._n_read = 0  # tokens of it
+        self._n_batches = 0  # in how many ubatches it was read
         self.n_prompt_calls = 0
         self._model = model
         self._prompt = prompt
@@ -196,9 +196,8 @@ class Session:
     @property
     def prompt_part(self) -> Part:
         """What reading the last prompt took."""
-        n_batches = -(-self._n_read // self.n_ubatch)
         weights = weight_bytes_read(self._model.header)
-        return Part(self.prompt_ms, self._model.n_threads_batch, n_batches * weights)
+        return Part(self.prompt_ms, self._model.n_threads_batch, self._n_batches * weights)
 
     @property
     def takes_prefix(self) -> bool:
@@ -278,15 +277,19 @@ class Session:
         self._read_parts(start=prefix.n_tokens if prefix is not None else 0)
         llama.llama_synchronize(self.context)
         self.prompt_ms = _ms_since(start) - self.image_ms
-        self._n_read, self._n_encoded = self.n_tokens - before[0], self._model.n_encoded - before[1]
+        self._n_batches = -(-(self.n_tokens - before[0]) // self.n_ubatch)
+        self._n_encoded = self._model.n_encoded - before[1]
         self.n_prompt_calls = self._n_calls
         self._after_prompt = (self._n_past, self.n_tokens)
 
     def append(self, tokens: npt.NDArray[np.int32]) -> None:
         """Read a later prompt of text that evicts nothing; needs n_outputs of 2."""
         # llama.cpp takes it for the end of a prompt only where the last token alone asks for logits
+        start = time.perf_counter()
         self._decode_tokens(tokens, n_outputs=2)
         llama.llama_synchronize(self.context)
+        self.prompt_ms += _ms_since(start)
+        self._n_batches += -(-len(tokens) // self.n_ubatch)
         self._after_prompt = (self._n_past, self.n_tokens)
 
     def forget_reply(self, n_keep: int = 0) -> None:
@@ -392,12 +395,20 @@ class Session:
         return SessionState(self._n_past, self.n_tokens, self._state())
 
     def restore(self, state: SessionState) -> None:
-        """Go on with a saved sequence.
+        """Go on with a saved sequence, in place of reading a prompt.
 
         Raises:
-            SparseMMError: llama.cpp does not take the state.
+            SparseMMError: llama.cpp does not take the state; the sequence is empty then.
         """
-        self._restore(state.data)
+        start = time.perf_counter()
+        try:
+            self._restore(state.data)
+        except SparseMMError:
+            self._back_to(0)
+            self._n_past, self.n_tokens = 0, 0
+            raise
+        self.image_ms, self.prompt_ms = 0.0, _ms_since(start)
+        self._n_encoded = self._n_batches = 0
         self._n_past, self.n_tokens = state.n_past, state.n_tokens
 
     def _images(self) -> list[ImagePart]:
