@@ -10,8 +10,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from conftest import CommandLine
-from models import sample_image, test_model
+from helpers.command_line import CommandLine
+from helpers.models import sample_image, test_model
 from sparsemm_edge.errors import SparseMMError
 from sparsemm_edge.runtime import Conversation, Eviction, GenerationStats, Loading, VisionModel, generate
 from sparsemm_edge.runtime.library import llama
