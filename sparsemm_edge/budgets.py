@@ -1,22 +1,24 @@
-"""Budget policies: head scores in, a table of head budgets out.
+"""How much of the KV cache each head keeps: BudgetSpec makes the table of head budgets from head scores.
 
 Source: SparseMM (arXiv 2506.05344), section 3.2. A head budget is the number of positions that one KV head of
-one layer keeps after the prompt, the observation window included. The policies differ only in the scores
-that they share the budget out by, so one function serves them all.
+one layer keeps after the prompt, the observation window included.
 """
+
+from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from sparsemm_edge import defaults
 from sparsemm_edge.errors import SparseMMError
+from sparsemm_edge.policies import POLICIES
 
-POLICIES = ("sparsemm", "uniform", "pyramid", "random", "full")
-
-VOTES = ("mixkv", "snapkv")
-"""How the positions of a head are ranked: `snapkv` by the attention that they get from the window's queries
-(arXiv 2404.14469), `mixkv` by that times the norm of the value, mixed with how much the key differs from the
-mean key of the head (arXiv 2510.20707)."""
+VOTES = {"mixkv": 1, "snapkv": 0}
+"""Names of the votes that rank a head's positions, and their numbers in the patched llama.cpp (enum
+llama_head_vote). `snapkv` ranks by the attention from the window's queries (arXiv 2404.14469), `mixkv` by
+that times the norm of the value, mixed with how much the key differs from the head's mean key (arXiv
+2510.20707)."""
 
 FULL = 2**31 - 1
 """The head budget of policy `full`. llama.cpp counts positions in int32, so no prompt is longer and nothing
@@ -25,96 +27,125 @@ is ever evicted. A table of it does not fit 32 bits when summed: sum head budget
 MAX_WINDOW = 1024
 """The largest observation window that the patched llama.cpp takes; its scores take memory in every layer."""
 
+POOL_KERNEL = 7
+"""Width of the max pooling of the votes, in positions."""
 
-def head_budgets(
-    policy: str,
-    grouped_scores: npt.NDArray[np.float64] | None,
-    *,
-    n_layer: int,
-    n_head_kv: int,
-    budget: int,
-    window: int,
-    floor_ratio: float = defaults.FLOOR_RATIO,
-    residual: bool = False,
-    water_fill: bool = True,
-    n_prompt: int | None = None,
-    seed: int = 0,
-) -> npt.NDArray[np.uint32]:
-    """Share the positions of all KV heads out to them.
 
-    Every head gets the window, the place of its residual slot if it has one, and a floor, which is
-    `floor_ratio` of what is left of the budget after those; the rest of
-    `budget * n_layer * n_head_kv` goes to the heads in proportion to
+@dataclass(frozen=True)
+class BudgetSpec:
+    """How KV heads share the cache, and by what each head chooses the positions that it keeps.
 
-    - `sparsemm`: their score;
-    - `uniform`: nothing, all alike (SnapKV, arXiv 2404.14469);
-    - `pyramid`: a ramp over the layers, the first layer most, the last only the floor (PyramidKV,
-      arXiv 2406.02069);
-    - `random`: a random score drawn from `seed`.
-
-    `full` evicts nothing: every head budget is `FULL`, whatever the other arguments.
-
-    Args:
-        policy: one of POLICIES.
-        grouped_scores: [n_layer, n_head_kv], not negative, any scale; only `sparsemm` reads it.
-        n_layer, n_head_kv: the model's layers, and KV heads per layer.
-        budget: B, the mean of the head budgets, in positions.
-        window: w, the observation window, in positions; 1 <= w < B, at most MAX_WINDOW.
-        floor_ratio: rho, the share of B less window and slot that every head gets, 0 to 1.
-        residual: whether one place of a head that evicts is the residual slot, which stands for what it lost.
-        water_fill: a head cannot keep more positions than the prompt has. True gives what it cannot use to
-            the other heads, in proportion to their score, until the budget is spent. False is the paper:
-            the surplus stays unused.
-        n_prompt: the prompt's length in positions that water-filling is for; None sets no limit. A prompt
-            of at most B positions is kept whole by a head budget of B each.
+    Attributes:
+        policy: the weights by which heads share the budget, one of POLICIES.
+        budget: B, the mean of the head budgets, in positions, window included.
+        window: w, the observation window in positions; 1 <= w < B, at most MAX_WINDOW.
+        floor_ratio: rho, the share of B less window and residual slot that every head gets, 0 to 1.
+        vote: how a head's positions are ranked, one of VOTES.
+        residual: whether a head that evicts spends one position on a slot that stands for what it lost.
+        water_fill: whether what a head cannot use, because the prompt is shorter than its share, goes to the
+            other heads in proportion to their weight. False is the paper: it stays unused.
         seed: of policy `random`.
-
-    Returns:
-        [n_layer, n_head_kv], summing to exactly `budget * n_layer * n_head_kv` (except `full`). No head is
-        below `window`, or `window + 1` with a residual slot; with water-filling none is above
-        `max(n_prompt, budget)`.
-
-    Raises:
-        SparseMMError: an argument outside its range, or scores that do not have the shape.
+        pool_kernel: width of the max pooling of the votes, in positions; odd.
     """
-    shape = (n_layer, n_head_kv)
-    if policy == "full":
-        return np.full(shape, FULL, dtype=np.uint32)
-    if not 1 <= window <= MAX_WINDOW:
-        raise SparseMMError(f"the window is {window}: it must hold 1 to {MAX_WINDOW} positions")
-    if budget <= window:
-        raise SparseMMError(f"the budget ({budget}) must be larger than the window ({window}) it includes")
-    if budget > FULL:
-        raise SparseMMError(f"the budget is {budget}: it must be at most {FULL}")
-    if not 0 <= floor_ratio <= 1:
-        raise SparseMMError(f"the floor ratio is {floor_ratio}: it must be between 0 and 1")
-    if n_prompt is not None and not 1 <= n_prompt <= FULL:
-        raise SparseMMError(f"the prompt length is {n_prompt}: it must be 1 to {FULL}")
-    if not 0 <= seed < 2**32:
-        raise SparseMMError(f"the seed is {seed}: it must be 0 to {2**32 - 1}")
 
-    least = window + residual
-    shares = _shares(policy, grouped_scores, shape, seed).ravel()
-    limit: float = np.inf
-    if water_fill and n_prompt is not None:
-        if n_prompt <= budget:
-            return np.full(shape, budget, dtype=np.uint32)
-        limit = n_prompt - least
+    policy: str = "sparsemm"
+    budget: int = defaults.BUDGET
+    window: int = defaults.WINDOW
+    floor_ratio: float = defaults.FLOOR_RATIO
+    vote: str = defaults.VOTE
+    residual: bool = defaults.RESIDUAL
+    water_fill: bool = True
+    seed: int = 0
+    pool_kernel: int = POOL_KERNEL
 
-    base = budget - least
-    total = base * shares.size
-    floor = int(base * floor_ratio)
-    caps = _fill(shares, total=total, floor=floor, limit=limit)
-    table = _round_to_sum(caps, total) + least
-    if table.max() > FULL:
-        raise SparseMMError(f"a budget of {budget} gives one head {table.max()} positions, more than {FULL}")
-    return table.reshape(shape).astype(np.uint32)
+    def override(self, **changes: Any) -> "BudgetSpec":
+        """This spec with the given attributes changed; those that are None stay.
 
+        A changed budget without a window shrinks the window to at most a quarter of the budget.
+        """
+        given = {name: value for name, value in changes.items() if value is not None}
+        if given.get("budget", self.budget) != self.budget:
+            given.setdefault("window", window_for(given["budget"], self.window))
+        return replace(self, **given)
 
-def check_vote(vote: str) -> None:
-    """Raise SparseMMError unless this is one of VOTES."""
-    if vote not in VOTES:
-        raise SparseMMError(f"unknown vote {vote!r}: expected one of {', '.join(VOTES)}")
+    @property
+    def least(self) -> int:
+        """The fewest positions of a head that evicts: the window, and the residual slot if there is one."""
+        return self.window + self.residual
+
+    @property
+    def floor(self) -> int:
+        """The positions beyond `least` that every head gets."""
+        return int((self.budget - self.least) * self.floor_ratio)
+
+    def table(
+        self,
+        scores: npt.NDArray[np.float64] | None,
+        shape: tuple[int, int],
+        n_prompt: int | None = None,
+    ) -> npt.NDArray[np.uint32]:
+        """Share `budget * n_layer * n_head_kv` positions out to the heads.
+
+        Every head gets `least` and `floor`; the rest goes to the heads in proportion to the policy's weights.
+
+        Args:
+            scores: [n_layer, n_head_kv], not negative, any scale; only `sparsemm` reads them.
+            shape: the model's n_layer and n_head_kv.
+            n_prompt: the prompt's length in positions, for water-filling; None sets no limit. A prompt of at
+                most B positions is kept whole: each head budget is then B.
+
+        Returns:
+            [n_layer, n_head_kv], summing to exactly `budget * n_layer * n_head_kv`. No head is below `least`;
+            with water-filling none is above `max(n_prompt, budget)`. Policy `full` makes a table of `FULL`,
+            whatever the other attributes.
+
+        Raises:
+            SparseMMError: an attribute outside its range, or scores of another shape.
+        """
+        if self.policy not in POLICIES:
+            raise SparseMMError(f"unknown policy {self.policy!r}: expected one of {', '.join(POLICIES)}")
+        if self.policy != "full":
+            self._check(n_prompt)
+        weights = POLICIES[self.policy](scores, shape, self.seed)
+        if weights is None:
+            return np.full(shape, FULL, dtype=np.uint32)
+        if weights.shape != shape or not np.isfinite(weights).all() or (weights < 0).any():
+            raise SparseMMError(
+                f"policy {self.policy} must return {shape[0]} x {shape[1]} finite weights, none negative"
+            )
+        limit: float = np.inf
+        if self.water_fill and n_prompt is not None:
+            if n_prompt <= self.budget:
+                return np.full(shape, self.budget, dtype=np.uint32)
+            limit = n_prompt - self.least
+        total = (self.budget - self.least) * weights.size
+        caps = _fill(weights.ravel(), total=total, floor=self.floor, limit=limit)
+        table = _round_to_sum(caps, total) + self.least
+        if table.max() > FULL:
+            raise SparseMMError(
+                f"a budget of {self.budget} gives one head {table.max()} positions, more than {FULL}"
+            )
+        return table.reshape(shape).astype(np.uint32)
+
+    def _check(self, n_prompt: int | None) -> None:
+        """Raise SparseMMError if an attribute or the prompt's length is outside its range."""
+        budget, window = self.budget, self.window
+        if not 1 <= window <= MAX_WINDOW:
+            raise SparseMMError(f"the window is {window}: it must hold 1 to {MAX_WINDOW} positions")
+        if budget <= window:
+            raise SparseMMError(
+                f"the budget ({budget}) must be larger than the window ({window}) it includes"
+            )
+        if budget > FULL:
+            raise SparseMMError(f"the budget is {budget}: it must be at most {FULL}")
+        if not 0 <= self.floor_ratio <= 1:
+            raise SparseMMError(f"the floor ratio is {self.floor_ratio}: it must be between 0 and 1")
+        if self.vote not in VOTES:
+            raise SparseMMError(f"unknown vote {self.vote!r}: expected one of {', '.join(VOTES)}")
+        if n_prompt is not None and not 1 <= n_prompt <= FULL:
+            raise SparseMMError(f"the prompt length is {n_prompt}: it must be 1 to {FULL}")
+        if not 0 <= self.seed < 2**32:
+            raise SparseMMError(f"the seed is {self.seed}: it must be 0 to {2**32 - 1}")
 
 
 def window_for(budget: int, window: int = defaults.WINDOW) -> int:
@@ -122,45 +153,20 @@ def window_for(budget: int, window: int = defaults.WINDOW) -> int:
     return max(1, min(window, budget // defaults.WINDOW_SHARE))
 
 
-def _shares(
-    policy: str, grouped_scores: npt.NDArray[np.float64] | None, shape: tuple[int, int], seed: int
-) -> npt.NDArray[np.float64]:
-    """What the policy shares the budget out by: [n_layer, n_head_kv], not negative, not all zero."""
-    n_layer = shape[0]
-    if policy == "uniform":
-        return np.ones(shape)
-    if policy == "pyramid":
-        ramp = np.arange(n_layer - 1, -1, -1, dtype=np.float64) if n_layer > 1 else np.ones(1)
-        return np.broadcast_to(ramp[:, None], shape)
-    if policy == "random":
-        return np.random.default_rng(seed).random(shape)
-    if policy != "sparsemm":
-        raise SparseMMError(f"unknown policy {policy!r}: expected one of {', '.join(POLICIES)}")
-    if grouped_scores is None:
-        raise SparseMMError(f"policy {policy} needs head scores")
-    if grouped_scores.shape != shape:
-        raise SparseMMError(
-            f"head scores of shape {grouped_scores.shape} for a model of {shape} layers x KV heads"
-        )
-    if not np.isfinite(grouped_scores).all() or (grouped_scores < 0).any() or not grouped_scores.any():
-        raise SparseMMError("head scores must be finite, not negative and not all zero")
-    return grouped_scores.astype(np.float64)
-
-
 def _fill(
-    shares: npt.NDArray[np.float64], *, total: int, floor: int, limit: float
+    weights: npt.NDArray[np.float64], *, total: int, floor: int, limit: float
 ) -> npt.NDArray[np.float64]:
-    """Real-valued caps `floor + share * x`, at most `limit`, with x such that they sum to `total`.
+    """Real-valued caps `floor + weight * x`, at most `limit`, with x such that they sum to `total`.
 
     Needs `floor <= total / n <= limit`. Each round shares out among the heads below the limit what the
     others leave; as x only grows, a head at the limit stays there, so at most n rounds are needed.
     """
-    caps = np.full(shares.size, float(limit))
-    free = np.ones(shares.size, dtype=bool)
+    caps = np.full(weights.size, float(limit))
+    free = np.ones(weights.size, dtype=bool)
     while free.any():
-        weights = shares[free] if shares[free].any() else np.ones(int(free.sum()))
+        rest = weights[free] if weights[free].any() else np.ones(int(free.sum()))
         pool = total - caps[~free].sum() - floor * free.sum()
-        caps[free] = floor + pool * (weights / weights.sum())
+        caps[free] = floor + pool * (rest / rest.sum())
         over = free & (caps > limit)
         if not over.any():
             break

@@ -9,8 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
-from sparsemm_edge import defaults
-from sparsemm_edge.budgets import check_vote, head_budgets, window_for
+from sparsemm_edge.budgets import BudgetSpec
 from sparsemm_edge.errors import SparseMMError
 from sparsemm_edge.files import atomic_path
 from sparsemm_edge.gguf_copy import Progress, copy_with_fields
@@ -47,15 +46,8 @@ def convert(
     scores: Path,
     out: Path | None = None,
     *,
-    budget: int = defaults.BUDGET,
-    window: int | None = None,
-    floor_ratio: float = defaults.FLOOR_RATIO,
-    policy: str = "sparsemm",
-    vote: str = defaults.VOTE,
-    residual: bool = defaults.RESIDUAL,
-    water_fill: bool = True,
+    spec: BudgetSpec | None = None,
     n_prompt: int = 2944,
-    seed: int = 0,
     force: bool = False,
     progress: Progress = lambda done, total: None,
 ) -> Converted:
@@ -66,9 +58,8 @@ def convert(
         scores: a head-scores file of this model (see HeadScores.load). Every policy needs it: its scores are
             stored too, so that a runtime can share out another budget.
         out: the file to write; `<model's stem>.sparsemm.gguf` beside the model if None.
-        window: None: window_for(budget).
-        vote: how the positions of a head are ranked, one of budgets.VOTES.
-        budget, floor_ratio, policy, residual, water_fill, n_prompt, seed: see head_budgets.
+        spec: how heads share the cache; None: BudgetSpec's defaults.
+        n_prompt: prompt length in positions that the table is water-filled for.
         force: replace `out` if it exists.
         progress: told how many bytes of how many are copied.
 
@@ -80,41 +71,20 @@ def convert(
     shape = model_shape(header)
     check_supported(header, shape)
     out = check_out(model, out, force=force)
-    if policy == "full":
+    spec = spec or BudgetSpec()
+    if spec.policy == "full":
         raise SparseMMError("policy full evicts nothing: use the model as it is, without converting it")
-
-    check_vote(vote)
-    window = window_for(budget) if window is None else window
 
     head_scores = HeadScores.load(scores)
     head_scores.check_fits(shape.n_layer, shape.n_head, shape.n_head_kv)
     # Through f32, as stored: who shares the same budget out by the stored scores gets the stored table.
     stored_scores = head_scores.normalised().astype(np.float32)
-    table = head_budgets(
-        policy,
-        group_scores(stored_scores, shape.n_head_kv),
-        n_layer=shape.n_layer,
-        n_head_kv=shape.n_head_kv,
-        budget=budget,
-        window=window,
-        floor_ratio=floor_ratio,
-        residual=residual,
-        water_fill=water_fill,
-        n_prompt=n_prompt,
-        seed=seed,
-    )
     metadata = SparseMMMetadata(
-        policy=policy,
-        budget=budget,
-        window=window,
-        floor_ratio=floor_ratio,
-        head_budgets=table,
+        spec=spec,
+        head_budgets=spec.table(group_scores(stored_scores, shape.n_head_kv), shape.kv_heads, n_prompt),
         head_scores=stored_scores,
         scores_source=head_scores.label(),
-        water_fill_length=n_prompt if water_fill else 0,
-        seed=seed,
-        vote=vote,
-        residual=residual,
+        water_fill_length=n_prompt if spec.water_fill else 0,
     )
     with atomic_path(out) as part:
         copy_with_fields(header, part, metadata.fields(), PREFIX, progress)

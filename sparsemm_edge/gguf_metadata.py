@@ -2,7 +2,7 @@
 
 import reprlib
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -11,13 +11,12 @@ import numpy as np
 import numpy.typing as npt
 from gguf.constants import GGUFValueType
 
-from sparsemm_edge.budgets import POLICIES, VOTES
+from sparsemm_edge.budgets import POLICIES, VOTES, BudgetSpec
 from sparsemm_edge.errors import SparseMMError
 from sparsemm_edge.gguf_header import GGUFField, GGUFHeader, read_header, shown
 
 PREFIX = "sparsemm."
 VERSION = 1
-POOL_KERNEL = 7
 
 _U32 = GGUFValueType.UINT32
 _F32 = GGUFValueType.FLOAT32
@@ -90,6 +89,11 @@ class ModelShape:
     n_embd_head_k: int
     n_embd_head_v: int
 
+    @property
+    def kv_heads(self) -> tuple[int, int]:
+        """n_layer and n_head_kv, the shape of a table of head budgets."""
+        return self.n_layer, self.n_head_kv
+
     def kv_bytes(self, positions: int, bytes_per_number: int = 2) -> int:
         """Bytes of K and V of this many positions of one KV head of one layer (f16 by default)."""
         return positions * (self.n_embd_head_k + self.n_embd_head_v) * bytes_per_number
@@ -100,43 +104,27 @@ class SparseMMMetadata:
     """The `sparsemm.*` keys of a converted GGUF file.
 
     Attributes:
-        policy: the budget policy that made the table (sparsemm, uniform, pyramid or random).
-        budget: B, the mean head budget in positions, window included.
-        window: w, the observation window in positions.
-        floor_ratio: rho, the share of B - w that every head gets.
+        spec: how the table was made; lets a runtime change one attribute and make another.
         head_budgets: [n_layer, n_head_kv] u32, positions each KV head keeps, window included.
-        head_scores: [n_layer, n_head] f32, sum 1; lets a runtime share out another budget.
+        head_scores: [n_layer, n_head] f32, sum 1, for such a table.
         scores_source: model, data set and sha256 of the scores file.
         water_fill_length: prompt length in positions that the table was water-filled for; 0: it was not.
-        seed: of policy random.
-        pool_kernel: width of the max pooling of the votes, in positions.
         enabled: False keeps the whole cache.
-        vote: how the positions of a head are ranked, one of budgets.VOTES.
-        residual: whether one place of a head that evicts stands for what it lost.
     """
 
-    policy: str
-    budget: int
-    window: int
-    floor_ratio: float
+    spec: BudgetSpec
     head_budgets: npt.NDArray[np.uint32]
     head_scores: npt.NDArray[np.float32]
     scores_source: str
     water_fill_length: int
-    seed: int = 0
-    pool_kernel: int = POOL_KERNEL
     enabled: bool = True
-    vote: str = "snapkv"
-    residual: bool = False
 
     def fields(self) -> dict[str, GGUFField]:
         """The metadata as GGUF keys and values; arrays as layer-major lists."""
-        scalars = {
-            key: GGUFField(kind, None, VERSION if key == "version" else getattr(self, key))
-            for key, kind in _SCALARS.items()
-        }
+        values = {"version": VERSION, **vars(self.spec), **vars(self)}
+        scalars = {key: GGUFField(kind, None, values[key]) for key, kind in _SCALARS.items()}
         arrays = {
-            key: GGUFField(GGUFValueType.ARRAY, kind, getattr(self, key).ravel().tolist())
+            key: GGUFField(GGUFValueType.ARRAY, kind, values[key].ravel().tolist())
             for key, kind in _ARRAYS.items()
         }
         return {PREFIX + key: field for key, field in (scalars | arrays).items()}
@@ -295,21 +283,23 @@ def sparsemm_metadata(header: GGUFHeader) -> SparseMMMetadata | None:
             raise broken(f"{PREFIX}{key} has {values[key].size} entries, the model needs {expected}")
         values[key] = values[key].reshape(shape.n_layer, columns)
 
-    metadata = SparseMMMetadata(**values)
+    of_spec = {each.name: values.pop(each.name) for each in fields(BudgetSpec) if each.name in values}
+    spec = BudgetSpec(**of_spec, water_fill=values["water_fill_length"] > 0)
+    metadata = SparseMMMetadata(spec, **values)
     scores = metadata.head_scores
-    if metadata.policy not in POLICIES:
-        raise broken(f"{PREFIX}policy is {reprlib.repr(metadata.policy)}")
-    if not 1 <= metadata.window < metadata.budget:
-        raise broken(f"{PREFIX}window is {metadata.window} with a {PREFIX}budget of {metadata.budget}")
-    if metadata.vote not in VOTES:
-        raise broken(f"{PREFIX}vote is {reprlib.repr(metadata.vote)}")
-    if metadata.head_budgets.min() < metadata.window + metadata.residual:
-        least = f"the window ({metadata.window})" + (" and the residual slot" if metadata.residual else "")
+    if spec.policy not in POLICIES:
+        raise broken(f"{PREFIX}policy is {reprlib.repr(spec.policy)}")
+    if not 1 <= spec.window < spec.budget:
+        raise broken(f"{PREFIX}window is {spec.window} with a {PREFIX}budget of {spec.budget}")
+    if spec.vote not in VOTES:
+        raise broken(f"{PREFIX}vote is {reprlib.repr(spec.vote)}")
+    if metadata.head_budgets.min() < spec.least:
+        least = f"the window ({spec.window})" + (" and the residual slot" if spec.residual else "")
         raise broken(f"{PREFIX}head_budgets holds {metadata.head_budgets.min()}, below {least}")
-    if not 0 <= metadata.floor_ratio <= 1:
-        raise broken(f"{PREFIX}floor_ratio is {metadata.floor_ratio}")
-    if not metadata.pool_kernel % 2:
-        raise broken(f"{PREFIX}pool_kernel is {metadata.pool_kernel}, expected an odd number")
+    if not 0 <= spec.floor_ratio <= 1:
+        raise broken(f"{PREFIX}floor_ratio is {spec.floor_ratio}")
+    if not spec.pool_kernel % 2:
+        raise broken(f"{PREFIX}pool_kernel is {spec.pool_kernel}, expected an odd number")
     if not np.isfinite(scores).all() or (scores < 0).any() or not scores.any():
         raise broken(f"{PREFIX}head_scores must be finite, not negative and not all zero")
     return metadata

@@ -4,7 +4,7 @@ from typing import Any
 
 import numpy as np
 
-from sparsemm_edge.budgets import POLICIES, head_budgets
+from sparsemm_edge.budgets import POLICIES
 from sparsemm_edge.gguf_metadata import ModelShape, SparseMMMetadata
 from sparsemm_edge.scores import group_scores
 
@@ -17,9 +17,7 @@ def figures(shape: ModelShape, metadata: SparseMMMetadata) -> dict[str, Any]:
 
     `heads_at_floor` is the share of KV heads, 0 to 1, that got no more than the floor and the window.
     """
-    table = metadata.head_budgets
-    least = metadata.window + metadata.residual
-    floor = least + int((metadata.budget - least) * metadata.floor_ratio)
+    table, spec = metadata.head_budgets, metadata.spec
     return {
         "architecture": shape.arch,
         "name": shape.name,
@@ -27,20 +25,20 @@ def figures(shape: ModelShape, metadata: SparseMMMetadata) -> dict[str, Any]:
         "n_head": shape.n_head,
         "n_head_kv": shape.n_head_kv,
         "enabled": metadata.enabled,
-        "policy": metadata.policy,
-        "budget": metadata.budget,
-        "window": metadata.window,
-        "floor_ratio": metadata.floor_ratio,
-        "pool_kernel": metadata.pool_kernel,
-        "vote": metadata.vote,
-        "residual": metadata.residual,
+        "policy": spec.policy,
+        "budget": spec.budget,
+        "window": spec.window,
+        "floor_ratio": spec.floor_ratio,
+        "pool_kernel": spec.pool_kernel,
+        "vote": spec.vote,
+        "residual": spec.residual,
         "water_fill_length": metadata.water_fill_length,
         "head_budgets": {
             "min": int(table.min()),
             "median": float(np.median(table)),
             "mean": float(table.mean()),
             "max": int(table.max()),
-            "heads_at_floor": float((table <= floor).mean()),
+            "heads_at_floor": float((table <= spec.least + spec.floor).mean()),
         },
         "scores_source": metadata.scores_source,
     }
@@ -57,19 +55,7 @@ def kv_bytes(shape: ModelShape, metadata: SparseMMMetadata) -> dict[str, dict[in
     def kept(policy: str | None, n_prompt: int) -> int:
         table = metadata.head_budgets
         if policy is not None:
-            table = head_budgets(
-                policy,
-                grouped,
-                n_layer=shape.n_layer,
-                n_head_kv=shape.n_head_kv,
-                budget=metadata.budget,
-                window=metadata.window,
-                floor_ratio=metadata.floor_ratio,
-                residual=metadata.residual,
-                water_fill=metadata.water_fill_length > 0,
-                n_prompt=n_prompt,
-                seed=metadata.seed,
-            )
+            table = metadata.spec.override(policy=policy).table(grouped, shape.kv_heads, n_prompt)
         return shape.kv_bytes(int(np.minimum(table, n_prompt).sum(dtype=np.int64)))
 
     rows: dict[str, str | None] = {"as stored": None} | {policy: policy for policy in POLICIES}

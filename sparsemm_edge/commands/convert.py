@@ -75,10 +75,21 @@ def convert(
       sparsemm-edge convert llava-7b.gguf --scores llava-7b.head-scores.json --budget 256
       sparsemm-edge convert llava-7b.gguf --scores auto --mmproj mmproj.gguf
     """
+    from sparsemm_edge.budgets import BudgetSpec
     from sparsemm_edge.convert import check_out
     from sparsemm_edge.convert import convert as convert_model
     from sparsemm_edge.inspection import figures
 
+    spec = BudgetSpec().override(
+        policy=policy,
+        budget=budget,
+        window=window,
+        floor_ratio=floor_ratio,
+        vote=vote,
+        residual=residual,
+        water_fill=water_fill,
+        seed=seed,
+    )
     if str(scores) == "auto":
         check_out(model, out, force=force)  # known before the pages are read
         scores = _score(model, mmproj, data, (threads, threads_batch), chat_template)
@@ -87,15 +98,8 @@ def convert(
             model,
             scores,
             out,
-            budget=budget,
-            window=window,
-            floor_ratio=floor_ratio,
-            policy=policy,
-            vote=vote,
-            residual=residual,
-            water_fill=water_fill,
+            spec=spec,
             n_prompt=n_prompt,
-            seed=seed,
             force=force,
             progress=progress,
         )

@@ -45,8 +45,11 @@ def inspect(
     if plot:
         from sparsemm_edge.plot import save_head_map
 
+        spec = metadata.spec
         save_head_map(
-            metadata.head_budgets, plot, title=f"{shape.name}: {metadata.policy}, budget {metadata.budget}"
+            metadata.head_budgets,
+            plot,
+            title=f"{shape.name}: {spec.policy}, budget {spec.budget}",
         )
     if as_json:
         print_json({"path": str(model), "sparsemm": report, "kv_bytes": saved})

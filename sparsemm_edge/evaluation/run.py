@@ -13,18 +13,16 @@ import numpy as np
 import numpy.typing as npt
 from gguf.constants import GGML_QUANT_SIZES
 
-from sparsemm_edge.budgets import FULL
+from sparsemm_edge.budgets import FULL, POOL_KERNEL
 from sparsemm_edge.errors import SparseMMError
 from sparsemm_edge.evaluation import fidelity, metrics
 from sparsemm_edge.evaluation.datasets import DataSet, Question
 from sparsemm_edge.evaluation.settings import Setting
-from sparsemm_edge.gguf_metadata import POOL_KERNEL
 from sparsemm_edge.runtime import VisionModel
-from sparsemm_edge.runtime.eviction import HeadBudgetTable
+from sparsemm_edge.runtime.eviction import Eviction, HeadBudgetTable, check_scores, model_scores
 from sparsemm_edge.runtime.loading import Loading
 from sparsemm_edge.runtime.prompt import ImagePart, Prompt, TextPart
 from sparsemm_edge.runtime.session import Prefix, Session, cache_type, start_session_with
-from sparsemm_edge.scores import HeadScores, group_scores
 from sparsemm_edge.workers import in_processes
 
 _REFERENCE = Setting("full")
@@ -182,7 +180,7 @@ class Evaluator:
         loading = replace(job.loading, image_memory=_IMAGE_MEMORY)
         self._model = VisionModel.load(job.model, job.mmproj, n_threads=job.n_threads, loading=loading)
         try:
-            self._scores = self._read_scores()
+            self._scores = model_scores(job.scores, self._model.metadata, self._model.shape)
         except BaseException:
             self.close()
             raise
@@ -209,14 +207,9 @@ class Evaluator:
                     f" {self._job.model} have {shape.n_embd_head_k}: leave it out of --cache-types, and full"
                     " out of --policies"
                 )
-            if setting.policy == "sparsemm" and self._scores is None:
-                raise SparseMMError(
-                    f"{self._job.model} holds no head scores: convert it first (sparsemm-edge convert), or"
-                    " give --scores"
-                )
             if setting.policy != "full":
                 n_prompt = 4096 if setting.budget is None else setting.budget + 1
-                setting.table(self._scores, shape, n_prompt)
+                self._table(n_prompt, setting)
 
     def answer(self, question: Question, settings: Sequence[Setting]) -> list[Record]:
         """One question, and those that follow it, under all of these settings.
@@ -238,14 +231,6 @@ class Evaluator:
             return [
                 Record(**_identify(each, setting), error=str(error)) for setting in settings for each in asked
             ]
-
-    def _read_scores(self) -> npt.NDArray[np.float64] | None:
-        shape, metadata = self._model.shape, self._model.metadata
-        if self._job.scores is not None:
-            given = HeadScores.load(self._job.scores)
-            given.check_fits(shape.n_layer, shape.n_head, shape.n_head_kv)
-            return given.grouped(shape.n_head_kv)
-        return None if metadata is None else group_scores(metadata.head_scores, shape.n_head_kv)
 
     def _n_ctx(self, reading: _Reading) -> int:
         """Room for the prompt, the later ones and all answers, within the limit."""
@@ -340,13 +325,9 @@ class Evaluator:
         return records
 
     def _table(self, n_prompt: int, setting: Setting) -> HeadBudgetTable:
-        return HeadBudgetTable(
-            setting.table(self._scores, self._model.shape, n_prompt),
-            setting.window_of(n_prompt),
-            POOL_KERNEL,
-            vote=setting.vote,
-            residual=setting.residual,
-        )
+        spec = setting.spec(n_prompt, Eviction().spec(self._model.metadata))
+        check_scores(spec, self._scores, self._job.model)
+        return HeadBudgetTable.of(spec, spec.table(self._scores, self._model.shape.kv_heads, n_prompt))
 
     def _read_later(
         self, session: Session, reading: _Reading, setting: Setting, asked: Asked, tokens: list[int]
@@ -384,8 +365,7 @@ class Evaluator:
         if reading.prefix_of != wanted:
             reading.prefix, reading.prefix_of = None, wanted
             n_prefix = reading.prompt.n_tokens - _n_rest(setting)
-            shape = self._model.shape
-            everything = np.full((shape.n_layer, shape.n_head_kv), FULL, dtype=np.uint32)
+            everything = np.full(self._model.shape.kv_heads, FULL, dtype=np.uint32)
             if n_prefix > 0:
                 with self._start(reading, setting, HeadBudgetTable(everything, 1, POOL_KERNEL)) as session:
                     reading.prefix = session.read_prefix(n_prefix) if session.takes_prefix else None

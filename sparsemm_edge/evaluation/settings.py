@@ -4,13 +4,9 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-import numpy as np
-import numpy.typing as npt
-
 from sparsemm_edge import defaults
-from sparsemm_edge.budgets import MAX_WINDOW, POLICIES, VOTES, head_budgets, window_for
+from sparsemm_edge.budgets import MAX_WINDOW, POLICIES, VOTES, BudgetSpec, window_for
 from sparsemm_edge.errors import SparseMMError
-from sparsemm_edge.gguf_metadata import ModelShape
 
 LATER = ("again", "keep", "image")
 """What a later question may evict: anything once more (`again`), or nothing (`keep`). Under `image` the first
@@ -70,27 +66,16 @@ class Setting:
         """The window for a prompt of this length, see budgets.window_for."""
         return window_for(self.budget_of(n_prompt), self.window)
 
-    def table(
-        self, scores: npt.NDArray[np.float64] | None, shape: ModelShape, n_prompt: int
-    ) -> npt.NDArray[np.uint32]:
-        """The head budgets for a prompt: [n_layer, n_head_kv] positions. Not for policy `full`.
-
-        Args:
-            scores: [n_layer, n_head_kv] head scores; only `sparsemm` needs them.
-            shape: the model's.
-            n_prompt: the prompt's length in positions.
-        """
-        return head_budgets(
-            self.policy,
-            scores,
-            n_layer=shape.n_layer,
-            n_head_kv=shape.n_head_kv,
+    def spec(self, n_prompt: int, base: BudgetSpec) -> BudgetSpec:
+        """How heads share the cache for a prompt of this length: `base` with this setting's attributes."""
+        return base.override(
+            policy=self.policy,
             budget=self.budget_of(n_prompt),
             window=self.window_of(n_prompt),
             floor_ratio=self.floor_ratio,
+            vote=self.vote,
             residual=self.residual,
             water_fill=self.water_fill,
-            n_prompt=n_prompt,
             seed=self.seed,
         )
 

@@ -14,7 +14,7 @@ from sparsemm_edge.kv_layout import evicting_cache, full_cache
 from sparsemm_edge.profiling import shapes
 from sparsemm_edge.resources import machine_memory
 from sparsemm_edge.runtime.estimate import Estimate
-from sparsemm_edge.runtime.eviction import Eviction, budget_and_window, plan
+from sparsemm_edge.runtime.eviction import Eviction, plan
 from sparsemm_edge.runtime.session import N_UBATCH
 
 
@@ -143,7 +143,7 @@ def fit(wish: Wish) -> dict[str, Any]:
             kind = "" if list(kinds) == ["f16"] else f", {' and '.join(kinds)}"
             return row(f"evicted, budget {budget}{kind}", kv.now, kv.peak, compute, budget)
 
-        budget = wish.budget or budget_and_window(Eviction(), metadata)[0]
+        budget = wish.budget or Eviction().spec(metadata).budget
         rows.append(evicted(budget))
         least = (wish.window or 1) + 1  # a window that nobody asked for shrinks with the budget
         largest = _largest(evicted, least, n_prompt)

@@ -15,7 +15,7 @@ from sparsemm_edge.profiling.figures import setting_figures
 from sparsemm_edge.profiling.jobs import Event, Setting, Task, full
 from sparsemm_edge.profiling.progress import Progress
 from sparsemm_edge.profiling.runs import run_setting
-from sparsemm_edge.runtime.eviction import Eviction, budget_and_window
+from sparsemm_edge.runtime.eviction import Eviction
 
 
 def profile(
@@ -43,7 +43,7 @@ def profile(
         open_picture(image)
     if task.mmproj is not None:
         read_header(Path(task.mmproj))
-    budgets = list(budgets) or [budget_and_window(Eviction(), metadata)[0]]
+    budgets = list(budgets) or [Eviction().spec(metadata).budget]
     settings = [
         full(n_ubatch=n_ubatch),
         full(flash_attn=False, n_ubatch=n_ubatch),

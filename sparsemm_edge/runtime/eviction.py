@@ -6,10 +6,9 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
-from sparsemm_edge import defaults
-from sparsemm_edge.budgets import check_vote, head_budgets, window_for
+from sparsemm_edge.budgets import BudgetSpec
 from sparsemm_edge.errors import SparseMMError
-from sparsemm_edge.gguf_metadata import POOL_KERNEL, ModelShape, SparseMMMetadata
+from sparsemm_edge.gguf_metadata import ModelShape, SparseMMMetadata
 from sparsemm_edge.scores import HeadScores, group_scores
 
 
@@ -37,6 +36,17 @@ class Eviction:
     vote: str | None = None
     residual: bool | None = None
 
+    def spec(self, metadata: SparseMMMetadata | None) -> BudgetSpec:
+        """The GGUF's spec, or the defaults if it holds none, with these options."""
+        base = BudgetSpec() if metadata is None else metadata.spec
+        return base.override(
+            policy=self.policy,
+            budget=self.budget,
+            window=self.window,
+            vote=self.vote,
+            residual=self.residual,
+        )
+
 
 @dataclass(frozen=True, eq=False)
 class HeadBudgetTable:
@@ -58,19 +68,35 @@ class HeadBudgetTable:
     vote: str = "snapkv"
     residual: bool = False
 
+    @classmethod
+    def of(cls, spec: BudgetSpec, head_budgets: npt.NDArray[np.uint32]) -> "HeadBudgetTable":
+        """Head budgets, and the rest as the spec says."""
+        return cls(head_budgets, spec.window, spec.pool_kernel, vote=spec.vote, residual=spec.residual)
 
-def budget_and_window(wanted: Eviction, metadata: SparseMMMetadata | None) -> tuple[int, int]:
-    """The mean head budget and the observation window, in positions.
 
-    A window that nobody asked for shrinks with another budget than the file's, see budgets.window_for.
+def model_scores(
+    path: Path | None, metadata: SparseMMMetadata | None, shape: ModelShape
+) -> npt.NDArray[np.float64] | None:
+    """Head scores summed over each GQA group, [n_layer, n_head_kv]: of a file, or else the GGUF's own.
+
+    None if there are neither.
+
+    Raises:
+        SparseMMError: a file that cannot be read or does not fit the model.
     """
-    budget, window = defaults.BUDGET, defaults.WINDOW
-    if metadata is not None:
-        budget, window = metadata.budget, metadata.window
-    if wanted.budget is not None and wanted.budget != budget:
-        budget = wanted.budget
-        window = window_for(budget, window)
-    return budget, window if wanted.window is None else wanted.window
+    if path is not None:
+        given = HeadScores.load(path)
+        given.check_fits(shape.n_layer, shape.n_head, shape.n_head_kv)
+        return given.grouped(shape.n_head_kv)
+    return None if metadata is None else group_scores(metadata.head_scores, shape.n_head_kv)
+
+
+def check_scores(spec: BudgetSpec, scores: npt.NDArray[np.float64] | None, model: Path) -> None:
+    """Raise SparseMMError if a spec needs head scores of a model that has none."""
+    if scores is None and spec.policy == "sparsemm":
+        raise SparseMMError(
+            f"{model} holds no head scores: convert it first (sparsemm-edge convert), or give --scores"
+        )
 
 
 def same_budgets(a: HeadBudgetTable | None, b: HeadBudgetTable | None) -> bool:
@@ -135,48 +161,12 @@ def _plan(
     if replace(wanted, max_tail=None) == Eviction():  # no wishes
         if metadata is None or not metadata.enabled:
             return None
-        if not metadata.water_fill_length:
-            return HeadBudgetTable(
-                metadata.head_budgets,
-                metadata.window,
-                metadata.pool_kernel,
-                vote=metadata.vote,
-                residual=metadata.residual,
-            )
+        if not metadata.spec.water_fill:
+            return HeadBudgetTable.of(metadata.spec, metadata.head_budgets)
 
-    policy = wanted.policy or (metadata.policy if metadata is not None else "sparsemm")
-    scores = None
-    if wanted.scores is not None:
-        given = HeadScores.load(wanted.scores)
-        given.check_fits(shape.n_layer, shape.n_head, shape.n_head_kv)
-        scores = given.grouped(shape.n_head_kv)
-    elif metadata is not None:
-        scores = group_scores(metadata.head_scores.astype(np.float64), shape.n_head_kv)
-    elif policy == "sparsemm":
-        raise SparseMMError(
-            f"{model} holds no head scores: convert it first (sparsemm-edge convert), or give --scores"
-        )
-    budget, window = budget_and_window(wanted, metadata)
-    floor_ratio, pool_kernel, seed = defaults.FLOOR_RATIO, POOL_KERNEL, 0
-    vote, residual = defaults.VOTE, defaults.RESIDUAL
-    if metadata is not None:
-        floor_ratio, pool_kernel, seed = metadata.floor_ratio, metadata.pool_kernel, metadata.seed
-        vote, residual = metadata.vote, metadata.residual
-    vote = vote if wanted.vote is None else wanted.vote
-    residual = residual if wanted.residual is None else wanted.residual
-    check_vote(vote)
-    if n_later is not None and n_prompt <= budget:
+    spec = wanted.spec(metadata).override(water_fill=True)
+    scores = model_scores(wanted.scores, metadata, shape)
+    check_scores(spec, scores, model)
+    if n_later is not None and n_prompt <= spec.budget:
         n_prompt = max(n_prompt, n_later)
-    table = head_budgets(
-        policy,
-        scores,
-        n_layer=shape.n_layer,
-        n_head_kv=shape.n_head_kv,
-        budget=budget,
-        window=window,
-        floor_ratio=floor_ratio,
-        residual=residual,
-        n_prompt=n_prompt,
-        seed=seed,
-    )
-    return HeadBudgetTable(table, window, pool_kernel, vote=vote, residual=residual)
+    return HeadBudgetTable.of(spec, spec.table(scores, shape.kv_heads, n_prompt))

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from sparsemm_edge.budgets import VOTES
 from sparsemm_edge.errors import SparseMMError
 from sparsemm_edge.runtime.eviction import HeadBudgetTable
 
@@ -96,8 +97,6 @@ _PATCH_FUNCTIONS: dict[str, tuple[Any, list[Any]]] = {
     "llama_memory_heads_truncate": (ctypes.c_bool, [ctypes.c_void_p, ctypes.c_int32]),
 }
 
-_VOTES = {"snapkv": 0, "mixkv": 1}  # enum llama_head_vote
-
 
 def require_patched() -> None:
     """Raise SparseMMError, naming the build command, unless llama.cpp has this project's patches."""
@@ -124,7 +123,7 @@ def head_params(table: HeadBudgetTable | None) -> HeadParams:
         n_head_budgets=budgets.size,
         n_window=table.window,
         n_pool=table.pool_kernel,
-        vote=_VOTES[table.vote],
+        vote=VOTES[table.vote],
         residual=table.residual,
         n_tail=table.max_tail or 0,
     )

@@ -16,7 +16,7 @@ from gguf import GGMLQuantizationType, GGUFValueType
 from helpers.command_line import CommandLine
 from helpers.tiny_gguf import attention_tensors, write_model
 from sparsemm_edge import SparseMMError
-from sparsemm_edge.budgets import head_budgets
+from sparsemm_edge.budgets import BudgetSpec
 from sparsemm_edge.convert import convert
 from sparsemm_edge.gguf_header import read_header
 from sparsemm_edge.gguf_metadata import (
@@ -65,7 +65,7 @@ def contents(path: Path) -> tuple[dict[str, tuple[object, list[GGUFValueType]]],
 
 
 def test_the_keys_are_those_of_the_format_with_their_types(model: Path, scores: Path) -> None:
-    done = convert(model, scores, budget=64, window=8, n_prompt=100)
+    done = convert(model, scores, spec=BudgetSpec(budget=64, window=8), n_prompt=100)
     assert done.path == model.with_name("tiny.sparsemm.gguf")
     fields = gguf.GGUFReader(done.path).fields
     found = {
@@ -98,12 +98,12 @@ def test_the_keys_are_those_of_the_format_with_their_types(model: Path, scores: 
 
 
 def test_a_file_of_before_these_keys_means_the_papers_vote_and_no_slot(model: Path, scores: Path) -> None:
-    done = convert(model, scores, budget=64, window=8, n_prompt=100)
+    done = convert(model, scores, spec=BudgetSpec(budget=64, window=8), n_prompt=100)
     header = read_header(done.path)
     for key in ("sparsemm.vote", "sparsemm.residual"):
         del header.fields[key]
     found = sparsemm_metadata(header)
-    assert found is not None and (found.vote, found.residual) == ("snapkv", False)
+    assert found is not None and (found.spec.vote, found.spec.residual) == ("snapkv", False)
 
 
 @pytest.mark.parametrize(
@@ -113,7 +113,10 @@ def test_a_file_of_before_these_keys_means_the_papers_vote_and_no_slot(model: Pa
 def test_the_window_is_a_quarter_of_the_budget_at_most(
     model: Path, scores: Path, budget: int, window: int
 ) -> None:
-    assert convert(model, scores, budget=budget, n_prompt=4000).metadata.window == window
+    assert (
+        convert(model, scores, spec=BudgetSpec().override(budget=budget), n_prompt=4000).metadata.spec.window
+        == window
+    )
 
 
 @pytest.mark.parametrize(
@@ -123,27 +126,17 @@ def test_the_window_is_a_quarter_of_the_budget_at_most(
 def test_what_is_read_back_is_what_was_written_and_makes_the_same_table_again(
     model: Path, scores: Path, policy: str, water_fill: bool
 ) -> None:
-    settings = {"budget": 64, "window": 8, "floor_ratio": 0.7, "seed": 3}
-    done = convert(model, scores, policy=policy, water_fill=water_fill, n_prompt=100, **settings)  # type: ignore[arg-type]
+    spec = BudgetSpec(policy, 64, 8, floor_ratio=0.7, water_fill=water_fill, seed=3)
+    done = convert(model, scores, spec=spec, n_prompt=100)
     read = read_metadata(done.path)
     assert read is not None
     for field in dataclasses.fields(read):
         np.testing.assert_array_equal(getattr(read, field.name), getattr(done.metadata, field.name))
     assert read.water_fill_length == (100 if water_fill else 0)
     shape = read_model_shape(done.path)
-    again = head_budgets(
-        read.policy,
-        group_scores(read.head_scores, shape.n_head_kv),
-        n_layer=shape.n_layer,
-        n_head_kv=shape.n_head_kv,
-        budget=read.budget,
-        window=read.window,
-        floor_ratio=read.floor_ratio,
-        residual=read.residual,
-        water_fill=read.water_fill_length > 0,
-        n_prompt=read.water_fill_length or None,
-        seed=read.seed,
-    )
+    assert read.spec == spec
+    grouped = group_scores(read.head_scores, shape.n_head_kv)
+    again = read.spec.table(grouped, shape.kv_heads, read.water_fill_length or None)
     np.testing.assert_array_equal(again, read.head_budgets)
 
 
@@ -197,9 +190,21 @@ def test_every_other_key_and_every_tensor_type_is_copied_exactly(
 
 
 def test_converting_a_converted_file_replaces_its_budgets(model: Path, scores: Path, tmp_path: Path) -> None:
-    first = convert(model, scores, budget=64, window=8, policy="uniform").path
-    again = convert(first, scores, tmp_path / "again.gguf", budget=128, floor_ratio=0.3, n_prompt=999).path
-    direct = convert(model, scores, tmp_path / "direct.gguf", budget=128, floor_ratio=0.3, n_prompt=999).path
+    first = convert(model, scores, spec=BudgetSpec(budget=64, window=8, policy="uniform")).path
+    again = convert(
+        first,
+        scores,
+        tmp_path / "again.gguf",
+        spec=BudgetSpec().override(budget=128, floor_ratio=0.3),
+        n_prompt=999,
+    ).path
+    direct = convert(
+        model,
+        scores,
+        tmp_path / "direct.gguf",
+        spec=BudgetSpec().override(budget=128, floor_ratio=0.3),
+        n_prompt=999,
+    ).path
     assert again.read_bytes() == direct.read_bytes()
 
 
@@ -331,7 +336,10 @@ def test_what_need_not_be_understood_is_copied_byte_for_byte(
     model: Path, scores: Path, tmp_path: Path
 ) -> None:
     odd = with_entries(model, tmp_path / "odd.gguf", *ODD)
-    copy, header = convert(odd, scores, tmp_path / "copy.gguf", budget=64).path, read_header(odd)
+    copy, header = (
+        convert(odd, scores, tmp_path / "copy.gguf", spec=BudgetSpec().override(budget=64)).path,
+        read_header(odd),
+    )
     data = copy.read_bytes()
     assert b"".join(ODD) in data
     again = read_header(copy)
@@ -343,7 +351,7 @@ def test_what_need_not_be_understood_is_copied_byte_for_byte(
             == (odd.read_bytes()[tensor.start : tensor.end])
         )
     # and again: its own keys are replaced, not doubled
-    twice = convert(copy, scores, tmp_path / "twice.gguf", budget=64).path
+    twice = convert(copy, scores, tmp_path / "twice.gguf", spec=BudgetSpec().override(budget=64)).path
     assert twice.read_bytes() == data
 
 
@@ -352,8 +360,8 @@ def test_llama_cpp_loads_what_was_copied(tmp_path: Path, sparsemm: CommandLine) 
 
     files = DemoModel()
     odd = with_entries(files.model, tmp_path / "odd.gguf", *ODD)
-    options = {"budget": 64, "window": 8, "n_prompt": 600}
-    copy = convert(odd, files.scores, tmp_path / "copy.gguf", **options).path  # type: ignore[arg-type]
+    spec = BudgetSpec(budget=64, window=8)
+    copy = convert(odd, files.scores, tmp_path / "copy.gguf", spec=spec, n_prompt=600).path
     texts = [
         sparsemm("generate", "-m", path, "-p", "What is it?", "-n", 8, "--threads", 1, "--json").report[
             "text"
@@ -517,9 +525,9 @@ def test_scores_of_another_gqa_shape_do_not_fit(model: Path, tmp_path: Path) -> 
 @pytest.mark.parametrize(
     ("settings", "reason"),
     [
-        ({"budget": 32, "window": 32}, "must be larger than the window"),
-        ({"policy": "full"}, "policy full evicts nothing"),
-        ({"policy": "best"}, "unknown policy 'best'"),
+        ({"spec": BudgetSpec(budget=32, window=32)}, "must be larger than the window"),
+        ({"spec": BudgetSpec("full")}, "policy full evicts nothing"),
+        ({"spec": BudgetSpec("best")}, "unknown policy 'best'"),
         ({"out": Path("nowhere/out.gguf")}, "there is no directory nowhere"),
     ],
 )

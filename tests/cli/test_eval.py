@@ -15,6 +15,7 @@ from PIL import Image
 from helpers.command_line import CommandLine
 from helpers.model_files import random_scores
 from sparsemm_edge import defaults
+from sparsemm_edge.budgets import BudgetSpec
 from sparsemm_edge.convert import convert
 from sparsemm_edge.demo import DemoModel
 from sparsemm_edge.errors import SparseMMError
@@ -412,7 +413,7 @@ def test_eval_writes_a_table_a_plot_and_json(
         {"image": f"{i}.png", "question": PROMPT, "answers": ["x"], "metric": "anls"} for i in (0, 1, "none")
     ]
     (tmp_path / "q.jsonl").write_text("\n".join(json.dumps(row) for row in rows))
-    model = convert(llava.gguf(), scores, tmp_path / "c.gguf", budget=48, window=8).path
+    model = convert(llava.gguf(), scores, tmp_path / "c.gguf", spec=BudgetSpec(budget=48, window=8)).path
     files = ("-m", model, "--mmproj", llava.mmproj(), "--threads", 1, "--out", out, "-n", 4)
     options = ("--data", tmp_path / "q.jsonl", "--retention", "20,50", "--window", 8, "--random-seeds", 2)
     status, printed, _ = sparsemm("eval", *files, *options, "--water-fill", "both")

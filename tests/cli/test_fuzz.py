@@ -305,6 +305,7 @@ def questions(folder: Path, rng: random.Random) -> Iterator[Case]:
 
 def headers(folder: Path, rng: random.Random) -> Iterator[Case]:
     """The head of a GGUF file, through what reads it without llama.cpp (with: llama/test_broken_gguf.py)."""
+    from sparsemm_edge.budgets import BudgetSpec
     from sparsemm_edge.convert import convert
 
     model = write_model(folder / "tiny.gguf")
@@ -313,7 +314,9 @@ def headers(folder: Path, rng: random.Random) -> Iterator[Case]:
     known.write_text(json.dumps(own))
     whole = [
         model.read_bytes(),
-        convert(model, known, folder / "c.gguf", budget=64, n_prompt=100).path.read_bytes(),
+        convert(
+            model, known, folder / "c.gguf", spec=BudgetSpec().override(budget=64), n_prompt=100
+        ).path.read_bytes(),
     ]
     path = folder / "spoiled.gguf"
     while True:

@@ -12,6 +12,7 @@ from PIL import Image
 from helpers.command_line import CommandLine
 from helpers.tiny_gguf import write_model
 from sparsemm_edge import SparseMMError
+from sparsemm_edge.budgets import BudgetSpec
 from sparsemm_edge.convert import convert
 from sparsemm_edge.gguf_metadata import SparseMMMetadata, read_metadata
 from sparsemm_edge.plot import save_head_map
@@ -26,7 +27,7 @@ def converted(tmp_path: Path) -> Path:
     model = write_model(tmp_path / "tiny.gguf")
     scores = tmp_path / "tiny.head-scores.json"
     scores.write_text(json.dumps(SCORES))
-    return convert(model, scores, budget=64, window=8, n_prompt=100).path
+    return convert(model, scores, spec=BudgetSpec(budget=64, window=8), n_prompt=100).path
 
 
 def test_the_figures_are_those_of_the_table(converted: Path, sparsemm: CommandLine) -> None:
@@ -54,7 +55,7 @@ def test_a_table_that_was_not_water_filled_is_shown_with_what_it_wastes(
 ) -> None:
     plain = converted.with_name("plain.gguf")
     scores = converted.with_name("tiny.head-scores.json")
-    convert(converted, scores, plain, budget=600, window=8, water_fill=False)
+    convert(converted, scores, plain, spec=BudgetSpec(budget=600, window=8, water_fill=False))
     metadata = read_metadata(plain)
     assert metadata is not None
     kept = int(np.minimum(metadata.head_budgets, 640).sum())
@@ -128,10 +129,7 @@ def test_the_head_map_is_a_png(tmp_path: Path) -> None:
 
 
 METADATA = SparseMMMetadata(
-    policy="uniform",
-    budget=64,
-    window=8,
-    floor_ratio=0.1,
+    spec=BudgetSpec("uniform", 64, 8, 0.1, vote="snapkv", residual=False, water_fill=False),
     head_budgets=np.full((2, 2), 64, dtype=np.uint32),
     head_scores=np.full((2, 4), 1 / 8, dtype=np.float32),
     scores_source="test",

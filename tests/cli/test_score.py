@@ -21,6 +21,7 @@ from helpers.command_line import CommandLine
 from helpers.paths import PUBLISHED_SCORES
 from helpers.vision_models import letters_folder, make
 from sparsemm_edge import SparseMMError
+from sparsemm_edge.budgets import BudgetSpec
 from sparsemm_edge.convert import convert
 from sparsemm_edge.gguf_header import read_header
 from sparsemm_edge.gguf_metadata import sparsemm_metadata
@@ -197,7 +198,7 @@ def test_files_that_are_in_the_way(tmp_path: Path) -> None:
 def test_a_scores_file_made_here_feeds_convert(models: Callable[[str], object], tmp_path: Path) -> None:
     model = models("llava-gqa")
     score(job(model=str(model.hf), n_pages=3), tmp_path / "s.json")  # type: ignore[attr-defined]
-    convert(model.gguf(), tmp_path / "s.json", tmp_path / "c.gguf", budget=64)  # type: ignore[attr-defined]
+    convert(model.gguf(), tmp_path / "s.json", tmp_path / "c.gguf", spec=BudgetSpec().override(budget=64))  # type: ignore[attr-defined]
     metadata = sparsemm_metadata(read_header(tmp_path / "c.gguf"))
     assert metadata is not None
     made = HeadScores.load(tmp_path / "s.json")

@@ -7,14 +7,13 @@ from typing import Any
 
 import numpy as np
 
-from sparsemm_edge.budgets import head_budgets
+from sparsemm_edge.budgets import POOL_KERNEL, BudgetSpec
 from sparsemm_edge.runtime import VisionModel, library
 from sparsemm_edge.runtime.eviction import HeadBudgetTable
 from sparsemm_edge.runtime.library import llama
 from sparsemm_edge.runtime.prompt import Prompt
 from sparsemm_edge.runtime.session import Session
 
-POOL_KERNEL = 7
 FORTY = np.full((5, 4), 40, np.uint32)  # head budgets of the test model llava: 5 layers x 4 KV heads
 _evicts_by: dict[int, HeadBudgetTable | None] = {}  # by llama_model pointer
 
@@ -120,15 +119,5 @@ def random_table(
     model: VisionModel, budget: int, window: int, n_prompt: int, seed: int = 0, residual: bool = False
 ) -> np.ndarray:
     """Head budgets that differ widely, `budget` on average."""
-    shape = model.shape
-    return head_budgets(
-        "random",
-        None,
-        n_layer=shape.n_layer,
-        n_head_kv=shape.n_head_kv,
-        budget=budget,
-        window=window,
-        n_prompt=n_prompt,
-        seed=seed,
-        residual=residual,
-    )
+    spec = BudgetSpec("random", budget, window, residual=residual, seed=seed)
+    return spec.table(None, model.shape.kv_heads, n_prompt)

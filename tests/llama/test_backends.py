@@ -24,7 +24,7 @@ import pytest
 from helpers.builds import environment, tools
 from helpers.models import NAMES, sample_image, test_model
 from helpers.paths import HELPERS, ROOT
-from sparsemm_edge.budgets import head_budgets
+from sparsemm_edge.budgets import BudgetSpec
 from sparsemm_edge.gguf_metadata import read_model_shape
 
 N_PREDICT = 24
@@ -79,8 +79,8 @@ def job(name: str, image: Path) -> dict[str, Any]:
     kinds: list[tuple[str, list[str]]] = [(LONG, []), (QUESTION, [str(image)])]
     for seed, (question, images) in enumerate(kinds):
         for options, votes in itertools.product(WAYS, VOTES):
-            policy = {"budget": 48, "window": 16, "seed": seed}
-            table = head_budgets("random", None, n_layer=shape.n_layer, n_head_kv=shape.n_head_kv, **policy)
+            spec = BudgetSpec("random", 48, 16, residual=False, seed=seed)
+            table = spec.table(None, shape.kv_heads)
             prompt = {"question": question, "images": images, "table": table.tolist(), "window": 16}
             prompts.append(prompt | votes | {"options": options})
     models = {"model": str(files.gguf()), "mmproj": str(files.mmproj())}

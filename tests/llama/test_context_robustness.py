@@ -17,6 +17,7 @@ import pytest
 from helpers.contexts import FORTY, context, decode, evict_by
 from helpers.model_files import random_scores
 from helpers.models import test_model
+from sparsemm_edge.budgets import BudgetSpec
 from sparsemm_edge.convert import convert
 from sparsemm_edge.runtime import VisionModel, library
 from sparsemm_edge.runtime.library import llama
@@ -89,7 +90,9 @@ def test_llama_cpp_python_reuses_a_prefix_or_reads_the_prompt_again(tmp_path: Pa
 
     library.require_patched()
     source = test_model("llava").gguf("f16")
-    file = convert(source, random_scores(source, tmp_path), tmp_path / "m.gguf", budget=40, window=8).path
+    file = convert(
+        source, random_scores(source, tmp_path), tmp_path / "m.gguf", spec=BudgetSpec(budget=40, window=8)
+    ).path
 
     def opened() -> Any:
         return llama_cpp.Llama(str(file), n_ctx=1024, n_batch=1024, n_threads=1, verbose=False)

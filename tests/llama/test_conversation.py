@@ -16,7 +16,7 @@ from helpers.command_line import CommandLine
 from helpers.contexts import context, decode, evict_by, random_table, saved, session_of
 from helpers.conversations import EVICTION, OPTIONS, QUESTIONS, said
 from helpers.models import NAMES, sample_image, test_model
-from sparsemm_edge.budgets import head_budgets
+from sparsemm_edge.budgets import BudgetSpec
 from sparsemm_edge.errors import SparseMMError
 from sparsemm_edge.runtime import Cancelled, Conversation, Eviction, VisionModel
 from sparsemm_edge.runtime.chat_template import render
@@ -243,7 +243,7 @@ def test_a_bounded_answer_stays_bounded_when_it_is_gone_on_with(
 def test_a_state_is_a_tenth_of_the_full_caches(llava: VisionModel) -> None:
     """2944 positions, as an image takes in LLaVA-NeXT, and a mean budget of 256."""
     n, tokens = 2944, np.random.default_rng(0).integers(10, 290, 2944).tolist()
-    table = head_budgets("random", None, n_layer=5, n_head_kv=4, budget=256, window=32, n_prompt=n)
+    table = BudgetSpec("random", 256, 32, residual=False).table(None, (5, 4), n)
     sizes = []
     for budgets in (table, None):
         evict_by(llava, budgets, 32)

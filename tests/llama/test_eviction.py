@@ -646,11 +646,11 @@ def test_tokens_appended_together_are_those_appended_one_by_one(llava: VisionMod
 
 def test_a_kv_override_switches_eviction_off(llava: VisionModel, tmp_path: Any) -> None:
     from helpers.model_files import random_scores
+    from sparsemm_edge.budgets import BudgetSpec
     from sparsemm_edge.convert import convert
 
-    file = convert(
-        llava.path, random_scores(llava.path, tmp_path), tmp_path / "m.gguf", budget=40, window=8
-    ).path
+    spec = BudgetSpec(budget=40, window=8)
+    file = convert(llava.path, random_scores(llava.path, tmp_path), tmp_path / "m.gguf", spec=spec).path
     for enabled in (True, False):
         overrides = (llama.llama_model_kv_override * 2)()
         overrides[0].key = b"sparsemm.enabled"

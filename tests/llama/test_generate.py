@@ -12,6 +12,7 @@ from PIL import Image
 
 from helpers.command_line import CommandLine
 from helpers.model_files import random_scores
+from sparsemm_edge.budgets import BudgetSpec
 from sparsemm_edge.convert import convert
 from sparsemm_edge.errors import SparseMMError
 from sparsemm_edge.resources import usable_cores
@@ -218,7 +219,7 @@ def test_scores_without_converting_evict_as_the_converted_file_does(
     llava: Any, page: Path, tmp_path: Path
 ) -> None:
     scores = random_scores(llava.gguf(), tmp_path)
-    converted = convert(llava.gguf(), scores, tmp_path / "c.gguf", budget=48, window=8).path
+    converted = convert(llava.gguf(), scores, tmp_path / "c.gguf", spec=BudgetSpec(budget=48, window=8)).path
     with VisionModel.load(converted, llava.mmproj(), n_threads=1) as model:
         from_file = answer(model, QUESTION, [page], n_predict=16)
     with VisionModel.load(llava.gguf(), llava.mmproj(), n_threads=1) as model:
@@ -233,7 +234,9 @@ def test_scores_without_converting_evict_as_the_converted_file_does(
 def test_a_water_filled_file_is_shared_out_again_for_the_prompt(llava: Any, tmp_path: Path) -> None:
     scores = random_scores(llava.gguf(), tmp_path)
     # water-filled for a prompt so long that no head is cut: some head's budget is over the prompt
-    path = convert(llava.gguf(), scores, tmp_path / "c.gguf", budget=150, window=8, n_prompt=4000).path
+    path = convert(
+        llava.gguf(), scores, tmp_path / "c.gguf", spec=BudgetSpec(budget=150, window=8), n_prompt=4000
+    ).path
     with VisionModel.load(path, n_threads=1) as model, model.tokenize(LONG) as prompt:
         assert model.metadata is not None and model.metadata.head_budgets.max() > prompt.n_tokens > 150
         with start_session(model, prompt, n_predict=1) as session:
@@ -241,7 +244,9 @@ def test_a_water_filled_file_is_shared_out_again_for_the_prompt(llava: Any, tmp_
             kept = np.array([[len(head) for head in heads] for heads in session.kept()])
             # one place of a head that evicts is its residual slot's
             assert (kept + (kept < prompt.n_tokens)).mean() == 150
-    path = convert(llava.gguf(), scores, tmp_path / "p.gguf", budget=150, window=8, water_fill=False).path
+    path = convert(
+        llava.gguf(), scores, tmp_path / "p.gguf", spec=BudgetSpec(budget=150, window=8, water_fill=False)
+    ).path
     with (
         VisionModel.load(path, n_threads=1) as model,
         model.tokenize(LONG) as prompt,
@@ -253,7 +258,7 @@ def test_a_water_filled_file_is_shared_out_again_for_the_prompt(llava: Any, tmp_
 
 def test_eviction_can_be_switched_off_and_rebudgeted_at_run_time(llava: Any, tmp_path: Path) -> None:
     scores = random_scores(llava.gguf(), tmp_path)
-    path = convert(llava.gguf(), scores, tmp_path / "c.gguf", budget=48, window=8).path
+    path = convert(llava.gguf(), scores, tmp_path / "c.gguf", spec=BudgetSpec(budget=48, window=8)).path
     with VisionModel.load(path, n_threads=1) as model:
         stats = [
             answer(model, LONG, n_predict=1, eviction=wanted)[1]
@@ -269,7 +274,9 @@ def test_a_converted_file_evicts_in_plain_llama_cpp_python(llava: Any, tmp_path:
     from llama_cpp import Llama
 
     scores = random_scores(llava.gguf(), tmp_path)
-    path = convert(llava.gguf(), scores, tmp_path / "c.gguf", budget=48, window=8, water_fill=False).path
+    path = convert(
+        llava.gguf(), scores, tmp_path / "c.gguf", spec=BudgetSpec(budget=48, window=8, water_fill=False)
+    ).path
     library.require_patched()
     model = Llama(str(path), n_ctx=1024, n_threads=1, verbose=False)
     model.create_completion(LONG, max_tokens=4)
@@ -289,7 +296,9 @@ def test_a_converted_file_evicts_the_image_in_llama_cpp_pythons_chat_handler(
     from llama_cpp.llama_chat_format import Llava15ChatHandler
 
     scores = random_scores(llava.gguf(), tmp_path)
-    path = convert(llava.gguf(), scores, tmp_path / "c.gguf", budget=48, window=8, water_fill=False).path
+    path = convert(
+        llava.gguf(), scores, tmp_path / "c.gguf", spec=BudgetSpec(budget=48, window=8, water_fill=False)
+    ).path
     library.require_patched()
     handler = Llava15ChatHandler(clip_model_path=str(llava.mmproj()), verbose=False)
     model = Llama(str(path), chat_handler=handler, n_ctx=1024, n_threads=1, verbose=False)

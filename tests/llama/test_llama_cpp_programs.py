@@ -24,6 +24,7 @@ import pytest
 from helpers.builds import environment, tools
 from helpers.model_files import random_scores
 from helpers.models import sample_image, test_model
+from sparsemm_edge.budgets import BudgetSpec
 from sparsemm_edge.convert import convert
 from sparsemm_edge.runtime import Eviction, VisionModel, generate, library
 from sparsemm_edge.runtime.session import Session, start_session
@@ -53,8 +54,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         model = test_model(name).gguf()
         # no head's budget is below the text before an image, which some clients mark as a prompt of its own
         # and no answer has two tokens as good as tied, which other batches would tell apart
-        options = {"budget": 80, "window": 16, "floor_ratio": 0.1, "water_fill": False}
-        convert(model, random_scores(model, path), path / f"{name}.gguf", **options)
+        spec = BudgetSpec(budget=80, window=16, floor_ratio=0.1, water_fill=False)
+        convert(model, random_scores(model, path), path / f"{name}.gguf", spec=spec)
         sample_image(test_model(name).image_size, 1).save(path / f"{name}.png")
     return path
 

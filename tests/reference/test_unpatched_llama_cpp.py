@@ -12,6 +12,7 @@ import pytest
 from helpers.builds import environment, stock
 from helpers.model_files import random_scores
 from helpers.models import NAMES, test_model
+from sparsemm_edge.budgets import BudgetSpec
 from sparsemm_edge.convert import convert
 
 # Reads a text prompt, and one of embeddings as an image's are, and decodes greedily: every step's logits.
@@ -85,7 +86,9 @@ def test_stock_llama_cpp_computes_from_a_converted_file_what_it_computes_from_th
 ) -> None:
     """Bit for bit; and so does the patched one where eviction is switched off."""
     model = test_model(name).gguf()
-    converted = convert(model, random_scores(model, tmp_path), tmp_path / "c.gguf", budget=48, window=16).path
+    converted = convert(
+        model, random_scores(model, tmp_path), tmp_path / "c.gguf", spec=BudgetSpec(budget=48, window=16)
+    ).path
     original, found = logits("stock", stock(), [model, converted], tmp_path / "stock.npy")
     assert len(original) >= 17 and np.ptp(original) > 1
     assert np.array_equal(original, found)

@@ -1,28 +1,31 @@
 """Budget policies: every position of the budget is spent, on the heads that the policy says."""
 
 import itertools
+from dataclasses import replace
 
 import numpy as np
 import pytest
 
 from helpers.paths import PUBLISHED_SCORES
 from sparsemm_edge import SparseMMError
-from sparsemm_edge.budgets import POLICIES, head_budgets
+from sparsemm_edge.budgets import POLICIES, BudgetSpec
 from sparsemm_edge.scores import HeadScores
 
 EVICTING = [policy for policy in POLICIES if policy != "full"]
 
 
-def published_table(**arguments: object) -> np.ndarray:
+def published_table(n_prompt: int | None = None, **changes: object) -> np.ndarray:
     grouped = HeadScores.load(PUBLISHED_SCORES).grouped(32)
-    settings = {"n_layer": 32, "n_head_kv": 32, "budget": 256, "window": 32, "floor_ratio": 0.1} | arguments
-    return head_budgets("sparsemm", grouped, **settings)  # type: ignore[arg-type]
+    spec = BudgetSpec(budget=256, window=32, floor_ratio=0.1, residual=False)
+    return spec.override(**changes).table(grouped, (32, 32), n_prompt)
 
 
-def tiny_table(policy: str, scores: object = None, **arguments: object) -> np.ndarray:
+def tiny_table(
+    policy: str, scores: object = None, n_prompt: int | None = None, **changes: object
+) -> np.ndarray:
     grouped = None if scores is None else np.array(scores, dtype=float)
-    settings = {"n_layer": 2, "n_head_kv": 2, "budget": 110, "window": 10, "floor_ratio": 0.1} | arguments
-    return head_budgets(policy, grouped, **settings)  # type: ignore[arg-type]
+    spec = BudgetSpec(policy, budget=110, window=10, floor_ratio=0.1, residual=False)
+    return replace(spec, **changes).table(grouped, (2, 2), n_prompt)  # type: ignore[arg-type]
 
 
 def used(table: np.ndarray, n_prompt: int) -> float:
@@ -61,19 +64,8 @@ def test_sum_floor_and_limit_hold_for_any_scores() -> None:
         scores[0, 0] += 1e-9
         for policy in EVICTING:
             for water_fill, residual in itertools.product((True, False), repeat=2):
-                table = head_budgets(
-                    policy,
-                    scores,
-                    n_layer=n_layer,
-                    n_head_kv=n_head_kv,
-                    budget=budget,
-                    window=window,
-                    floor_ratio=floor_ratio,
-                    residual=residual,
-                    water_fill=water_fill,
-                    n_prompt=n_prompt,
-                    seed=seed,
-                )
+                spec = BudgetSpec(policy, budget, window, floor_ratio, "mixkv", residual, water_fill, seed)
+                table = spec.table(scores, (n_layer, n_head_kv), n_prompt)
                 case = (seed, policy, water_fill, residual)
                 least = window + residual
                 assert table.shape == (n_layer, n_head_kv) and table.dtype == np.uint32, case
@@ -119,12 +111,13 @@ def test_uniform_gives_every_head_the_budget() -> None:
 
 
 def test_pyramid_is_linear_over_layers_with_the_first_layer_most() -> None:
-    table = head_budgets("pyramid", None, n_layer=5, n_head_kv=4, budget=132, window=32, floor_ratio=0.2)
+    spec = BudgetSpec("pyramid", budget=132, window=32, floor_ratio=0.2, residual=False)
+    table = spec.table(None, (5, 4))
     # mean cap 100: from 180 in the first layer to the floor of 20 in the last, the window on top
     assert table[:, 0].tolist() == [212, 172, 132, 92, 52]
     assert (table == table[:, :1]).all()
     assert table.mean() == 132
-    assert (head_budgets("pyramid", None, n_layer=1, n_head_kv=4, budget=132, window=32) == 132).all()
+    assert (spec.table(None, (1, 4)) == 132).all()
 
 
 def test_random_depends_on_its_seed_only() -> None:
@@ -154,6 +147,7 @@ def test_full_is_longer_than_any_prompt_and_fits_32_bits() -> None:
         ({"floor_ratio": float("nan")}, "the floor ratio is nan"),
         ({"n_prompt": 0}, "the prompt length is 0"),
         ({"seed": -1}, "the seed is -1"),
+        ({"vote": "best"}, "unknown vote 'best': expected one of mixkv, snapkv"),
         ({"policy": "snapkv"}, "unknown policy 'snapkv': expected one of sparsemm, uniform"),
         ({"scores": None}, "needs head scores"),
         ({"scores": [[1.0, 2.0, 3.0]]}, r"scores of shape \(1, 3\) for a model of \(2, 2\)"),
@@ -165,3 +159,24 @@ def test_arguments_outside_their_range_are_refused(arguments: dict[str, object],
     settings = {"policy": "sparsemm", "scores": [[4.0, 3.0], [2.0, 1.0]]} | arguments
     with pytest.raises(SparseMMError, match=reason):
         tiny_table(**settings)  # type: ignore[arg-type]
+
+
+def test_override_changes_what_is_not_none_and_a_smaller_budget_shrinks_the_window() -> None:
+    spec = BudgetSpec(budget=256, window=32, seed=5)
+    assert spec.override(budget=None, vote=None) == spec
+    assert spec.override(residual=False, vote="snapkv") == replace(spec, residual=False, vote="snapkv")
+    assert spec.override(budget=256).window == 32
+    assert spec.override(budget=64).window == 16
+    assert spec.override(budget=64, window=20).window == 20
+    assert spec.override(budget=1024).window == 32
+
+
+@pytest.mark.parametrize(
+    "weights", [np.ones((2, 3)), -np.ones((2, 2)), np.full((2, 2), np.nan)], ids=["shape", "sign", "nan"]
+)
+def test_a_new_policy_must_give_every_head_a_weight(
+    weights: np.ndarray, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(POLICIES, "new", lambda scores, shape, seed: weights)
+    with pytest.raises(SparseMMError, match="policy new must return 2 x 2 finite weights"):
+        tiny_table("new")

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from sparsemm_edge.budgets import BudgetSpec
 from sparsemm_edge.errors import SparseMMError
 from sparsemm_edge.evaluation.report import make_report, print_report, save_plot
 from sparsemm_edge.evaluation.run import Record
@@ -126,7 +127,9 @@ def test_a_retention_is_a_share_of_the_prompt_and_the_window_at_most_a_quarter_o
     assert (setting.budget_of(3), setting.window_of(3)) == (2, 1)
     assert Setting("uniform", budget=64, window=8).window_of(585) == 8
     for n_prompt in (3, 585):
-        assert setting.table(None, SHAPE, n_prompt).mean() == setting.budget_of(n_prompt)
+        assert setting.spec(n_prompt, BudgetSpec()).table(
+            None, SHAPE.kv_heads, n_prompt
+        ).mean() == setting.budget_of(n_prompt)
 
 
 def test_labels_say_what_differs_within_a_policy() -> None:
