@@ -16,7 +16,8 @@ def bench(
         str | None,
         typer.Option(
             help="Random weights of a real model's shape instead: llava-1.5-7b, llava-1.5-13b, llava-next-7b,"
-            " llava-next-mistral-7b, qwen2-vl-2b, qwen2-vl-7b, qwen2.5-vl-3b or qwen2.5-vl-7b."
+            " llava-next-mistral-7b, qwen2-vl-2b, qwen2-vl-7b, qwen2.5-vl-3b, qwen2.5-vl-7b, qwen3-vl-2b,"
+            " qwen3-vl-4b, qwen3-vl-8b, internvl3.5-8b, glm-4.1v-9b or smolvlm2-2.2b."
         ),
     ] = None,
     layers: Annotated[int | None, typer.Option(help="Cut the shape to so many layers.")] = None,

@@ -50,6 +50,10 @@ class TextShape:
         vocab: the vocabulary of llama.cpp's models/ggml-vocab-<vocab>.gguf.
         qkv_bias: whether the query, key and value projections have biases.
         rope_sections: of M-RoPE: time, height, width, unused; empty without.
+        n_embd_head: numbers in one key of one head; None: n_embd / n_head.
+        rotary_factor: the share of them that is rotated.
+        qk_norm: whether queries and keys are normed.
+        n_deepstack: layers that get features of the image encoder added.
     """
 
     arch: str
@@ -66,10 +70,14 @@ class TextShape:
     vocab: str
     qkv_bias: bool = False
     rope_sections: tuple[int, ...] = ()
+    n_embd_head: int | None = None
+    rotary_factor: float = 1.0
+    qk_norm: bool = False
+    n_deepstack: int = 0
 
     @property
     def head_dim(self) -> int:
-        return self.n_embd // self.n_head
+        return self.n_embd_head or self.n_embd // self.n_head
 
     def model_shape(self, name: str) -> ModelShape:
         """The part of it that the KV cache depends on."""
@@ -79,22 +87,33 @@ class TextShape:
 
     def tensors(self) -> dict[str, tuple[int, ...]]:
         """Every tensor's shape, output dimension first. Vectors are f32, matrices _WEIGHTS."""
-        n_kv = self.n_head_kv * self.head_dim
+        n_q, n_kv = self.n_head * self.head_dim, self.n_head_kv * self.head_dim
         shapes: dict[str, tuple[int, ...]] = {"token_embd.weight": (self.n_vocab, self.n_embd)}
         for layer in range(self.n_layer):
             block: dict[str, tuple[int, ...]] = {
                 "attn_norm.weight": (self.n_embd,),
                 "ffn_norm.weight": (self.n_embd,),
-                "attn_q.weight": (self.n_embd, self.n_embd),
+                "attn_q.weight": (n_q, self.n_embd),
                 "attn_k.weight": (n_kv, self.n_embd),
                 "attn_v.weight": (n_kv, self.n_embd),
-                "attn_output.weight": (self.n_embd, self.n_embd),
-                "ffn_gate.weight": (self.n_ff, self.n_embd),
-                "ffn_up.weight": (self.n_ff, self.n_embd),
+                "attn_output.weight": (self.n_embd, n_q),
                 "ffn_down.weight": (self.n_embd, self.n_ff),
             }
             if self.qkv_bias:
-                block |= {"attn_q.bias": (self.n_embd,), "attn_k.bias": (n_kv,), "attn_v.bias": (n_kv,)}
+                block |= {"attn_q.bias": (n_q,), "attn_k.bias": (n_kv,), "attn_v.bias": (n_kv,)}
+            if self.qk_norm:
+                block |= {"attn_q_norm.weight": (self.head_dim,), "attn_k_norm.weight": (self.head_dim,)}
+            if self.arch == "glm4":  # gate and up in one, and norms on both sides
+                block |= {
+                    "ffn_up.weight": (2 * self.n_ff, self.n_embd),
+                    "post_attention_norm.weight": (self.n_embd,),
+                    "post_ffw_norm.weight": (self.n_embd,),
+                }
+            else:
+                block |= {
+                    "ffn_gate.weight": (self.n_ff, self.n_embd),
+                    "ffn_up.weight": (self.n_ff, self.n_embd),
+                }
             shapes |= {f"blk.{layer}.{name}": shape for name, shape in block.items()}
         shapes["output_norm.weight"] = (self.n_embd,)
         if not self.tied:
@@ -109,6 +128,17 @@ class TextShape:
 _VICUNA = TextShape("llama", 32, 4096, 32, 32, 11008, 32000, 4096, 1e4, 1e-5, False, "llama-spm")
 _QWEN2 = TextShape(
     "qwen2vl", 28, 3584, 28, 4, 18944, 152064, 32768, 1e6, 1e-6, False, "qwen2", True, (16, 24, 24, 0)
+)
+_QWEN3 = TextShape(
+    "qwen3", 36, 4096, 32, 8, 12288, 151936, 40960, 1e6, 1e-6, False, "qwen2", n_embd_head=128, qk_norm=True
+)
+_QWEN3_VL = replace(
+    _QWEN3,
+    arch="qwen3vl",
+    n_ctx=262144,
+    rope_base=5e6,
+    rope_sections=(24, 20, 20, 0),
+    n_deepstack=3,
 )
 
 # From the checkpoints' published config.json.
@@ -131,6 +161,41 @@ SHAPES: dict[str, TextShape] = {
         tied=True,
     ),
     "qwen2.5-vl-7b": replace(_QWEN2, n_ctx=128000),
+    "qwen3-vl-2b": replace(_QWEN3_VL, n_layer=28, n_embd=2048, n_head=16, n_ff=6144, tied=True),
+    "qwen3-vl-4b": replace(_QWEN3_VL, n_embd=2560, n_ff=9728, tied=True),
+    "qwen3-vl-8b": _QWEN3_VL,
+    "internvl3.5-8b": _QWEN3,
+    "glm-4.1v-9b": TextShape(
+        "glm4",
+        40,
+        4096,
+        32,
+        2,
+        13696,
+        151552,
+        65536,
+        1e4,
+        1e-5,
+        False,
+        "llama-bpe",
+        True,
+        (8, 12, 12, 0),
+        rotary_factor=0.5,
+    ),
+    "smolvlm2-2.2b": TextShape(
+        "llama",
+        24,
+        2048,
+        32,
+        32,
+        8192,
+        49280,
+        8192,
+        273768,
+        1e-5,
+        False,
+        "llama-spm",
+    ),
 }
 """The text models of vision-language models, by the names that `bench --shape` takes."""
 
@@ -247,11 +312,15 @@ def _write(
     writer.add_head_count(shape.n_head)
     writer.add_head_count_kv(shape.n_head_kv)
     writer.add_layer_norm_rms_eps(shape.rms_eps)
-    writer.add_rope_dimension_count(shape.head_dim)
+    writer.add_key_length(shape.head_dim)
+    writer.add_value_length(shape.head_dim)
+    writer.add_rope_dimension_count(int(shape.head_dim * shape.rotary_factor))
     writer.add_rope_freq_base(shape.rope_base)
     writer.add_vocab_size(shape.n_vocab)
     if shape.rope_sections:
         writer.add_rope_dimension_sections(list(shape.rope_sections))
+    if shape.n_deepstack:
+        writer.add_num_deepstack_layers(shape.n_deepstack)
     if vocab is None:
         _add_made_up_vocabulary(writer, shape.n_vocab)
     else:

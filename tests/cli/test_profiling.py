@@ -32,8 +32,10 @@ from sparsemm_edge.profiling.jobs import Event, Setting, Task, full
 from sparsemm_edge.profiling.memory import MemoryTrace, MemoryWatch
 from sparsemm_edge.profiling.progress import Progress
 from sparsemm_edge.profiling.runs import Run, run_setting
+from sparsemm_edge.runtime import Eviction, VisionModel
 from sparsemm_edge.runtime.first_token import FirstToken, Part
 from sparsemm_edge.runtime.first_token import in_words as first_token_in_words
+from sparsemm_edge.runtime.session import start_session
 from sparsemm_edge.scores import HeadScores
 
 SMALL = replace(shapes.SHAPES["llava-1.5-7b"], n_layer=2, n_embd=1024, n_ff=64)
@@ -373,6 +375,12 @@ def test_more_than_memory_holds_is_refused_before_anything_is_made(monkeypatch: 
         ("qwen2-vl-2b", 1.54, 28672),
         ("qwen2-vl-7b", 7.62, 57344),
         ("qwen2.5-vl-3b", 3.09, 36864),
+        ("qwen3-vl-2b", 1.72, 114688),
+        ("qwen3-vl-4b", 4.02, 147456),
+        ("qwen3-vl-8b", 8.19, 147456),
+        ("internvl3.5-8b", 8.19, 147456),
+        ("glm-4.1v-9b", 9.40, 40960),
+        ("smolvlm2-2.2b", 1.81, 196608),
     ],
 )
 def test_shapes_have_the_published_sizes(name: str, billions: float, kv_per_position: int) -> None:
@@ -382,6 +390,23 @@ def test_shapes_have_the_published_sizes(name: str, billions: float, kv_per_posi
 
     assert n_weights / 1e9 == pytest.approx(billions, abs=0.006)
     assert full_cache(shape.model_shape(name), 256).now == kv_per_position * 256
+
+
+@pytest.mark.parametrize("name", ["qwen3-vl-8b", "internvl3.5-8b", "glm-4.1v-9b", "smolvlm2-2.2b"])
+def test_llama_cpp_reads_a_model_of_every_architecture(name: str, tmp_path: Path) -> None:
+    """A few layers of each, with its real heads: it loads, decodes, and its cache is as large as computed."""
+    cut = replace(shapes.SHAPES[name], n_layer=4, n_ff=64, n_vocab=32064, vocab="llama-spm")
+    if cut.n_embd == cut.n_head * cut.head_dim:  # as small as the heads allow
+        cut = replace(cut, n_embd_head=cut.head_dim, n_embd=256)
+    with VisionModel.load(shapes.model_of_shape(name, cut, tmp_path), n_threads=1) as model:
+        assert model.shape == cut.model_shape(model.shape.name)
+        with (
+            model.tokenize("one two three") as prompt,
+            start_session(model, prompt, n_predict=1, n_ctx=256, eviction=Eviction(enabled=False)) as session,
+        ):
+            session.read_prompt()
+            assert np.isfinite(session.logits()).all()
+            assert session.kv_stats().bytes_now == full_cache(model.shape, 256).now
 
 
 def test_made_up_scores_are_as_concentrated_as_published_ones() -> None:
