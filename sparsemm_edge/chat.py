@@ -136,7 +136,7 @@ class Chat:
                 print(piece, end="", flush=True)
             if interrupted():
                 break
-        print(json.dumps(self._conversation.stats().figures(text)) if self._as_json else "", flush=True)
+        print(json.dumps(self._conversation.stats().to_dict(text)) if self._as_json else "", flush=True)
         if self._conversation.is_full:
             print(
                 f"the context of {self._conversation.n_ctx} positions is full: /reset begins anew,"

@@ -20,7 +20,7 @@ from sparsemm_edge.plot import save_head_map
 if TYPE_CHECKING:
     from rich.text import Text
 
-    from sparsemm_edge.runtime import VisionModel
+    from sparsemm_edge.runtime import GenerationStats, VisionModel
 
 BUDGETS = (64, 32)
 WINDOW = 8
@@ -50,11 +50,84 @@ class DemoModel:
 
 
 @dataclass(frozen=True)
-class Question:
+class DemoQuestion:
     """A question about the page, and the answer if it is known."""
 
     prompt: str
     answer: str | None
+
+
+@dataclass(frozen=True)
+class DemoRun:
+    """One answer.
+
+    Attributes:
+        policy: of the cache.
+        budget: mean head budget in positions; None: the full cache.
+        errors: edit distance in characters to the known answer, or else to the full cache's.
+        text: the answer.
+        stats: what it took.
+    """
+
+    policy: str
+    budget: int | None
+    errors: int
+    text: str
+    stats: "GenerationStats"
+
+    @property
+    def heading(self) -> str:
+        return _HEADINGS[self.policy].format(self.budget)
+
+    @property
+    def memory(self) -> str:
+        """Bytes of K and V: of all positions in the full cache, allocated in an evicted one."""
+        kv = self.stats.kv
+        taken = kv.bytes_now if kv.n_evictions else kv.bytes_full
+        return f"{taken / 2**20:.2f} MiB ({taken / kv.bytes_full:.0%})"
+
+    @property
+    def kept_of_prompt(self) -> str:
+        """Prompt positions that are kept, mean over heads; every head holds the reply too."""
+        # the last token of a reply that was cut short is never appended
+        reply = min(self.stats.n_generated, N_PREDICT - 1)
+        return f"{self.stats.kv.positions_kept_mean - reply:.0f} of {self.stats.n_prompt}"
+
+    @property
+    def per_token(self) -> str:
+        per_token = self.stats.timings.decode_ms_per_token
+        return "-" if per_token is None else f"{per_token:.2f} ms"
+
+    def to_dict(self) -> dict[str, Any]:
+        own = {"policy": self.policy, "budget": self.budget, "errors": self.errors}
+        return {**own, **self.stats.to_dict(self.text)}
+
+
+@dataclass(frozen=True)
+class DemoReport:
+    """What run() found.
+
+    Attributes:
+        seed: of the page; None with an image.
+        page, head_map, kept_map: the files written; None: not this one.
+        questions: each with its answers, the full cache's first.
+    """
+
+    seed: int | None
+    page: Path
+    head_map: Path | None
+    kept_map: Path | None
+    questions: list[tuple[DemoQuestion, list[DemoRun]]]
+
+    def to_dict(self) -> dict[str, Any]:
+        """As `demo --json` prints it."""
+        files = {"page": self.page, "head_map": self.head_map, "kept_map": self.kept_map}
+        questions = [
+            {"prompt": question.prompt, "answer": question.answer, "runs": [run.to_dict() for run in runs]}
+            for question, runs in self.questions
+        ]
+        named = {name: None if path is None else str(path) for name, path in files.items()}
+        return {"seed": self.seed, **named, "questions": questions}
 
 
 def run(
@@ -64,7 +137,7 @@ def run(
     image: Path | None = None,
     prompt: str | None = None,
     budgets: Sequence[int] = BUDGETS,
-) -> dict[str, Any]:
+) -> DemoReport:
     """Draw a page and ask about it, with the full cache and with evicted ones.
 
     Every budget is shared out by the head scores; the first one also evenly, for comparison.
@@ -75,12 +148,6 @@ def run(
         image: a picture to use instead of a page, resized to the model's size.
         prompt: a question to ask instead of the demo's own.
         budgets: positions that a KV head keeps on average, none for the full cache only.
-
-    Returns:
-        `seed` (None with an image), the paths `page`, `head_map` and `kept_map`, and `questions`, each with
-        `prompt`, `answer` (None if it is not known) and `runs`: what `generate --json` prints, with `policy`,
-        `budget` (None: the full cache) and `errors`, the edit distance in characters to the answer, or, where
-        that is not known, to what the full cache says.
 
     Raises:
         SparseMMError: the packaged model is missing, or an argument cannot be used.
@@ -93,28 +160,23 @@ def run(
     except OSError as error:
         raise SparseMMError(f"cannot make the folder {out}: {error.strerror}") from error
     if image is not None:
-        seed, page, questions = None, _open(image), [Question(READ_PROMPT, None)]
+        seed, page, questions = None, _open(image), [DemoQuestion(READ_PROMPT, None)]
     else:
         seed, page, questions = _draw(seed)
     if prompt is not None:
-        questions = [Question(prompt, None)]
+        questions = [DemoQuestion(prompt, None)]
     page.save(out / "page.png")
 
     # one thread: a token of a model this small takes less time than threads take to meet
     with VisionModel.load(files.model, files.mmproj, n_threads=1) as model:
-        asked = [_ask(model, files.scores, page, question, budgets) for question in questions]
+        asked = [(each, _ask(model, files.scores, page, each, budgets)) for each in questions]
         if budgets:
             _draw_maps(model, files.scores, page, questions[-1], min(budgets), out)
-    return {
-        "seed": seed,
-        "page": str(out / "page.png"),
-        "head_map": str(out / "head-map.png") if budgets else None,
-        "kept_map": str(out / "kept-map.png") if budgets else None,
-        "questions": asked,
-    }
+    head_map, kept_map = (out / "head-map.png", out / "kept-map.png") if budgets else (None, None)
+    return DemoReport(seed, out / "page.png", head_map, kept_map, asked)
 
 
-def show(report: dict[str, Any]) -> None:
+def show(report: DemoReport) -> None:
     """Print the answers side by side, wrong characters marked, and what they took."""
     from rich import box
     from rich.table import Table
@@ -122,31 +184,29 @@ def show(report: dict[str, Any]) -> None:
     from sparsemm_edge.output import console as output
 
     console = output()
-    drawn = "" if report["seed"] is None else f", drawn from seed {report['seed']}"
-    print(f"page: {report['page']}{drawn}")
-    for question in report["questions"]:
-        runs = question["runs"]
-        names = [_HEADINGS[run["policy"]].format(run["budget"]) for run in runs]
-        table = Table(title=f"\n{question['prompt']}", title_justify="left", box=box.SIMPLE_HEAD)
-        table.add_column("" if question["answer"] is None else "on the page")
-        for name in names:
-            table.add_column(name)
-        truth = runs[0]["text"] if question["answer"] is None else question["answer"]
-        answers = [marked(run["text"], truth) for run in runs]
-        table.add_row(question["answer"] or "", *answers, end_section=True)
+    drawn = "" if report.seed is None else f", drawn from seed {report.seed}"
+    print(f"page: {report.page}{drawn}")
+    for question, runs in report.questions:
+        table = Table(title=f"\n{question.prompt}", title_justify="left", box=box.SIMPLE_HEAD)
+        table.add_column("" if question.answer is None else "on the page")
+        for run in runs:
+            table.add_column(run.heading)
+        truth = runs[0].text if question.answer is None else question.answer
+        answers = [marked(run.text, truth) for run in runs]
+        table.add_row(question.answer or "", *answers, end_section=True)
         rows = {
-            "characters wrong": [str(run["errors"]) for run in runs],
-            "K and V": [_memory(run) for run in runs],
-            "prompt positions": [_kept_of_prompt(run) for run in runs],
-            "prompt": [f"{run['timings']['prompt_ms']:.0f} ms" for run in runs],
-            "a token": [_per_token(run) for run in runs],
+            "characters wrong": [str(run.errors) for run in runs],
+            "K and V": [run.memory for run in runs],
+            "prompt positions": [run.kept_of_prompt for run in runs],
+            "prompt": [f"{run.stats.timings.prompt_ms:.0f} ms" for run in runs],
+            "a token": [run.per_token for run in runs],
         }
         for name, cells in rows.items():
             table.add_row(name, *cells)
         console.print(table)
-    for name, key in (("head budgets", "head_map"), ("what the heads kept of the page", "kept_map")):
-        if report[key]:
-            print(f"{name}: {report[key]}")
+    if report.head_map is not None:
+        print(f"head budgets: {report.head_map}")
+        print(f"what the heads kept of the page: {report.kept_map}")
 
 
 def marked(said: str, true: str) -> "Text":
@@ -160,14 +220,14 @@ def marked(said: str, true: str) -> "Text":
     return text
 
 
-def _draw(seed: int | None) -> tuple[int, Image.Image, list[Question]]:
+def _draw(seed: int | None) -> tuple[int, Image.Image, list[DemoQuestion]]:
     if seed is None:
         seed = secrets.randbelow(FIRST_TRAINING_SEED)
     if not 0 <= seed < FIRST_TRAINING_SEED:
         raise SparseMMError(f"the seed is {seed}: it must be 0 to {FIRST_TRAINING_SEED - 1}")
     page = grid_page(seed)
     key, answer = page.lookups[seed % len(page.lookups)]
-    return seed, page.image, [Question(READ_PROMPT, page.text), Question(lookup_prompt(key), answer)]
+    return seed, page.image, [DemoQuestion(READ_PROMPT, page.text), DemoQuestion(lookup_prompt(key), answer)]
 
 
 def _open(path: Path) -> Image.Image:
@@ -175,12 +235,12 @@ def _open(path: Path) -> Image.Image:
 
 
 def _ask(
-    model: "VisionModel", scores: Path, page: Image.Image, question: Question, budgets: Sequence[int]
-) -> dict[str, Any]:
+    model: "VisionModel", scores: Path, page: Image.Image, question: DemoQuestion, budgets: Sequence[int]
+) -> list[DemoRun]:
     """One question with every cache."""
     from sparsemm_edge.runtime import Eviction, generate
 
-    runs: list[dict[str, Any]] = []
+    runs: list[DemoRun] = []
     settings = [("full", None), *(("sparsemm", budget) for budget in budgets)]
     settings += [("uniform", budget) for budget in budgets[:1]]
     for policy, budget in settings:
@@ -189,14 +249,13 @@ def _ask(
         text = "".join(answer)
         truth = question.answer
         if truth is None:
-            truth = runs[0]["text"] if runs else text
-        judged = {"policy": policy, "budget": budget, "errors": edit_distance(text, truth)}
-        runs.append({**judged, **answer.stats().figures(text)})
-    return {"prompt": question.prompt, "answer": question.answer, "runs": runs}
+            truth = runs[0].text if runs else text
+        runs.append(DemoRun(policy, budget, edit_distance(text, truth), text, answer.stats()))
+    return runs
 
 
 def _draw_maps(
-    model: "VisionModel", scores: Path, page: Image.Image, question: Question, budget: int, out: Path
+    model: "VisionModel", scores: Path, page: Image.Image, question: DemoQuestion, budget: int, out: Path
 ) -> None:
     """Head budgets, and over the page what the heads kept when they were asked this question."""
     from sparsemm_edge.runtime import Eviction, start_session
@@ -212,22 +271,3 @@ def _draw_maps(
     save_kept_map(
         page, kept, grid, out / "kept-map.png", view="head", title=f"{question.prompt} Budget {budget}"
     )
-
-
-def _memory(run: dict[str, Any]) -> str:
-    """Bytes of K and V: what the positions take in the full cache, what is allocated in an evicted one."""
-    full, evicted = run["kv"]["bytes_full"], run["kv"]["n_evictions"] > 0
-    taken = run["kv"]["bytes_now"] if evicted else full
-    return f"{taken / 2**20:.2f} MiB ({taken / full:.0%})"
-
-
-def _kept_of_prompt(run: dict[str, Any]) -> str:
-    """Of the prompt's positions those kept, mean over heads: every head holds the reply too."""
-    # the last token of a reply that was cut short is never appended
-    reply = min(run["n_generated"], N_PREDICT - 1)
-    return f"{run['kv']['positions_kept_mean'] - reply:.0f} of {run['n_prompt']}"
-
-
-def _per_token(run: dict[str, Any]) -> str:
-    per_token = run["timings"]["decode_ms_per_token"]
-    return "-" if per_token is None else f"{per_token:.2f} ms"

@@ -12,7 +12,7 @@ PROMPT_LENGTHS = (640, 2944, 8192)
 """Prompts to state KV bytes for: one image in LLaVA-1.5, one in LLaVA-NeXT, several."""
 
 
-def figures(shape: ModelShape, metadata: SparseMMMetadata) -> dict[str, Any]:
+def to_dict(shape: ModelShape, metadata: SparseMMMetadata) -> dict[str, Any]:
     """Shape, settings and statistics of the table of head budgets (positions), ready for JSON.
 
     `heads_at_floor` is the share of KV heads, 0 to 1, that got no more than the floor and the window.

@@ -16,7 +16,7 @@ _Item = TypeVar("_Item")
 _Result = TypeVar("_Result")
 
 
-def in_processes(
+def map_processes(
     worker: Callable[[int, Iterator[_Item]], Iterator[_Result]], items: Sequence[_Item], n_jobs: int
 ) -> Iterator[_Result]:
     """The results of all items, as they come: an item goes to whichever process is free.

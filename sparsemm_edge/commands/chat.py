@@ -1,6 +1,7 @@
 """`sparsemm-edge chat`."""
 
 from contextlib import closing
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated
 
@@ -13,11 +14,12 @@ from sparsemm_edge.errors import SparseMMError
 
 @options.grouped
 def chat(
-    loaded: options.Loaded,
-    sampled: options.Sampled,
-    framed: options.Framed,
-    evicted: options.Evicted,
-    kept: options.Reused,
+    loaded: options.ModelOptions,
+    sampled: options.SamplingOptions,
+    framed: options.TemplateOptions,
+    evicted: options.EvictionOptions,
+    cache: options.CacheOptions,
+    kept: options.ReuseOptions,
     image: Annotated[
         list[str] | None,
         typer.Option(
@@ -26,9 +28,6 @@ def chat(
     ] = None,
     n_predict: Annotated[int, typer.Option("--n-predict", "-n", help="Most tokens of an answer.")] = 512,
     n_ctx: options.NCtxOfChat = None,
-    n_ubatch: options.NUbatch = None,
-    cache_type_k: options.CacheTypeK = "f16",
-    cache_type_v: options.CacheTypeV = "f16",
     image_memory: options.ImageMemory = defaults.IMAGE_MEMORY,
     verbose: options.Verbose = False,
     as_json: Annotated[
@@ -59,9 +58,7 @@ def chat(
             return Conversation(
                 model,
                 n_ctx=min(model.n_ctx_train, defaults.N_CTX) if n_ctx is None else n_ctx,
-                n_ubatch=n_ubatch,
-                cache_type_k=cache_type_k,
-                cache_type_v=cache_type_v,
+                **asdict(cache),
                 system=system,
                 chat_template=frame["chat_template"],
                 template_options=frame["template_options"],

@@ -78,7 +78,7 @@ def convert(
     from sparsemm_edge.budgets import BudgetSpec
     from sparsemm_edge.convert import check_out
     from sparsemm_edge.convert import convert as convert_model
-    from sparsemm_edge.inspection import figures
+    from sparsemm_edge.inspection import to_dict
 
     spec = BudgetSpec().override(
         policy=policy,
@@ -103,7 +103,7 @@ def convert(
             force=force,
             progress=progress,
         )
-    report = figures(done.shape, done.metadata)
+    report = to_dict(done.shape, done.metadata)
     if as_json:
         print_json({"path": str(done.path), "sparsemm": report})
     else:
@@ -121,7 +121,7 @@ def _score(
     """The file of the model's scores beside it; made, or gone on with, if it is not there."""
     from sparsemm_edge.commands.score import run
     from sparsemm_edge.pages.documents import SIZE
-    from sparsemm_edge.scoring.run import Job
+    from sparsemm_edge.scoring.run import ScoringJob
     from sparsemm_edge.scoring.sources import GgufFiles
 
     path = model.with_name(f"{model.stem}.scores.json")
@@ -130,12 +130,10 @@ def _score(
         return path
     if mmproj is None:
         raise SparseMMError("--scores auto reads pages: give the model's image encoder with --mmproj")
-    from sparsemm_edge.runtime.chat_template import read_template
-
-    template = None if chat_template is None else read_template(chat_template)
+    template = options.template_text(chat_template)
     source = GgufFiles(
         model, mmproj, n_threads=threads[0], n_threads_batch=threads[1], chat_template=template
     )
-    job = Job(source, data, 100, 0, SIZE, None, None)
+    job = ScoringJob(source, data, 100, 0, SIZE, None, None)
     run(job, path, resume=path.with_name(f"{path.name}.partial").exists())
     return path

@@ -40,6 +40,6 @@ def demo(
     wanted = whole_numbers("--budgets", budgets)
     report = run(out, seed=seed, image=image, prompt=prompt, budgets=wanted)
     if as_json:
-        print_json(report)
+        print_json(report.to_dict())
     else:
         show(report)

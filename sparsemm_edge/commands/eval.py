@@ -17,8 +17,8 @@ _T = TypeVar("_T")
 
 @options.grouped
 def evaluate(
-    loaded: options.Loaded,
-    kept: options.Kept,
+    loaded: options.ModelOptions,
+    kept: options.ImageCacheOptions,
     data: Annotated[
         str | None,
         typer.Option(
@@ -120,10 +120,9 @@ def evaluate(
       sparsemm-edge eval -m model.sparsemm.gguf --mmproj mmproj.gguf --fidelity-only my-images/
     """
     from sparsemm_edge.evaluation import datasets, report
-    from sparsemm_edge.evaluation.run import Job, Results, run
+    from sparsemm_edge.evaluation.run import EvalJob, Results, run
     from sparsemm_edge.evaluation.settings import settings_of
     from sparsemm_edge.resources import usable_cores
-    from sparsemm_edge.runtime.chat_template import read_template
 
     if (data is None) == (fidelity_only is None):
         raise SparseMMError("give --data with questions, or --fidelity-only with a folder of images")
@@ -149,7 +148,7 @@ def evaluate(
         data_set = datasets.load(data, images=images, n_pages=pages, seed=seed)
     for note in data_set.notes:
         print(f"note: {note}", file=sys.stderr)
-    job = Job(
+    job = EvalJob(
         model=loaded.model,
         mmproj=loaded.mmproj,
         scores=scores,
@@ -157,7 +156,7 @@ def evaluate(
         n_ctx=n_ctx,
         n_threads=loaded.threads or max(1, usable_cores() // jobs),
         loading=loaded.loading(kept=kept),
-        chat_template=None if chat_template is None else read_template(chat_template),
+        chat_template=options.template_text(chat_template),
         n_turns=turns,
         cross=cross,
     )
@@ -195,7 +194,7 @@ def evaluate(
             found, out / "eval.png", title=f"{job.model.name}: {data_set.name}, {about['n_pages']} images"
         )
     if as_json:
-        print_json(report.as_json(found, about))
+        print_json(report.to_dict(found, about))
     else:
         report.print_report(found)
         print(f"wrote {out / 'eval.json'}" + (f" and {out / 'eval.png'}" if found.rows else ""))

@@ -2,7 +2,7 @@
 
 import sys
 import time
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Annotated
 
@@ -14,18 +14,16 @@ from sparsemm_edge.output import print_json
 
 @options.grouped
 def generate(
-    loaded: options.Loaded,
-    asked: options.Asked,
-    framed: options.Framed,
-    sampled: options.Sampled,
-    evicted: options.Evicted,
-    kept: options.Reused,
+    loaded: options.ModelOptions,
+    asked: options.QuestionOptions,
+    framed: options.TemplateOptions,
+    sampled: options.SamplingOptions,
+    evicted: options.EvictionOptions,
+    cache: options.CacheOptions,
+    kept: options.ReuseOptions,
     image: options.Images = None,
     n_predict: Annotated[int, typer.Option("--n-predict", "-n", help="Most tokens to generate.")] = 256,
     n_ctx: options.NCtx = None,
-    n_ubatch: options.NUbatch = None,
-    cache_type_k: options.CacheTypeK = "f16",
-    cache_type_v: options.CacheTypeV = "f16",
     save_session: Annotated[
         Path | None, typer.Option(help="Write question and answer to this file, to go on from later.")
     ] = None,
@@ -60,9 +58,7 @@ def generate(
             n_predict=n_predict,
             sampling=sampling,
             n_ctx=n_ctx,
-            n_ubatch=n_ubatch,
-            cache_type_k=cache_type_k,
-            cache_type_v=cache_type_v,
+            **asdict(cache),
             **frame,
             eviction=evicted.eviction(),
             save_session=save_session,
@@ -76,7 +72,7 @@ def generate(
         stats = answer.stats()
         stats = replace(stats, first_token=stats.first_token.with_opening(opening_ms))
     if as_json:
-        print_json(stats.figures(text))
+        print_json(stats.to_dict(text))
     else:
         print()
         per_token = stats.timings.decode_ms_per_token

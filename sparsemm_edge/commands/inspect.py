@@ -25,7 +25,7 @@ def inspect(
     """
     from sparsemm_edge.gguf_header import read_header
     from sparsemm_edge.gguf_metadata import model_shape, sparsemm_metadata, text_architecture
-    from sparsemm_edge.inspection import figures, kv_bytes
+    from sparsemm_edge.inspection import kv_bytes, to_dict
 
     header = read_header(model)
     text_architecture(header)
@@ -40,7 +40,7 @@ def inspect(
         return
 
     shape = model_shape(header)
-    report = figures(shape, metadata)
+    report = to_dict(shape, metadata)
     saved = kv_bytes(shape, metadata)
     if plot:
         from sparsemm_edge.plot import save_head_map

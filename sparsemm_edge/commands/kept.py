@@ -10,11 +10,11 @@ from sparsemm_edge.commands import options
 
 @options.grouped
 def kept(
-    loaded: options.Loaded,
-    evicted: options.Evicted,
+    loaded: options.ModelOptions,
+    evicted: options.EvictionOptions,
     image: Annotated[str, typer.Option(help="The image, a file or a URL.")],
-    asked: options.Asked,
-    framed: options.Framed,
+    asked: options.QuestionOptions,
+    framed: options.TemplateOptions,
     out: Annotated[Path, typer.Option(help="The picture to write (PNG).")] = Path("kept.png"),
     view: Annotated[
         str,

@@ -3,7 +3,7 @@
 A command takes a group as one parameter; @grouped makes its options the command's own:
 
     @grouped
-    def generate(loaded: options.Loaded, sampled: options.Sampled, n_predict: ... = 256) -> None:
+    def generate(loaded: options.ModelOptions, n_predict: ... = 256) -> None:
         with loaded.load() as model: ...
 """
 
@@ -115,7 +115,7 @@ Force = Annotated[bool, typer.Option("--force", help="Replace the file to write 
 
 
 @dataclass(frozen=True)
-class Loaded:
+class ModelOptions:
     """The model, and how llama.cpp loads it."""
 
     model: Model
@@ -152,7 +152,7 @@ class Loaded:
         ),
     ] = False
 
-    def loading(self, *, image_memory: int = 0, kept: "Kept | None" = None) -> "Loading":
+    def loading(self, *, image_memory: int = 0, kept: "ImageCacheOptions | None" = None) -> "Loading":
         from sparsemm_edge.runtime.loading import Loading, Lora
 
         return Loading(
@@ -170,7 +170,7 @@ class Loaded:
         )
 
     def load(
-        self, *, show_log: bool = False, image_memory: int = 0, kept: "Kept | None" = None
+        self, *, show_log: bool = False, image_memory: int = 0, kept: "ImageCacheOptions | None" = None
     ) -> "VisionModel":
         from sparsemm_edge.runtime import VisionModel
 
@@ -184,7 +184,7 @@ class Loaded:
 
 
 @dataclass(frozen=True)
-class Kept:
+class ImageCacheOptions:
     """What is kept of images in files."""
 
     image_cache: Annotated[
@@ -213,7 +213,16 @@ class Kept:
 
 
 @dataclass(frozen=True)
-class Asked:
+class CacheOptions:
+    """How prompts are computed, and the number types of the cache."""
+
+    n_ubatch: NUbatch = None
+    cache_type_k: CacheTypeK = "f16"
+    cache_type_v: CacheTypeV = "f16"
+
+
+@dataclass(frozen=True)
+class QuestionOptions:
     """What is asked."""
 
     prompt: Annotated[
@@ -239,7 +248,7 @@ class Asked:
 
 
 @dataclass(frozen=True)
-class Framed:
+class TemplateOptions:
     """What is written around a question."""
 
     system: Annotated[
@@ -253,18 +262,27 @@ class Framed:
 
     def arguments(self) -> "Frame":
         """What generate() and others are told of it."""
-        from sparsemm_edge.runtime.chat_template import read_template, read_template_options
+        from sparsemm_edge.runtime.chat_template import read_template_options
 
-        system, template, options = self.system, self.chat_template, self.chat_template_kwargs
+        system, options = self.system, self.chat_template_kwargs
         if system is not None and system.startswith("@"):
             system = _without_last_line_end(read_text(Path(system[1:])))
         elif system is not None:
             check_text(system, "--system")
         return {
             "system": system,
-            "chat_template": None if template is None else read_template(template),
+            "chat_template": template_text(self.chat_template),
             "template_options": None if options is None else read_template_options(options),
         }
+
+
+def template_text(given: str | None) -> str | None:
+    """The text of --chat-template; None: the model's own template."""
+    if given is None:
+        return None
+    from sparsemm_edge.runtime.chat_template import read_template
+
+    return read_template(given)
 
 
 class Frame(TypedDict):
@@ -274,7 +292,7 @@ class Frame(TypedDict):
 
 
 @dataclass(frozen=True)
-class Evicted:
+class EvictionOptions:
     """How the cache evicts."""
 
     budget: Budget = None
@@ -302,7 +320,7 @@ class Evicted:
 
 
 @dataclass(frozen=True)
-class Sampled:
+class SamplingOptions:
     """How an answer is sampled, and what it must look like. The defaults are runtime.Sampling's."""
 
     temp: Annotated[float, typer.Option(help="0: the likeliest token; above: sample.")] = 0.0
@@ -350,7 +368,7 @@ class Sampled:
 
 
 @dataclass(frozen=True)
-class Reused(Kept):
+class ReuseOptions(ImageCacheOptions):
     """What is kept of images in files, evicted sequences too."""
 
     reuse_evicted: Annotated[

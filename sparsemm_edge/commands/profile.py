@@ -12,9 +12,9 @@ from sparsemm_edge.output import print_json, print_table, whole_numbers
 
 @options.grouped
 def profile(
-    loaded: options.Loaded,
-    asked: options.Asked,
-    framed: options.Framed,
+    loaded: options.ModelOptions,
+    asked: options.QuestionOptions,
+    framed: options.TemplateOptions,
     image: options.Images = None,
     budgets: Annotated[
         str, typer.Option(help="Budgets to evict to, such as 64,256 [default: the file's].", show_default="")

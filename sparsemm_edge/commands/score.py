@@ -12,7 +12,7 @@ from sparsemm_edge.errors import SparseMMError
 from sparsemm_edge.output import print_json, progress_bar
 
 if TYPE_CHECKING:
-    from sparsemm_edge.scoring.run import Job, Report
+    from sparsemm_edge.scoring.run import ScoringJob, ScoringResult
 
 
 def score(
@@ -95,12 +95,12 @@ def score(
       sparsemm-edge score llava-hf/llava-1.5-7b-hf --out llava.scores.json --dtype bfloat16
       sparsemm-edge score path/to/checkpoint --data my-pages --pages 300 --jobs 2
     """
-    from sparsemm_edge.commands.scores import figures, print_convergence, print_figures
+    from sparsemm_edge.commands.scores import print_convergence, print_figures, to_dict
     from sparsemm_edge.convert import check_out
     from sparsemm_edge.convert import convert as convert_model
     from sparsemm_edge.extras import needs_torch
     from sparsemm_edge.pages.readers import page_size
-    from sparsemm_edge.scoring.run import Job
+    from sparsemm_edge.scoring.run import ScoringJob
     from sparsemm_edge.scoring.sources import Checkpoint, GgufFiles, Source
 
     source: Source
@@ -109,7 +109,6 @@ def score(
             raise SparseMMError(f"{model}: heads are scored on images: give its image encoder with --mmproj")
         if device is not None or dtype != "auto":
             raise SparseMMError(f"{model}: --device and --dtype are for checkpoints, a GGUF file takes -ngl")
-        from sparsemm_edge.runtime.chat_template import read_template
 
         source = GgufFiles(
             Path(model),
@@ -119,7 +118,7 @@ def score(
             n_gpu_layers=n_gpu_layers,
             image_min_tokens=image_min_tokens,
             image_max_tokens=image_max_tokens,
-            chat_template=None if chat_template is None else read_template(chat_template),
+            chat_template=options.template_text(chat_template),
         )
         if convert:  # known before the pages are read
             check_out(Path(model), None, force=force)
@@ -129,7 +128,7 @@ def score(
         with needs_torch():
             import sparsemm_edge.scoring.models  # noqa: F401
         source = Checkpoint(model, device, dtype)
-    job = Job(source, data, pages, seed, page_size(size), prompt, max_new_tokens, until)
+    job = ScoringJob(source, data, pages, seed, page_size(size), prompt, max_new_tokens, until)
     report = run(job, out, n_jobs=jobs, resume=resume, force=force)
     converted = None
     if convert:
@@ -140,7 +139,7 @@ def score(
             {
                 "path": str(out),
                 **({"converted": str(converted)} if converted else {}),
-                **figures(report.scores),
+                **to_dict(report.scores),
                 "unread": report.unread,
                 "warnings": report.warnings,
             }
@@ -153,7 +152,9 @@ def score(
         print(f"pages of which the answer names nothing: {', '.join(report.unread)}")
 
 
-def run(job: "Job", out: Path, *, n_jobs: int = 1, resume: bool = False, force: bool = False) -> "Report":
+def run(
+    job: "ScoringJob", out: Path, *, n_jobs: int = 1, resume: bool = False, force: bool = False
+) -> "ScoringResult":
     """scoring.run.score with a bar, its warnings, and how long it may take once the first page is read."""
     from sparsemm_edge.scoring.run import score as score_heads
 

@@ -41,7 +41,7 @@ def show(
     if plot:
         save_score_map(loaded.normalised(), plot, title=loaded.model)
     if as_json:
-        print_json(figures(loaded))
+        print_json(to_dict(loaded))
         return
     print_figures(loaded)
     print_convergence(loaded)
@@ -187,7 +187,7 @@ def knockout(
     )
 
 
-def figures(scores: "HeadScores") -> dict[str, Any]:
+def to_dict(scores: "HeadScores") -> dict[str, Any]:
     """The figures of one file of head scores."""
     from sparsemm_edge.ranking import TOP_SHARES, held_by_top, top_heads
 
@@ -212,7 +212,7 @@ def figures(scores: "HeadScores") -> dict[str, Any]:
 
 def print_figures(scores: "HeadScores") -> None:
     """The figures of one file of head scores, as text."""
-    report = figures(scores)
+    report = to_dict(scores)
     kv = "" if scores.n_head_kv is None else f", {scores.n_head_kv} KV heads"
     lines = {"model": f"{scores.model}, {scores.n_layer} layers x {scores.n_head} heads{kv}"}
     if "dataset" in report:

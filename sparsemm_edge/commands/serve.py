@@ -1,6 +1,6 @@
 """`sparsemm-edge serve`."""
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from types import FrameType
 from typing import Annotated
 
@@ -12,7 +12,7 @@ from sparsemm_edge.errors import SparseMMError
 
 
 @dataclass(frozen=True)
-class Sampled(options.Sampled):
+class ServeSampling(options.SamplingOptions):
     """How an answer is sampled where a request says nothing."""
 
     seed: Annotated[
@@ -22,23 +22,21 @@ class Sampled(options.Sampled):
 
 @options.grouped
 def serve(
-    loaded: options.Loaded,
+    loaded: options.ModelOptions,
     host: Annotated[
         str, typer.Option(help="Address to listen at; 0.0.0.0: every one of this machine.")
     ] = "127.0.0.1",
     port: Annotated[int, typer.Option(help="Port to listen at; 0: a free one.")] = 8080,
     *,
-    framed: options.Framed,
-    sampled: Sampled,
-    evicted: options.Evicted,
-    kept: options.Reused,
+    framed: options.TemplateOptions,
+    sampled: ServeSampling,
+    evicted: options.EvictionOptions,
+    cache: options.CacheOptions,
+    kept: options.ReuseOptions,
     n_predict: Annotated[
         int | None, typer.Option("--n-predict", "-n", help="Most tokens of an answer [default: what fits].")
     ] = None,
     n_ctx: options.NCtxOfChat = None,
-    n_ubatch: options.NUbatch = None,
-    cache_type_k: options.CacheTypeK = "f16",
-    cache_type_v: options.CacheTypeV = "f16",
     image_memory: options.ImageMemory = defaults.IMAGE_MEMORY,
     verbose: options.Verbose = False,
 ) -> None:
@@ -76,9 +74,7 @@ def serve(
             Conversation(
                 model,
                 n_ctx=(n_ctx := min(model.n_ctx_train, defaults.N_CTX) if n_ctx is None else n_ctx),
-                n_ubatch=n_ubatch,
-                cache_type_k=cache_type_k,
-                cache_type_v=cache_type_v,
+                **asdict(cache),
                 chat_template=frame["chat_template"],
                 template_options=frame["template_options"],
                 eviction=evicted.eviction(),

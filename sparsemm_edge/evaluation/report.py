@@ -130,7 +130,7 @@ class Row:
         """The budget in the unit in which it was asked for."""
         return _budget(self.setting)
 
-    def figures(self) -> dict[str, Any]:
+    def to_dict(self) -> dict[str, Any]:
         """For JSON."""
         figures = asdict(self)
         return {**figures.pop("way"), **figures}
@@ -520,17 +520,17 @@ def _with_interval(interval: Interval, sign: str = "") -> str:
 def save_json(report: Report, path: Path, *, about: dict[str, Any]) -> None:
     """Write eval.json: `about` the run, the rows, the failures."""
     with atomic_path(path) as part:
-        part.write_text(json.dumps(as_json(report, about), indent=1) + "\n", encoding="utf-8")
+        part.write_text(json.dumps(to_dict(report, about), indent=1) + "\n", encoding="utf-8")
 
 
-def as_json(report: Report, about: dict[str, Any]) -> dict[str, Any]:
+def to_dict(report: Report, about: dict[str, Any]) -> dict[str, Any]:
     """What eval.json holds."""
     return {
         "format": "sparsemm-edge/eval",
         "version": 2,
         **about,
         "n_questions": report.n_questions,
-        "rows": [row.figures() for row in report.rows],
+        "rows": [row.to_dict() for row in report.rows],
         "failures": [asdict(failure) for failure in report.failures],
         "skipped": [
             {**asdict(each.way), "settings": each.settings, "reason": each.reason} for each in report.skipped

@@ -23,16 +23,16 @@ from sparsemm_edge.runtime.eviction import Eviction, HeadBudgetTable, check_scor
 from sparsemm_edge.runtime.loading import Loading
 from sparsemm_edge.runtime.prompt import ImagePart, Prompt, TextPart
 from sparsemm_edge.runtime.session import Prefix, Session, cache_type, start_session_with
-from sparsemm_edge.workers import in_processes
+from sparsemm_edge.workers import map_processes
 
 _REFERENCE = Setting("full")
 _IMAGE_MEMORY = 256  # MiB
 # flash attention on the CPU computes in tiles of 64 rows, and smaller batches take longer
-_MIN_REST = 64
+_MIN_UBATCH = 64
 
 
 @dataclass(frozen=True)
-class Job:
+class EvalJob:
     """Model files and generation limits of one evaluation.
 
     Attributes:
@@ -174,7 +174,7 @@ class _Reading:
 class Evaluator:
     """A loaded model that answers questions under settings. Close it, or use it in a `with`."""
 
-    def __init__(self, job: Job) -> None:
+    def __init__(self, job: EvalJob) -> None:
         self._job = job
         # an image is read again for every question and setting, and encoded once
         loading = replace(job.loading, image_memory=_IMAGE_MEMORY)
@@ -398,7 +398,7 @@ class Evaluator:
             if differs.size:
                 place = int(differs[0])
                 tokens = [*followed[:place], int(choices[place])]
-                session.forget_reply(place)
+                session.truncate_reply(place)
                 tokens = self._greedy(session, n_predict, tokens)
         ended = self._model.ends_turn(tokens[-1])
         answer = self._model.text_of(tokens[:-1] if ended else tokens)
@@ -458,7 +458,7 @@ def _identify(asked: Asked, setting: Setting) -> dict[str, Any]:
 
 def _n_rest(setting: Setting) -> int:
     """Tokens of the prompt to read after the prefix; the window is among them, so that it can vote."""
-    return max(_MIN_REST, setting.window)
+    return max(_MIN_UBATCH, setting.window)
 
 
 _Parts = Sequence[TextPart | ImagePart]
@@ -487,7 +487,7 @@ def _text_tokens(parts: _Parts) -> npt.NDArray[np.int32]:
 class Results:
     """The file of records, one JSON object a line, the first of which says what they are of."""
 
-    def __init__(self, path: Path, job: Job, data: DataSet, *, resume: bool) -> None:
+    def __init__(self, path: Path, job: EvalJob, data: DataSet, *, resume: bool) -> None:
         """Open or go on with the file.
 
         Raises:
@@ -571,7 +571,7 @@ def _identity(path: Path) -> str:
 
 
 def run(
-    job: Job,
+    job: EvalJob,
     data: DataSet,
     settings: Sequence[Setting],
     results: Results,
@@ -614,7 +614,7 @@ _Page = list[tuple[Question, list[Setting]]]
 """The questions about one page, each with the settings that are still to be run."""
 
 
-def _missing(job: Job, questions: list[Question], settings: Sequence[Setting], results: Results) -> _Page:
+def _missing(job: EvalJob, questions: list[Question], settings: Sequence[Setting], results: Results) -> _Page:
     """What is still to be run; a conversation is run as a whole."""
     found = []
     for question in questions:
@@ -629,7 +629,9 @@ def _missing(job: Job, questions: list[Question], settings: Sequence[Setting], r
     return found
 
 
-def _answers(job: Job, work: list[_Page], settings: Sequence[Setting], n_jobs: int) -> Iterator[list[Record]]:
+def _answers(
+    job: EvalJob, work: list[_Page], settings: Sequence[Setting], n_jobs: int
+) -> Iterator[list[Record]]:
     if not work:
         return
     with Evaluator(job) as evaluator:  # so that a mistake is one line, and not one of every process
@@ -638,10 +640,10 @@ def _answers(job: Job, work: list[_Page], settings: Sequence[Setting], n_jobs: i
             for page in work:
                 yield _answer_page(evaluator, page)
             return
-    yield from in_processes(partial(_answer_pages, job), work, n_jobs)
+    yield from map_processes(partial(_answer_pages, job), work, n_jobs)
 
 
-def _answer_pages(job: Job, rank: int, pages: Iterator[_Page]) -> Iterator[list[Record]]:
+def _answer_pages(job: EvalJob, rank: int, pages: Iterator[_Page]) -> Iterator[list[Record]]:
     with Evaluator(job) as evaluator:
         for page in pages:
             yield _answer_page(evaluator, page)

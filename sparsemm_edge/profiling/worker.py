@@ -136,7 +136,7 @@ def run_by_turns(task: Task, settings: list[Setting], n_rounds: int, emit: Emit)
 
 def _decode_by_turns(sessions: dict[str, Session], against: str, round_: int, emit: Emit) -> None:
     for session in sessions.values():
-        session.forget_reply()
+        session.truncate_reply()
     for turn in range(N_TURNS):
         # forth and back, so that none is always first
         order = list(sessions) if turn % 2 == 0 else list(reversed(sessions))

@@ -67,7 +67,7 @@ class GenerationStats:
     def n_generated(self) -> int:
         return len(self.tokens)
 
-    def figures(self, text: str) -> dict[str, Any]:
+    def to_dict(self, text: str) -> dict[str, Any]:
         """The figures as `generate --json` prints them, with the generated text."""
         return {
             "text": text,
@@ -116,7 +116,7 @@ class Conversation:
         chat_template: str | None = None,
         template_options: Mapping[str, Any] | None = None,
         eviction: Eviction | None = None,
-        several: bool = True,
+        multi_turn: bool = True,
         resume: Path | None = None,
         reuse_evicted: bool = False,
     ) -> None:
@@ -128,9 +128,9 @@ class Conversation:
         cache_type_k, cache_type_v: one of CACHE_TYPES.
         system: what the model is told before everything.
         chat_template: jinja text to use instead of the model's own template, or a name of llama.cpp's.
-        template_options: what else the template is told.
+        template_options: what else the template is told, such as {"enable_thinking": False}.
         eviction: None: as the model file says, or as the resumed conversation did.
-        several: more questions may follow, so that a first one that fits into the budget is not what the
+        multi_turn: more questions may follow, so that a first one that fits into the budget is not what the
             head budgets are shared out for.
         resume: a file that save() wrote; the next question goes on from there.
         reuse_evicted: evict the images of the first question by their own last positions, before the question
@@ -146,19 +146,20 @@ class Conversation:
                 check_within(name, value, 1, MAX_POSITIONS)
         cache_type(cache_type_k), cache_type(cache_type_v)
         self._model = model
-        self._n_ctx = n_ctx
+        self._n_ctx_given = n_ctx
         self._n_ubatch = n_ubatch
         self._types = (cache_type_k, cache_type_v)
         self.system = system
         self._template = chat_template
         self._template_options = template_options
         self._eviction = eviction or Eviction()
-        self._several = several
+        # the length that head budgets are for, where more questions follow
+        self._n_later = n_ctx if multi_turn else None
         self._kept = model.disk_cache if reuse_evicted else None
         if reuse_evicted and self._kept is None:
             raise SparseMMError("evicted images are kept in a folder: give one with --image-cache")
         self._session: Session | None = None
-        self._room = 0
+        self._n_ctx = 0
         self._table: HeadBudgetTable | None = None
         self._planned: tuple[int, int | None] = (0, None)
         self._pending: tuple[int, ...] = ()  # said, but not in the cache yet
@@ -202,12 +203,12 @@ class Conversation:
     @property
     def is_full(self) -> bool:
         """Whether an answer ended because there was no more room."""
-        return self._session is not None and self.n_held >= self._room
+        return self._session is not None and self.n_held >= self._n_ctx
 
     @property
     def n_ctx(self) -> int:
         """Most positions of all questions and answers; 0 before the first question."""
-        return self._room
+        return self._n_ctx
 
     def stats(self) -> GenerationStats:
         """What the last answer took, as far as it went."""
@@ -282,7 +283,7 @@ class Conversation:
         if session is None or asked is None:
             raise SparseMMError("nothing was asked yet: there is nothing to answer again")
         with self._model.sampler(sampling, asked.said) as sampler:
-            session.forget_reply()
+            session.truncate_reply()
             self._pending = ()
             asked = replace(asked, first_token=FirstToken())  # nothing is read again
             yield from self._reply(session, asked, n_predict, sampler, sampling.stop, started)
@@ -297,8 +298,8 @@ class Conversation:
             model.tokenize(self._text("?", 0, first=True)) as prompt,
             model.sampler(sampling or Sampling()),
         ):
-            n_ctx = model.n_ctx_for(prompt, 1, self._n_ctx)
-            table = model.plan(self._eviction, prompt.n_tokens, self._n_ctx if self._several else None)
+            n_ctx = model.n_ctx_for(prompt, 1, self._n_ctx_given)
+            table = model.plan(self._eviction, prompt.n_tokens, self._n_later)
             type_k, type_v = self._types
             small = min(n_ctx, prompt.n_tokens + 1)
             start_session_with(
@@ -420,16 +421,16 @@ class Conversation:
         `images`: the first half of the prompt, if that is evicted by itself.
         """
         if self._session is not None:
-            if self._session.n_tokens + prompt.n_tokens >= self._room:
+            if self._session.n_tokens + prompt.n_tokens >= self._n_ctx:
                 raise ContextFullError(
-                    f"the context of {self._room} positions is full: {self._session.n_tokens} are taken and"
+                    f"the context of {self._n_ctx} positions is full: {self._session.n_tokens} are taken and"
                     f" the message takes {prompt.n_tokens}; --n-ctx makes it larger"
                 )
             return self._session
 
         saved, model = self._resumed, self._model
         n_ctx = model.n_ctx_for(
-            prompt, n_predict, self._n_ctx, before=saved.state.n_tokens if saved is not None else 0
+            prompt, n_predict, self._n_ctx_given, before=saved.state.n_tokens if saved is not None else 0
         )
         n_ubatch = self._n_ubatch
         if saved is not None:
@@ -437,7 +438,7 @@ class Conversation:
             n_ubatch = saved.n_ubatch  # computed as if there had been no break
         else:
             evicted, eviction = images or prompt, self._eviction
-            self._planned = (evicted.n_tokens, self._n_ctx if self._several else None)
+            self._planned = (evicted.n_tokens, self._n_later)
             self._table = model.plan(eviction, *self._planned)
             if images is not None and self._table is not None and eviction.window is None:
                 window = min(self._table.window, defaults.IMAGE_WINDOW)
@@ -459,7 +460,7 @@ class Conversation:
                 session.close()
                 raise
             self._resumed = None
-        self._room = n_ctx
+        self._n_ctx = n_ctx
         self._session = session
         return session
 
@@ -501,7 +502,7 @@ class Conversation:
 
         `asked_at`: time.perf_counter when the question was asked.
         """
-        n_predict = min(n_predict, self._room - session.n_tokens)
+        n_predict = min(n_predict, self._n_ctx - session.n_tokens)
         model = self._model
         tokens: list[int] = []
         decode_ms: list[float] = []

@@ -1,6 +1,6 @@
 """One answer of a model: text as it comes, and afterwards what it took."""
 
-from collections.abc import Generator, Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -8,7 +8,6 @@ from PIL import Image
 
 from sparsemm_edge.errors import SparseMMError
 from sparsemm_edge.runtime.conversation import Conversation, GenerationStats
-from sparsemm_edge.runtime.eviction import Eviction
 from sparsemm_edge.runtime.model import VisionModel
 from sparsemm_edge.runtime.sampler import Sampling
 
@@ -57,17 +56,9 @@ def generate(
     *,
     n_predict: int = 256,
     sampling: Sampling | None = None,
-    n_ctx: int | None = None,
-    n_ubatch: int | None = None,
-    cache_type_k: str = "f16",
-    cache_type_v: str = "f16",
-    system: str | None = None,
-    chat_template: str | None = None,
-    template_options: Mapping[str, Any] | None = None,
-    eviction: Eviction | None = None,
     save_session: Path | None = None,
     load_session: Path | None = None,
-    reuse_evicted: bool = False,
+    **options: Any,
 ) -> Generation:
     """Answer one user message, piece by piece.
 
@@ -77,16 +68,9 @@ def generate(
         images: files or pictures that the message shows before the text.
         n_predict: most tokens to generate.
         sampling: how tokens are chosen; None: the likeliest ones.
-        n_ctx: most positions of prompts and replies together; None: as many as they need.
-        n_ubatch: prompt tokens computed at a time; None: 512.
-        cache_type_k, cache_type_v: one of session.CACHE_TYPES.
-        system: what the model is told before everything.
-        chat_template: jinja text to use instead of the model's own template, or a name of llama.cpp's.
-        template_options: what else the template is told, such as {"enable_thinking": False}.
-        eviction: None: as the model file says.
         save_session: a file to write the conversation to, once the answer is complete.
         load_session: a file of save_session; the message follows what was said there.
-        reuse_evicted: images are evicted without the question, and kept so, see Conversation.
+        options: the other keyword arguments of Conversation, such as `eviction`, `n_ctx` and `system`.
 
     Returns:
         An iterator over text, never half a character.
@@ -95,18 +79,5 @@ def generate(
         SparseMMError: an image that cannot be read, an image encoder or chat template that is missing,
             a prompt longer than the context, or an argument out of its range.
     """
-    conversation = Conversation(
-        model,
-        n_ctx=n_ctx,
-        n_ubatch=n_ubatch,
-        cache_type_k=cache_type_k,
-        cache_type_v=cache_type_v,
-        system=system,
-        chat_template=chat_template,
-        template_options=template_options,
-        eviction=eviction,
-        several=save_session is not None,
-        resume=load_session,
-        reuse_evicted=reuse_evicted,
-    )
+    conversation = Conversation(model, multi_turn=save_session is not None, resume=load_session, **options)
     return Generation(conversation, save_session, prompt, images, n_predict=n_predict, sampling=sampling)

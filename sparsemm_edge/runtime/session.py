@@ -292,7 +292,7 @@ class Session:
         self._n_batches += -(-len(tokens) // self.n_ubatch)
         self._after_prompt = (self._n_past, self.n_tokens)
 
-    def forget_reply(self, n_keep: int = 0) -> None:
+    def truncate_reply(self, n_keep: int = 0) -> None:
         """Drop what was decoded since the last prompt, but for the first n_keep tokens of it."""
         n_past, n_tokens = self._after_prompt
         library.forget_errors()

@@ -33,7 +33,7 @@ DTYPES = {"auto": "auto", "float32": torch.float32, "float16": torch.float16, "b
 
 
 @dataclass(frozen=True)
-class Prompt:
+class ScoringPrompt:
     """A question about one page, as the model gets it.
 
     Attributes:
@@ -122,7 +122,7 @@ class VisionLanguageModel:
             f" with {self.image_token} in it"
         )
 
-    def prompt(self, question: str, page: Image.Image) -> Prompt:
+    def prompt(self, question: str, page: Image.Image) -> ScoringPrompt:
         """The prompt that asks a question about a page.
 
         Raises:
@@ -131,7 +131,7 @@ class VisionLanguageModel:
         with _one_line(self.name, "make a prompt of a page"):
             return self._prompt(question, page)
 
-    def _prompt(self, question: str, page: Image.Image) -> Prompt:
+    def _prompt(self, question: str, page: Image.Image) -> ScoringPrompt:
         text = self.question(question)
         if text.count(self.image_token) != 1:
             raise SparseMMError(
@@ -151,7 +151,7 @@ class VisionLanguageModel:
         if "mm_token_type_ids" in inspect.signature(self.model.forward).parameters:
             inputs["mm_token_type_ids"] = is_image[None].int()
         device, dtype = self.model.device, self.model.dtype
-        return Prompt(
+        return ScoringPrompt(
             {k: v.to(device, dtype) if v.is_floating_point() else v.to(device) for k, v in inputs.items()},
             n_tokens=ids.shape[1],
             image_positions=torch.nonzero(is_image)[:, 0].numpy(),
@@ -159,7 +159,7 @@ class VisionLanguageModel:
         )
 
     @torch.inference_mode()
-    def answer(self, prompt: Prompt, max_new_tokens: int) -> list[int]:
+    def answer(self, prompt: ScoringPrompt, max_new_tokens: int) -> list[int]:
         """The greedy answer's tokens, the end token included.
 
         Raises:

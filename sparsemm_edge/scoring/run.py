@@ -22,7 +22,7 @@ from sparsemm_edge.ranking import convergence
 from sparsemm_edge.scores import HeadScores
 from sparsemm_edge.scoring.sources import Source
 from sparsemm_edge.scoring.target_response import PageScores, score_page
-from sparsemm_edge.workers import in_processes
+from sparsemm_edge.workers import map_processes
 
 SAVE_EVERY = 30.0  # seconds between two saves of what is done
 
@@ -42,7 +42,7 @@ _FIRST_CHECK, _CHECK_EVERY = 20, 10  # pages
 
 
 @dataclass(frozen=True)
-class Job:
+class ScoringJob:
     """What to score: everything that the scores depend on, and a worker needs.
 
     Attributes:
@@ -76,7 +76,7 @@ class Job:
 
 
 @dataclass
-class Report:
+class ScoringResult:
     """What scoring found out, beside the scores themselves.
 
     Attributes:
@@ -95,14 +95,14 @@ Progress = Callable[[int, int], None]
 
 
 def score(
-    job: Job,
+    job: ScoringJob,
     out: Path,
     *,
     n_jobs: int = 1,
     resume: bool = False,
     force: bool = False,
     progress: Progress = lambda done, total: None,
-) -> Report:
+) -> ScoringResult:
     """Score a model's heads and write them to `out`.
 
     What is done is saved to `<out>.partial` now and then, and removed at the end. The scores do not depend on
@@ -175,22 +175,24 @@ _Result = tuple[int, dict[str, int], PageScores]
 """A page's index, the model's shape, and what the page says."""
 
 
-def _results(job: Job, todo: list[int], n_jobs: int) -> Generator[_Result, None, None]:
+def _results(job: ScoringJob, todo: list[int], n_jobs: int) -> Generator[_Result, None, None]:
     if not todo:
         return
     if n_jobs == 1:
         yield from _score_pages(job, iter(todo))
         return
     n_jobs = min(n_jobs, len(todo))
-    yield from in_processes(functools.partial(_score_in_process, job, n_jobs), todo, n_jobs)
+    yield from map_processes(functools.partial(_score_in_process, job, n_jobs), todo, n_jobs)
 
 
-def _score_in_process(job: Job, n_jobs: int, rank: int, indices: Iterator[int]) -> Iterator[_Result]:
+def _score_in_process(job: ScoringJob, n_jobs: int, rank: int, indices: Iterator[int]) -> Iterator[_Result]:
     """Pages of one of several processes."""
     yield from _score_pages(job, indices, rank, n_jobs)
 
 
-def _score_pages(job: Job, indices: Iterator[int], rank: int = 0, n_jobs: int = 1) -> Iterator[_Result]:
+def _score_pages(
+    job: ScoringJob, indices: Iterator[int], rank: int = 0, n_jobs: int = 1
+) -> Iterator[_Result]:
     pages = job.pages()
     with job.source.reader(rank, n_jobs) as reader:
         shape = {"n_layer": reader.n_layer, "n_head": reader.n_head, "n_head_kv": reader.n_head_kv}
@@ -242,13 +244,17 @@ def _to_json(index: int, pages: PageSource, result: PageScores) -> dict[str, Any
     }
 
 
-def _write_partial(path: Path, job: Job, shape: dict[str, int], done: dict[int, dict[str, Any]]) -> None:
+def _write_partial(
+    path: Path, job: ScoringJob, shape: dict[str, int], done: dict[int, dict[str, Any]]
+) -> None:
     content = {"key": job.key(), "shape": shape, "pages": {str(index): done[index] for index in sorted(done)}}
     with atomic_path(path) as part:
         part.write_text(json.dumps(content), encoding="utf-8")
 
 
-def _read_partial(path: Path, job: Job, n_pages: int) -> tuple[dict[int, dict[str, Any]], dict[str, int]]:
+def _read_partial(
+    path: Path, job: ScoringJob, n_pages: int
+) -> tuple[dict[int, dict[str, Any]], dict[str, int]]:
     if not path.exists():
         raise SparseMMError(f"nothing to resume: there is no {path}")
     content = read_json(path)
@@ -305,7 +311,9 @@ def _is_number(value: Any) -> bool:
 # --- the report ---------------------------------------------------------------------------------------
 
 
-def _report(job: Job, pages: PageSource, shape: dict[str, int], done: list[dict[str, Any]]) -> Report:
+def _report(
+    job: ScoringJob, pages: PageSource, shape: dict[str, int], done: list[dict[str, Any]]
+) -> ScoringResult:
     tables = _tables(done, shape)
     n_scored = sum(page["n_scored"] for page in done)
     measure = ACCURACIES[pages.kind]
@@ -350,4 +358,4 @@ def _report(job: Job, pages: PageSource, shape: dict[str, int], done: list[dict[
         )
     if len(unread) > len(done) / 2:
         warnings.append(f"on {len(unread)} of {len(done)} pages the answer named nothing that stands there")
-    return Report(scores, unread, warnings)
+    return ScoringResult(scores, unread, warnings)

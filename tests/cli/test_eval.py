@@ -20,7 +20,7 @@ from sparsemm_edge.convert import convert
 from sparsemm_edge.demo import DemoModel
 from sparsemm_edge.errors import SparseMMError
 from sparsemm_edge.evaluation.datasets import DataSet, Question
-from sparsemm_edge.evaluation.run import Evaluator, Job, Record, Results, run
+from sparsemm_edge.evaluation.run import EvalJob, Evaluator, Record, Results, run
 from sparsemm_edge.evaluation.settings import Setting
 from sparsemm_edge.runtime import Conversation, Eviction, VisionModel, generate
 
@@ -48,13 +48,13 @@ def question(page: str, image: Any, prompt: str = PROMPT, name: str = "") -> Que
     return Question(name or f"{page}: {prompt}", page, image, prompt, "reading", "cer", ("something",))
 
 
-def job_of(models: Callable[[str], Any], scores: Path | None = None, name: str = "llava") -> Job:
+def job_of(models: Callable[[str], Any], scores: Path | None = None, name: str = "llava") -> EvalJob:
     files = models(name)
-    return Job(files.gguf(), files.mmproj(), scores, N_PREDICT, n_threads=1)
+    return EvalJob(files.gguf(), files.mmproj(), scores, N_PREDICT, n_threads=1)
 
 
 def evaluate(
-    job: Job, questions: list[Question], settings: list[Setting], path: Path, **options: Any
+    job: EvalJob, questions: list[Question], settings: list[Setting], path: Path, **options: Any
 ) -> dict[tuple[str, str], Record]:
     data = DataSet("by hand", tuple(questions), N_PREDICT)
     results = Results(path, job, data, resume=options.pop("resume", False))

@@ -32,7 +32,7 @@ from sparsemm_edge.scoring import run
 from sparsemm_edge.scoring.knockout import knockout, silenced
 from sparsemm_edge.scoring.models import load
 from sparsemm_edge.scoring.reading import reading_accuracy
-from sparsemm_edge.scoring.run import Job, score
+from sparsemm_edge.scoring.run import ScoringJob, score
 from sparsemm_edge.scoring.sources import Checkpoint
 
 torch.set_num_threads(1)
@@ -50,7 +50,7 @@ def letters() -> str:
     return str(letters_folder(Path(mkdtemp()) / "letters", N_PAGES))
 
 
-def job(**changes: object) -> Job:
+def job(**changes: object) -> ScoringJob:
     source = {"name": checkpoint(), "device": "cpu", "dtype": "auto"}
     source = {key: changes.pop("model" if key == "name" else key, value) for key, value in source.items()}
     settings: dict[str, object] = {
@@ -62,7 +62,7 @@ def job(**changes: object) -> Job:
         "question": None,
         "max_new_tokens": 24,
     }
-    return Job(**(settings | changes))  # type: ignore[arg-type]
+    return ScoringJob(**(settings | changes))  # type: ignore[arg-type]
 
 
 @cache

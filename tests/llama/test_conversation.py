@@ -172,7 +172,7 @@ def session_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_a_new_process_goes_on_as_if_there_had_been_no_break(
     llava: VisionModel, session_file: Path, pages: list[Path]
 ) -> None:
-    with Conversation(llava, n_ctx=2048, eviction=EVICTION, several=False) as conversation:
+    with Conversation(llava, n_ctx=2048, eviction=EVICTION, multi_turn=False) as conversation:
         said(conversation, QUESTIONS[0], pages[:1])
         expected = [said(conversation, QUESTIONS[2]), said(conversation, QUESTIONS[1], pages[1:])]
     again = session_file.with_name("again.session")
@@ -229,7 +229,7 @@ def test_a_bounded_answer_stays_bounded_when_it_is_gone_on_with(
 ) -> None:
     """The bound may be given again, the same one; the model was never converted."""
     path, bounded = tmp_path / "bounded.session", replace(EVICTION, max_tail=9)
-    with Conversation(llava, n_ctx=1024, eviction=bounded, several=False) as conversation:
+    with Conversation(llava, n_ctx=1024, eviction=bounded, multi_turn=False) as conversation:
         said(conversation, "Tell me of it, please. " * 8)
         conversation.save(path)
         expected = said(conversation, QUESTIONS[2])

@@ -72,6 +72,6 @@ def test_from_a_prefix_heads_keep_and_say_what_they_do_from_the_whole_prompt(
                 assert error.max() < 0.2  # what a tie at the cut makes
                 assert session.kv_stats().bytes_now == stats.bytes_now
                 # the tail can be taken back to any place, and goes on as before
-                session.forget_reply(4)
+                session.truncate_reply(4)
                 session.decode(tokens[4])
                 assert np.linalg.norm(session.logits() - logits[5]) < 0.2 * np.linalg.norm(logits[5])

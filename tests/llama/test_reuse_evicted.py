@@ -104,7 +104,7 @@ def test_its_last_positions_vote_and_the_question_evicts_nothing(tmp_path: Path)
                 alone = session.kept()
         held = np.arange(images.n_tokens, images.n_tokens + len(after))
         for _ in range(2):  # read, and from the file
-            with Conversation(model, eviction=EVICTION, several=False, reuse_evicted=True) as conversation:
+            with Conversation(model, eviction=EVICTION, multi_turn=False, reuse_evicted=True) as conversation:
                 list(conversation.ask(QUESTION, [image], n_predict=1))
                 assert conversation.session is not None
                 for heads, others in zip(conversation.session.kept(), alone, strict=True):

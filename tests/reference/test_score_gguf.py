@@ -28,7 +28,7 @@ from sparsemm_edge.ranking import convergence, spearman
 from sparsemm_edge.runtime.session import start_session_with
 from sparsemm_edge.scores import HeadScores
 from sparsemm_edge.scoring import gguf, run
-from sparsemm_edge.scoring.run import Job, score
+from sparsemm_edge.scoring.run import ScoringJob, score
 from sparsemm_edge.scoring.sources import Checkpoint, GgufFiles
 from sparsemm_edge.scoring.target_response import Reader, score_page
 
@@ -119,7 +119,7 @@ def test_the_demo_models_scores_are_those_of_its_checkpoint() -> None:
 # --- the run ------------------------------------------------------------------------------------------
 
 
-def job(**changes: Any) -> Job:
+def job(**changes: Any) -> ScoringJob:
     settings: dict[str, Any] = {
         "source": GgufFiles(FILES.model, FILES.mmproj, n_threads=1),
         "data": "grid",
@@ -129,7 +129,7 @@ def job(**changes: Any) -> Job:
         "question": None,
         "max_new_tokens": 24,
     }
-    return Job(**(settings | changes))
+    return ScoringJob(**(settings | changes))
 
 
 def test_an_interrupted_run_goes_on_where_it_stopped_and_in_two_processes(tmp_path: Path) -> None:
@@ -323,7 +323,9 @@ def test_convert_goes_on_with_scores_that_were_begun(
     model = tmp_path / "m.gguf"
     model.symlink_to(files.gguf())
     pages = letters_folder(tmp_path / "letters", 3)
-    begun = Job(GgufFiles(model, files.mmproj(), n_threads=1), str(pages), 100, 0, (896, 672), None, None)
+    begun = ScoringJob(
+        GgufFiles(model, files.mmproj(), n_threads=1), str(pages), 100, 0, (896, 672), None, None
+    )
 
     def interrupt(done: int, total: int) -> None:
         if done == 2:
