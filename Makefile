@@ -7,7 +7,7 @@ PY     := $(VENV)/bin/python
 PIP    := $(PY) -m pip install --quiet --disable-pip-version-check
 DEMO_MODEL := sparsemm_edge/demo_model/.made-from
 
-.PHONY: setup setup-dev demo test lint sanitize clean
+.PHONY: setup setup-dev demo test lint sanitize wheel clean
 
 setup: $(VENV)/.package $(DEMO_MODEL)
 setup-dev: $(VENV)/.dev
@@ -43,6 +43,11 @@ sanitize: $(VENV)/.dev
 		-Wl,-rpath,"$(CURDIR)/build/sanitize/bin" -Wl,-rpath-link,build/sanitize/bin -o build/sanitize/leak_check
 	ASAN_OPTIONS=detect_leaks=1 build/sanitize/leak_check \
 		"$$(PYTHONPATH=tests:scripts $(PY) -c 'from helpers.models import test_model; print(test_model("llava").gguf("f16"))')"
+
+# Wheels for other machines of this system, in dist/: pip install dist/*.whl. Portable, unlike the one in .venv
+wheel: $(DEMO_MODEL)
+	$(PY) scripts/build_llama_cpp_python.py dist dist
+	$(PY) -m pip wheel --quiet --no-deps --wheel-dir dist .
 
 clean:
 	rm -rf $(VENV) $(dir $(DEMO_MODEL)) build dist .pytest_cache .mypy_cache .ruff_cache

@@ -7,6 +7,8 @@
     build_llama_cpp_python.py tools        for the tests: build llama-server, llama-mtmd-cli, ggml-rpc-server
                                            too, print the folder of programs and libraries
     build_llama_cpp_python.py stock        for the tests: build libllama without the patches, print its folder
+    build_llama_cpp_python.py dist DIR     build a wheel for other machines into DIR: the CPU backend in variants,
+                                           of which the best that a CPU can run is loaded
     build_llama_cpp_python.py unpack DIR   make a git tree: the pinned source as base, one commit per patch
     build_llama_cpp_python.py export DIR   the inverse: write that tree's commits back to patches/
 
@@ -67,6 +69,9 @@ TOOLS_OPTIONS = (
 )
 LIBRARIES = ("llama", "mtmd", "ggml", "ggml-base", "ggml-cpu", "ggml-rpc")
 
+# For other machines: backends are libraries of their own, loaded at run time.
+DIST_OPTIONS = ("-DGGML_NATIVE=OFF", "-DGGML_BACKEND_DL=ON", "-DGGML_CPU_ALL_VARIANTS=ON")
+
 # Unpatched, for comparison: its mtmd is not needed.
 STOCK_OPTIONS = ("-DLLAVA_BUILD=OFF", "-DGGML_RPC=OFF")
 
@@ -81,6 +86,31 @@ BUILD_EDITS = (
         "CMakeLists.txt",
         "add_subdirectory(vendor/llama.cpp/tools/mtmd)",
         "if (NOT TARGET mtmd)\nadd_subdirectory(vendor/llama.cpp/tools/mtmd)\nendif()",
+    ),
+)
+
+# For DIST_OPTIONS only, likewise
+DIST_EDITS = (
+    # into the package, as it does with the one CPU backend of other builds
+    (
+        "CMakeLists.txt",
+        "llama_cpp_python_install_target(ggml-cpu)",
+        """get_property(backends DIRECTORY vendor/llama.cpp/ggml/src PROPERTY BUILDSYSTEM_TARGETS)
+    foreach(backend IN LISTS backends)
+        get_target_property(kind ${{backend}} TYPE)
+        if (kind STREQUAL "MODULE_LIBRARY")
+            llama_cpp_python_install_target(${{backend}})
+        endif()
+    endforeach()""",
+    ),
+    # ggml itself looks for them beside the program, which is Python
+    (
+        "llama_cpp/llama_cpp.py",
+        "_lib = load_shared_library(_lib_base_name, _base_path)",
+        """_lib = load_shared_library(_lib_base_name, _base_path)
+_load_backends = load_shared_library("ggml", _base_path).ggml_backend_load_all_from_path
+_load_backends.argtypes, _load_backends.restype = [ctypes.c_char_p], None
+_load_backends(os.fsencode(_base_path))""",
     ),
 )
 
@@ -476,18 +506,28 @@ def build_stock(series: Series, given_sdist: Path | None) -> Path:
     return target
 
 
+def build_dist(series: Series, given_sdist: Path | None, out: Path) -> Path:
+    """A wheel for other machines, in the folder `out`; built each time."""
+    out.mkdir(parents=True, exist_ok=True)
+    with temporary_beside(out / "wheel") as folder:
+        wheel = compile_wheel(series, given_sdist, folder, DIST_OPTIONS, edits=(*BUILD_EDITS, *DIST_EDITS))
+        return wheel.replace(out / wheel.name)
+
+
 def compile_wheel(
     series: Series,
     given_sdist: Path | None,
     folder: Path,
     options: Sequence[str] = (),
     targets: Sequence[str] = (),
+    edits: Sequence[tuple[str, str, str]] = BUILD_EDITS,
 ) -> Path:
     """Build a wheel in `folder`, which is temporary: the wheel in wheel/, CMake's files in build/.
 
     Args:
         options: for CMake, after CMAKE_OPTIONS and before the user's CMAKE_ARGS.
         targets: of CMake; none: all.
+        edits: of the build's copy of the source.
     """
     check_compilers()
     source = patched_source(series, given_sdist)
@@ -499,7 +539,7 @@ def compile_wheel(
     # the build writes into its source: work on a copy
     build = folder / "source"
     shutil.copytree(source, build, symlinks=True)
-    apply_build_edits(series, build)
+    apply_build_edits(series, build, edits)
     environment = dict(os.environ)
     environment.setdefault("CMAKE_BUILD_PARALLEL_LEVEL", n_jobs)
     options = (*CMAKE_OPTIONS, f"-DLLAMA_BUILD_COMMIT={series.llama_cpp_commit}", *options)
@@ -524,9 +564,9 @@ def usable_cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def apply_build_edits(series: Series, build: Path) -> None:
+def apply_build_edits(series: Series, build: Path, edits: Sequence[tuple[str, str, str]]) -> None:
     names = {"version": series.version, "full_version": series.full_version}
-    for name, old, new in BUILD_EDITS:
+    for name, old, new in edits:
         path = build / name
         text = path.read_text(encoding="utf-8")
         if text.count(old.format(**names)) != 1:
@@ -626,6 +666,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     commands.add_parser("source", help="print the folder of the patched source")
     commands.add_parser("tools", help=f"build {', '.join(TOOLS)}, print their folder")
     commands.add_parser("stock", help="build libllama without the patches, print its folder")
+    command = commands.add_parser("dist", help="build a wheel for other machines, print its path")
+    command.add_argument("folder", type=Path)
     command = commands.add_parser("unpack", help="make a git tree for work on the patches")
     command.add_argument("folder", type=Path)
     command = commands.add_parser("export", help="write a tree's commits back to the patch folder")
@@ -642,6 +684,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             print(build_tools(series, options.sdist))
         elif options.command == "stock":
             print(build_stock(series, options.sdist))
+        elif options.command == "dist":
+            print(build_dist(series, options.sdist, options.folder))
         elif options.command == "unpack":
             unpack(series, options.sdist, options.folder)
         elif options.command == "export":

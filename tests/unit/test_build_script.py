@@ -211,3 +211,22 @@ def test_the_shipped_pin_is_the_version_that_the_edits_expect() -> None:
     series = build.Series.read(build.ROOT / "patches")
     assert series.version == "0.3.36"
     assert series.sha256 == "832db0699007f1be95a7e41ef12e88926b02ba836461e36a36372db2760c1a2e"
+
+
+def test_the_edits_for_other_machines_fit_the_pinned_source(tmp_path: Path) -> None:
+    """All backends go into the package, which loads them: ggml would look for them beside the program."""
+    series = build.Series.read(build.ROOT / "patches")
+    source = build.cache_dir("source") / series.key()
+    if not source.is_dir():
+        pytest.skip("not unpacked: python scripts/build_llama_cpp_python.py source")
+    edits = (*build.BUILD_EDITS, *build.DIST_EDITS)
+    for name in {name for name, _, _ in edits}:
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_bytes((source / name).read_bytes())
+    build.apply_build_edits(series, tmp_path, edits)
+    cmake = (tmp_path / "CMakeLists.txt").read_text()
+    assert "llama_cpp_python_install_target(${backend})" in cmake
+    assert "install_target(ggml-cpu)" not in cmake
+    loader = (tmp_path / "llama_cpp" / "llama_cpp.py").read_text()
+    assert loader.index("_lib = ") < loader.index("_load_backends(os.fsencode(_base_path))")
+    compile(loader, "llama_cpp.py", "exec")
