@@ -6,9 +6,8 @@
     build_llama_cpp_python.py source       print where the patched source lies, convert_hf_to_gguf.py in it
     build_llama_cpp_python.py tools        for the tests: build llama-server, llama-mtmd-cli, ggml-rpc-server
                                            too, print the folder of programs and libraries
-    build_llama_cpp_python.py stock        for the tests: build libllama without the patches, print its folder
-    build_llama_cpp_python.py dist DIR     build a wheel for other machines into DIR: the CPU backend in variants,
-                                           of which the best that a CPU can run is loaded
+    build_llama_cpp_python.py dist DIR     build a wheel for other machines into DIR: its CPU backend
+                                           loads the best variant that a CPU can run
     build_llama_cpp_python.py unpack DIR   make a git tree: the pinned source as base, one commit per patch
     build_llama_cpp_python.py export DIR   the inverse: write that tree's commits back to patches/
 
