@@ -24,7 +24,9 @@ def bench(
     n_prompt: Annotated[str, typer.Option(help="Prompt lengths in positions.")] = "640,2944",
     budgets: Annotated[str, typer.Option(help="Budgets to evict to.")] = "64,256",
     scores: options.Scores = None,
-    rounds: Annotated[int, typer.Option(help="How often each setting reads each prompt by turns.")] = 2,
+    rounds: Annotated[
+        int, typer.Option(help="How often each setting reads each prompt, interleaved; 0: memory alone.")
+    ] = 2,
     n_ubatch: options.NUbatch = None,
     threads: options.Threads = None,
     threads_batch: options.ThreadsBatch = None,
@@ -32,7 +34,7 @@ def bench(
     out: Annotated[Path, typer.Option(help="Folder of the report.")] = Path("sparsemm-bench"),
     as_json: options.AsJson = False,
 ) -> None:
-    """What would I gain here? Speed and memory over prompt lengths and budgets, by turns with the full cache.
+    """What would I gain here? Speed and memory over prompt lengths and budgets, against the full cache.
 
     A shape is made once, as a file of random Q4_0 weights in the user cache. Writes bench.json, bench.html,
     which needs no network, and the pictures into a folder.
@@ -54,22 +56,22 @@ def bench(
         raise SparseMMError("bench needs a model: give one of -m MODEL.gguf and --shape NAME")
     if model is not None and layers is not None:
         raise SparseMMError("--layers cuts a --shape, not a model file")
-    if not lengths or not wanted or rounds < 1:
-        raise SparseMMError("--n-prompt, --budgets and --rounds must each name at least one")
+    if not lengths or not wanted:
+        raise SparseMMError("--n-prompt and --budgets must each name at least one")
     report.make_folder(out)
     with Progress() as progress:
         if shape is not None:
-            found = shapes.find_shape(shape, layers)
-            check_memory(found.weight_bytes())
+            wanted_shape = shapes.find_shape(shape, layers)
+            check_memory(wanted_shape.weight_bytes())
             progress.doing(f"making {shape}")
             model = shapes.model_of_shape(
                 shape,
-                found,
+                wanted_shape,
                 shapes.cache_dir(),
                 lambda share: progress.doing(f"making {shape}: {share:.0%}"),
             )
         assert model is not None
-        content = measure(
+        found = measure(
             model,
             lengths,
             wanted,
@@ -80,13 +82,13 @@ def bench(
             n_ubatch=n_ubatch,
             loading=Loading(n_threads_batch=threads_batch, n_gpu_layers=n_gpu_layers),
         )
-    bench_report.write(out, content)
+    bench_report.write(out, found)
     if as_json:
-        print_json(content)
+        print_json(found.to_dict())
         return
-    table = bench_report.screen_table(content)
-    print_table(f"{content['model']['name']}; {in_words(content['machine'])}", table.columns, table.rows)
-    for sentence in bench_report.sentences(content):
+    table = bench_report.screen_table(found)
+    print_table(f"{found.model.name}; {in_words(found.machine)}", table.columns, table.rows)
+    for sentence in bench_report.sentences(found):
         print(sentence)
-    print(f"head scores: {content['scores']}")
+    print(f"head scores: {found.scores}")
     print(f"wrote {out / 'bench.html'}")

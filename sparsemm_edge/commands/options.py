@@ -406,7 +406,7 @@ NUMBERS: dict[str, tuple[float, float]] = {
     "presence_penalty": (-100, 100),
     "random_seeds": (1, 1000),
     "repeat_penalty": (0.01, 100),
-    "rounds": (1, 1000),
+    "rounds": (0, 1000),
     "seed": (-1, 2**32 - 1),
     "share": (0, 1),
     "temp": (0, 1000),

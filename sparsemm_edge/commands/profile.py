@@ -65,14 +65,14 @@ def profile(
             vote=vote,
             residual=residual,
         )
-        content = measure(task, wanted, progress, n_ubatch=n_ubatch)
-    profile_report.write(out, content)
+        found = measure(task, wanted, progress, n_ubatch=n_ubatch)
+    profile_report.write(out, found)
     if as_json:
-        print_json(content)
+        print_json(found.to_dict())
         return
-    table = profile_report.screen_table(content["settings"])
-    print_table(f"{content['model']['name']}; {in_words(content['machine'])}", table.columns, table.rows)
-    for line in profile_report.first_tokens(content["settings"]):
+    table = profile_report.screen_table(found.settings)
+    print_table(f"{found.model.name}; {in_words(found.machine)}", table.columns, table.rows)
+    for line in profile_report.first_tokens(found.settings):
         print(line)
-    print(f"head scores: {content['scores']}")
+    print(f"head scores: {found.scores}")
     print(f"wrote {out / 'profile.html'}")

@@ -1,11 +1,11 @@
 """What eviction would give here: prompt and decode speed and memory over prompt lengths and budgets.
 
-Every setting is run twice over: in a process of its own, which tells its memory, and by turns with the others
-in one process, which tells the speeds that are compared.
+Every setting is run twice over: in a process of its own, which tells its memory, and interleaved with the
+others in one process, which tells the speeds that are compared.
 """
 
-from collections.abc import Sequence
-from dataclasses import replace
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,16 +17,175 @@ from sparsemm_edge.gguf_metadata import check_supported, model_shape, sparsemm_m
 from sparsemm_edge.kv_layout import full_cache, row_bytes
 from sparsemm_edge.profiling import machine as this_machine
 from sparsemm_edge.profiling import shapes
-from sparsemm_edge.profiling.figures import spread
+from sparsemm_edge.profiling.figures import ModelFigures, SettingFigures, Spread, spread
 from sparsemm_edge.profiling.jobs import Event, Setting, Task, full
-from sparsemm_edge.profiling.profile import check_some_ran, run_and_say
+from sparsemm_edge.profiling.profile import check_some_ran, model_figures, run_and_say
 from sparsemm_edge.profiling.progress import Progress
-from sparsemm_edge.profiling.runs import run_by_turns
+from sparsemm_edge.profiling.runs import run_interleaved
 from sparsemm_edge.resources import machine_memory
 from sparsemm_edge.runtime.loading import Loading
 from sparsemm_edge.runtime.session import N_UBATCH
 
 _N_PREDICT = 16  # tokens that a setting decodes in its own process
+_EMPTY = "depth 0"
+
+
+@dataclass(frozen=True)
+class Interleaved:
+    """What one setting decoded interleaved with a full one.
+
+    Attributes:
+        tps: tokens a second, the median over the tokens.
+        ratio: over the turns, how much faster than the full one.
+    """
+
+    tps: float
+    ratio: Spread
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What decoding waits for. What was not measured is None.
+
+    Attributes:
+        weight_bytes: read for a token.
+        weight_bytes_per_s: the rate of it at depth 0.
+        bandwidth_share: that rate over what memory was measured to give.
+        attention_share: the share of a token's time that is not there at depth 0, by setting.
+    """
+
+    weight_bytes: int
+    weight_bytes_per_s: float | None = None
+    bandwidth_share: float | None = None
+    attention_share: dict[str, float] | None = None
+
+
+@dataclass(frozen=True)
+class Length:
+    """What was measured at one prompt length.
+
+    Attributes:
+        n_prompt: positions.
+        settings: each in a process of its own.
+        n_rounds: how often each was run interleaved with the others; 0: none was.
+        interleaved_status, interleaved_reason: how that ended, see Run.
+        prompt_ms, decode_ms: by setting.
+        decode_tps: tokens a second, by setting.
+        depth_0_tps: those of an empty cache.
+        against: for each full setting what was decoded interleaved with it, by setting.
+        not_in_breakdown: by setting, see _not_in_breakdown.
+        limits: what decoding waits for.
+    """
+
+    n_prompt: int
+    settings: list[SettingFigures]
+    n_rounds: int
+    interleaved_status: str
+    interleaved_reason: str
+    prompt_ms: dict[str, Spread]
+    decode_ms: dict[str, Spread]
+    decode_tps: dict[str, float]
+    depth_0_tps: float | None
+    against: dict[str, dict[str, Interleaved]]
+    not_in_breakdown: dict[str, int]
+    limits: Limits
+
+    def to_dict(self) -> dict[str, Any]:
+        settings = [setting.to_dict() for setting in self.settings]
+        plain = replace(self, settings=[])
+        return asdict(plain) | {"settings": settings}
+
+
+@dataclass(frozen=True)
+class Row:
+    """One prompt length and budget against the full f16 cache at its better flash-attention setting.
+
+    Speeds are tokens a second. Bytes are those of the runs in processes of their own. What was not measured,
+    because a setting could not run, is None.
+
+    Attributes:
+        n_prompt, budget, status: of the evicted setting.
+        decode_tps, decode_tps_full, decode_tps_depth_0: in the same turns.
+        full_setting: the better full setting at decoding.
+        decode_ratio: evicted over full; decode_ratio_low, decode_ratio_high: the quartiles of the turns.
+        decode_limit_ratio: depth 0 over full, which is what eviction can give at most.
+        decode_limit_share: how much of that is there.
+        decode_tps_full_flash_attn, decode_tps_full_no_flash_attn, decode_tps_full_q8_0: of the full settings.
+        prompt_tps, prompt_tps_full: the latter of the better setting.
+        kv_bytes, kv_bytes_peak: K and V after the reply, and at their peak.
+        kv_bytes_full: of the same positions unevicted.
+        rss_peak, rss_peak_full: the latter of the smaller setting.
+        anon_peak, anon_peak_full: what no file backs, likewise.
+        peak_over_weights, peak_over_weights_full: the same less what was there when the model was loaded.
+        after_over_weights, after_over_weights_full: likewise after the last token.
+        memory_setting: the full setting that takes least.
+        memory_difference: anon_peak (or rss_peak) less that setting's.
+        memory_difference_allocated: the same of K and V at their peak and compute buffers, as llama.cpp says,
+            and of what it does not say (_not_in_breakdown), which should explain it.
+        status_full: of each full setting.
+    """
+
+    n_prompt: int
+    budget: int
+    status: str
+    decode_tps: float | None
+    decode_tps_full: float | None
+    decode_tps_depth_0: float | None
+    full_setting: str | None
+    decode_ratio: float | None
+    decode_ratio_low: float | None
+    decode_ratio_high: float | None
+    decode_limit_ratio: float | None
+    decode_limit_share: float | None
+    decode_tps_full_flash_attn: float | None
+    decode_tps_full_no_flash_attn: float | None
+    decode_tps_full_q8_0: float | None
+    prompt_tps: float | None
+    prompt_tps_full: float | None
+    kv_bytes: int | None
+    kv_bytes_peak: int | None
+    kv_bytes_full: int | None
+    rss_peak: int
+    rss_peak_full: int | None
+    anon_peak: int | None
+    anon_peak_full: int | None
+    peak_over_weights: int | None
+    peak_over_weights_full: int | None
+    after_over_weights: int | None
+    after_over_weights_full: int | None
+    memory_setting: str | None
+    memory_difference: int | None
+    memory_difference_allocated: int | None
+    status_full: dict[str, str]
+
+
+@dataclass(frozen=True)
+class Bench:
+    """What `bench` measures.
+
+    Attributes:
+        machine: see machine.machine, with `n_threads`, and `memory_bandwidth` in bytes a second.
+        model: the model.
+        scores: where the head scores come from.
+        rows: for each prompt length and budget.
+        lengths: for each prompt length.
+    """
+
+    machine: dict[str, Any]
+    model: ModelFigures
+    scores: str
+    rows: list[Row]
+    lengths: list[Length]
+
+    def to_dict(self) -> dict[str, Any]:
+        """As bench.json has it."""
+        return {
+            "machine": self.machine,
+            "model": asdict(self.model),
+            "scores": self.scores,
+            "rows": [asdict(row) for row in self.rows],
+            "lengths": [length.to_dict() for length in self.lengths],
+        }
 
 
 def bench(
@@ -40,7 +199,7 @@ def bench(
     n_threads: int | None = None,
     n_ubatch: int | None = None,
     loading: Loading | None = None,
-) -> dict[str, Any]:
+) -> Bench:
     """Measure a model on prompts of random tokens.
 
     Args:
@@ -49,16 +208,11 @@ def bench(
         budgets: mean head budgets in positions.
         progress: told what goes on.
         scores: head scores; None: those in the file, or ones like the published.
-        n_rounds: how often each setting reads each prompt by turns.
+        n_rounds: how often each setting reads each prompt interleaved with the others; 0: memory alone is
+            measured, of the full f16 cache with flash attention, which takes the least, and of evicted ones.
         n_threads: None: the physical cores.
-        n_ubatch: prompt tokens computed at a time in every setting; None: llama.cpp's default for the full
-            cache, the whole prompt where it is evicted.
+        n_ubatch: prompt tokens computed at a time in every setting; None: 512.
         loading: how the model is loaded; None: as llama.cpp does it.
-
-    Returns:
-        `machine`, `model`, `scores` (where they come from), `rows` (see _row), and `lengths`: for each prompt
-        length its `settings` (see setting_figures), `decode_tps` by setting, `depth_0_tps`, `limits`, and
-        `against`: for each full setting what was decoded by turns with it (see _by_turns).
 
     Raises:
         SparseMMError: a model that cannot be evicted, not enough memory, or not one setting could run.
@@ -74,15 +228,12 @@ def bench(
             raise SparseMMError(
                 f"a prompt of {n_prompt} positions is too long: {model.name} was trained for {n_ctx_train}"
             )
-    weights = weight_bytes(model)
-    check_memory(weights + full_cache(shape, max(n_prompts)).now)
+    check_memory(weight_bytes(model) + full_cache(shape, max(n_prompts)).now)
     n_threads = n_threads or this_machine.usable_cores()
-    full_settings = [
-        full(n_ubatch=n_ubatch),
-        full(flash_attn=False, n_ubatch=n_ubatch),
-        full("q8_0", n_ubatch=n_ubatch),
-    ]
-    settings = full_settings + [Setting(budget, n_ubatch=n_ubatch) for budget in dict.fromkeys(budgets)]
+    settings = [full(n_ubatch=n_ubatch)]
+    if n_rounds:
+        settings += [full(flash_attn=False, n_ubatch=n_ubatch), full("q8_0", n_ubatch=n_ubatch)]
+    settings += [Setting(budget, n_ubatch=n_ubatch) for budget in dict.fromkeys(budgets)]
     task = Task(str(model), n_predict=_N_PREDICT, n_threads=n_threads, loading=loading or Loading())
     progress.doing("reading memory")
     bandwidth = this_machine.memory_bandwidth(n_threads)
@@ -90,29 +241,16 @@ def bench(
     with shapes.scores_file(shape, metadata, scores) as (path, source):
         task = replace(task, scores=None if path is None else str(path))
         lengths = [
-            _measure(replace(task, n_prompt=n_prompt), settings, n_rounds, progress)
+            _measure(replace(task, n_prompt=n_prompt), header, settings, n_rounds, bandwidth, progress)
             for n_prompt in dict.fromkeys(n_prompts)
         ]
-    for length in lengths:
-        length["not_in_breakdown"] = {
-            figures["name"]: _not_in_breakdown(header, figures, length["n_prompt"])
-            for figures in length["settings"]
-        }
-        length["limits"] = _limits(length, weight_bytes_read(header), bandwidth)
-    return {
-        "machine": this_machine.machine() | {"n_threads": n_threads, "memory_bandwidth": bandwidth},
-        "model": {
-            "name": shape.name,
-            "file": model.name,
-            "n_layer": shape.n_layer,
-            "n_head": shape.n_head,
-            "n_head_kv": shape.n_head_kv,
-            "weight_bytes": weights,
-        },
-        "scores": source,
-        "rows": [_row(length, budget) for length in lengths for budget in dict.fromkeys(budgets)],
-        "lengths": lengths,
-    }
+    return Bench(
+        this_machine.machine() | {"n_threads": n_threads, "memory_bandwidth": bandwidth},
+        model_figures(header),
+        source,
+        [_row(length, budget) for length in lengths for budget in dict.fromkeys(budgets)],
+        lengths,
+    )
 
 
 def check_memory(needed: int) -> None:
@@ -125,53 +263,62 @@ def check_memory(needed: int) -> None:
         )
 
 
-def _measure(task: Task, settings: list[Setting], n_rounds: int, progress: Progress) -> dict[str, Any]:
-    """One prompt length: every setting in its own process, then those that ran by turns."""
+def _measure(
+    task: Task,
+    header: GGUFHeader,
+    settings: list[Setting],
+    n_rounds: int,
+    bandwidth: float,
+    progress: Progress,
+) -> Length:
+    """One prompt length: every setting in its own process, then those that ran interleaved."""
     progress.done(f"prompt of {task.n_prompt} positions")
     found = [run_and_say(task, setting, progress) for setting in settings]
     check_some_ran(found)
-    names = [figures["name"] for figures in found if figures["status"] == "ok"]
-    able = [setting for setting in settings if setting.name in names]
-
-    def listen(event: Event) -> None:
-        if event["event"] == "phase":
-            progress.doing(f"by turns, {event['name']}")
-
-    progress.doing("by turns: loading")
-    run = run_by_turns(task, able, n_rounds, listen)
-    if run.status != "ok":
-        progress.done(f"by turns: {run.status}: {run.reason}")
-    turns = [event for event in run.events if event["event"] == "turn"]
-    prompts: dict[str, list[float]] = {figures["name"]: [] for figures in found}
-    for figures in found:
-        if figures["status"] == "ok":
-            prompts[figures["name"]].append(figures["prompt_ms"])
-    for event in run.events:
-        if event["event"] == "prompt":
-            prompts[event["setting"]].append(event["prompt_ms"])
+    able = [figures for figures in found if figures.done is not None]
+    prompts = {figures.name: [figures.done.prompt_ms] for figures in able if figures.done is not None}
     decode: dict[str, list[float]] = {}
-    for event in turns:
-        decode.setdefault(event["setting"], []).extend(event["decode_ms"])
-    return {
-        "n_prompt": task.n_prompt,
-        "settings": found,
-        "by_turns": {"status": run.status, "reason": run.reason, "n_rounds": n_rounds},
-        "prompt_ms": {name: spread(times) for name, times in prompts.items() if times},
-        "decode_ms": {name: spread(times) for name, times in decode.items()},
-        "decode_tps": {name: 1000 / float(np.median(decode[name])) for name in names if name in decode},
-        "depth_0_tps": 1000 / float(np.median(decode[_EMPTY])) if _EMPTY in decode else None,
-        "against": {against: _by_turns(turns, against) for against in {e["against"] for e in turns}},
-    }
+    turns: list[Event] = []
+    status, reason = "ok", ""
+    if n_rounds:
+
+        def listen(event: Event) -> None:
+            if event["event"] == "phase":
+                progress.doing(f"interleaved, {event['name']}")
+
+        progress.doing("interleaved: loading")
+        run = run_interleaved(task, [figures.setting for figures in able], n_rounds, listen)
+        status, reason = run.status, run.reason
+        if status != "ok":
+            progress.done(f"interleaved: {status}: {reason}")
+        turns = [event for event in run.events if event["event"] == "turn"]
+        for event in run.events:
+            if event["event"] == "prompt":
+                prompts[event["setting"]].append(event["prompt_ms"])
+        for event in turns:
+            decode.setdefault(event["setting"], []).extend(event["decode_ms"])
+    tps = {name: 1000 / float(np.median(times)) for name, times in decode.items()}
+    depth_0 = tps.pop(_EMPTY, None)
+    return Length(
+        n_prompt=task.n_prompt,
+        settings=found,
+        n_rounds=n_rounds,
+        interleaved_status=status,
+        interleaved_reason=reason,
+        prompt_ms={name: spread(times) for name, times in prompts.items()},
+        decode_ms={name: spread(times) for name, times in decode.items()},
+        decode_tps={figures.name: tps[figures.name] for figures in able if figures.name in tps},
+        depth_0_tps=depth_0,
+        against={against: _interleaved(turns, against) for against in {e["against"] for e in turns}},
+        not_in_breakdown={
+            figures.name: _not_in_breakdown(header, figures.setting, task.n_prompt) for figures in found
+        },
+        limits=_limits(tps, depth_0, weight_bytes_read(header), bandwidth),
+    )
 
 
-_EMPTY = "depth 0"
-
-
-def _by_turns(turns: Sequence[Event], against: str) -> dict[str, dict[str, Any]]:
-    """What was decoded by turns with one full setting: for each setting `tps` and, turn by turn, `ratio`.
-
-    `tps` is the median over the tokens; `ratio` the spread over the turns of how much faster than `against`.
-    """
+def _interleaved(turns: Sequence[Event], against: str) -> dict[str, Interleaved]:
+    """What was decoded interleaved with one full setting, by setting."""
     tokens: dict[str, list[float]] = {}
     by_turn: dict[tuple[int, int], dict[str, float]] = {}
     for event in turns:
@@ -181,102 +328,87 @@ def _by_turns(turns: Sequence[Event], against: str) -> dict[str, dict[str, Any]]
             medians[event["setting"]] = float(np.median(event["decode_ms"]))
     whole = [medians for medians in by_turn.values() if len(medians) == len(tokens)]
     return {
-        name: {
-            "tps": 1000 / float(np.median(times)),
-            "ratio": spread([medians[against] / medians[name] for medians in whole]),
-        }
+        name: Interleaved(
+            1000 / float(np.median(times)), spread([medians[against] / medians[name] for medians in whole])
+        )
         for name, times in tokens.items()
     }
 
 
-def _row(length: dict[str, Any], budget: int) -> dict[str, Any]:
-    """One prompt length and budget against the full f16 cache at its better flash-attention setting.
-
-    Speeds are tokens a second, bytes are those of the runs in processes of their own. What was not measured,
-    because a setting could not run, is None.
-
-    - decode_tps, decode_tps_full and decode_tps_depth_0, in the same turns, and what follows from them:
-      decode_ratio, evicted over full, with the quartiles of the turns (decode_ratio_low, decode_ratio_high);
-      decode_limit_ratio, depth 0 over full, which is what eviction can give at most; decode_limit_share, how
-      much of it is there
-    - decode_tps_full_flash_attn, decode_tps_full_no_flash_attn, decode_tps_full_q8_0
-    - prompt_tps, prompt_tps_full (better setting)
-    - kv_bytes: of K and V after the reply; kv_bytes_peak; kv_bytes_full: of the same positions unevicted
-    - rss_peak, rss_peak_full (smaller setting); anon_peak, anon_peak_full: what no file backs
-    - memory_difference: anon_peak (or rss_peak) less that of the full setting, memory_setting, that has the
-      smaller one; memory_difference_allocated: the same of K and V at their peak and compute buffers, as
-      llama.cpp says, and of what it does not say (_not_in_breakdown), which should explain it
-    """
-    settings = {figures["name"]: figures for figures in length["settings"]}
-    evicted = next(figures for figures in length["settings"] if figures["budget"] == budget)
+def _row(length: Length, budget: int) -> Row:
+    evicted = next(figures for figures in length.settings if figures.setting.budget == budget)
+    done = evicted.done
     full_f16 = [
         figures
-        for figures in length["settings"]
-        if figures["budget"] is None and figures["cache_type"] == "f16"
+        for figures in length.settings
+        if not figures.setting.evicts and figures.setting.cache_type == "f16"
     ]
-    tps = length["decode_tps"]
-    better = max((f["name"] for f in full_f16 if f["name"] in tps), key=tps.__getitem__, default=None)
-    turns = length["against"].get(better, {})
-    mine, empty = turns.get(evicted["name"]), turns.get(_EMPTY)
-    decode, decode_empty = mine and mine["tps"], empty and empty["tps"]
-    decode_full = turns[better]["tps"] if better is not None else None
-    prompt_ms = length["prompt_ms"]
+    tps = length.decode_tps
+    better = max((f.name for f in full_f16 if f.name in tps), key=tps.__getitem__, default=None)
+    turns = {} if better is None else length.against.get(better, {})
+    mine, empty, whole = (
+        turns.get(name) if name is not None else None for name in (evicted.name, _EMPTY, better)
+    )
 
     def prompt_tps(name: str) -> float | None:
-        return length["n_prompt"] / prompt_ms[name]["median"] * 1000 if name in prompt_ms else None
+        return length.n_prompt / length.prompt_ms[name].median * 1000 if name in length.prompt_ms else None
 
-    def least(key: str) -> int | None:
-        values = (f[key] for f in full_f16 if f["status"] == "ok" and f[key] is not None)
-        return min(values, default=None)
+    ran = [figures for figures in full_f16 if figures.done is not None]
 
-    kv = evicted.get("kv")
-    measured = "rss_peak" if evicted["anon_peak"] is None else "anon_peak"
-    ran = [f for f in full_f16 if f["status"] == "ok"]
-    small = min(ran, key=lambda figures: figures[measured], default=None)
-    compares = small is not None and evicted["status"] == "ok"
-    plain, no_flash = full(), full(flash_attn=False)
-    return {
-        "n_prompt": length["n_prompt"],
-        "budget": budget,
-        "status": evicted["status"],
-        "decode_tps": decode,
-        "decode_tps_full": decode_full,
-        "decode_tps_depth_0": decode_empty,
-        "full_setting": better,
-        "decode_ratio": decode and decode_full and decode / decode_full,
-        "decode_ratio_low": mine and mine["ratio"]["low"],
-        "decode_ratio_high": mine and mine["ratio"]["high"],
-        "decode_limit_ratio": decode_empty and decode_full and decode_empty / decode_full,
-        "decode_limit_share": decode and decode_empty and decode / decode_empty,
-        "decode_tps_full_flash_attn": tps.get(plain.name),
-        "decode_tps_full_no_flash_attn": tps.get(no_flash.name),
-        "decode_tps_full_q8_0": tps.get(full("q8_0").name),
-        "prompt_tps": prompt_tps(evicted["name"]),
-        "prompt_tps_full": max((t for f in full_f16 if (t := prompt_tps(f["name"]))), default=None),
-        "kv_bytes": kv and kv["bytes_now"],
-        "kv_bytes_peak": kv and kv["bytes_peak"],
-        "kv_bytes_full": kv and kv["bytes_full"],
-        "rss_peak": evicted["rss_peak"],
-        "rss_peak_full": least("rss_peak"),
-        "anon_peak": evicted["anon_peak"],
-        "anon_peak_full": least("anon_peak"),
-        "memory_setting": small and small["name"],
-        "memory_difference": evicted[measured] - small[measured] if compares and small else None,
-        "memory_difference_allocated": _allocated(evicted, length) - _allocated(small, length)
-        if compares and small
-        else None,
-        "status_full": {name: f["status"] for name, f in settings.items() if f["budget"] is None},
-    }
+    def least(key: Callable[[SettingFigures], int | None]) -> int | None:
+        return min((value for figures in ran if (value := key(figures)) is not None), default=None)
+
+    def measured(figures: SettingFigures) -> int:
+        return figures.rss_peak if figures.anon_peak is None else figures.anon_peak
+
+    small = min(ran, key=measured, default=None)
+    less = None if done is None else small  # what it is compared with
+    return Row(
+        n_prompt=length.n_prompt,
+        budget=budget,
+        status=evicted.status,
+        decode_tps=None if mine is None else mine.tps,
+        decode_tps_full=None if whole is None else whole.tps,
+        decode_tps_depth_0=None if empty is None else empty.tps,
+        full_setting=better,
+        decode_ratio=None if mine is None or whole is None else mine.tps / whole.tps,
+        decode_ratio_low=None if mine is None else mine.ratio.low,
+        decode_ratio_high=None if mine is None else mine.ratio.high,
+        decode_limit_ratio=None if empty is None or whole is None else empty.tps / whole.tps,
+        decode_limit_share=None if mine is None or empty is None else mine.tps / empty.tps,
+        decode_tps_full_flash_attn=tps.get(full().name),
+        decode_tps_full_no_flash_attn=tps.get(full(flash_attn=False).name),
+        decode_tps_full_q8_0=tps.get(full("q8_0").name),
+        prompt_tps=prompt_tps(evicted.name),
+        prompt_tps_full=max((t for f in full_f16 if (t := prompt_tps(f.name))), default=None),
+        kv_bytes=None if done is None else done.kv.bytes_now,
+        kv_bytes_peak=None if done is None else done.kv.bytes_peak,
+        kv_bytes_full=None if done is None else done.kv.bytes_full,
+        rss_peak=evicted.rss_peak,
+        rss_peak_full=least(lambda figures: figures.rss_peak),
+        anon_peak=evicted.anon_peak,
+        anon_peak_full=least(lambda figures: figures.anon_peak),
+        peak_over_weights=evicted.peak_over_weights,
+        peak_over_weights_full=least(lambda figures: figures.peak_over_weights),
+        after_over_weights=evicted.after_over_weights,
+        after_over_weights_full=least(lambda figures: figures.after_over_weights),
+        memory_setting=None if small is None else small.name,
+        memory_difference=None if less is None else measured(evicted) - measured(less),
+        memory_difference_allocated=None
+        if less is None
+        else _allocated(evicted, length) - _allocated(less, length),
+        status_full={f.name: f.status for f in length.settings if not f.setting.evicts},
+    )
 
 
-def _allocated(figures: dict[str, Any], length: dict[str, Any]) -> int:
+def _allocated(figures: SettingFigures, length: Length) -> int:
     """Bytes of K and V and of compute buffers at the peak, as far as they are written."""
-    sizes = figures["breakdown"]
-    said = sizes["kv_peak"] + sizes["compute"] + sizes["output"]
-    return int(said + length["not_in_breakdown"][figures["name"]])
+    assert figures.done is not None
+    sizes = figures.done.breakdown
+    return sizes.kv_peak + sizes.compute + sizes.output + length.not_in_breakdown[figures.name]
 
 
-def _not_in_breakdown(header: GGUFHeader, figures: dict[str, Any], n_prompt: int) -> int:
+def _not_in_breakdown(header: GGUFHeader, setting: Setting, n_prompt: int) -> int:
     """Bytes that a prompt of tokens takes besides llama.cpp's breakdown, on the CPU; may be negative.
 
     The compute buffer has an input for embeddings (f32), which tokens leave unwritten. ggml's CPU backend has
@@ -288,22 +420,16 @@ def _not_in_breakdown(header: GGUFHeader, figures: dict[str, Any], n_prompt: int
         int(np.max(header.value(f"{arch}.{key}_length", 0)))  # a list where layers differ
         for key in ("embedding", "feed_forward")
     )
-    n_rows = min(figures["n_ubatch"] or N_UBATCH, n_prompt)
+    n_rows = min(setting.n_ubatch or N_UBATCH, n_prompt)
     return row_bytes("q8_0", max(n_embd, n_ff) * n_rows) - 4 * n_embd * n_rows
 
 
-def _limits(length: dict[str, Any], weights: int, bandwidth: float) -> dict[str, Any]:
-    """What decoding waits for.
-
-    `weight_bytes` read for a token; `weight_bytes_per_s` at depth 0, and `bandwidth_share` of what memory was
-    measured to give; `attention_share` of the time of a token that is not there at depth 0, by setting.
-    """
-    empty = length["depth_0_tps"]
+def _limits(tps: dict[str, float], empty: float | None, weights: int, bandwidth: float) -> Limits:
     if empty is None:
-        return {"weight_bytes": weights}
-    return {
-        "weight_bytes": weights,
-        "weight_bytes_per_s": weights * empty,
-        "bandwidth_share": weights * empty / bandwidth,
-        "attention_share": {name: 1 - tps / empty for name, tps in length["decode_tps"].items()},
-    }
+        return Limits(weights)
+    return Limits(
+        weight_bytes=weights,
+        weight_bytes_per_s=weights * empty,
+        bandwidth_share=weights * empty / bandwidth,
+        attention_share={name: 1 - each / empty for name, each in tps.items()},
+    )

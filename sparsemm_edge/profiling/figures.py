@@ -1,73 +1,215 @@
-"""What a run's events and samples come to: the figures of one setting, ready for JSON."""
+"""What a run's events and samples come to: typed figures, which to_dict() makes ready for JSON."""
 
 from collections.abc import Sequence
+from dataclasses import asdict, dataclass
 from itertools import pairwise
 from typing import Any
 
 import numpy as np
 
-from sparsemm_edge.profiling.jobs import Setting
+from sparsemm_edge.profiling.jobs import Event, Setting
 from sparsemm_edge.profiling.memory import MemoryTrace
-from sparsemm_edge.profiling.runs import Run
+from sparsemm_edge.profiling.runs import Phase, Run
+from sparsemm_edge.runtime import KVStats
+from sparsemm_edge.runtime.first_token import FirstToken
 
 _N_SAMPLES = 400  # of a trace in the JSON
 
 
-def setting_figures(setting: Setting, run: Run) -> dict[str, Any]:
-    """One setting: what it was, how it ended, phases, memory over time, and if it got there its figures.
+@dataclass(frozen=True)
+class Spread:
+    """Median and quartiles."""
 
-    Times in seconds count from the start of phase `load`.
+    median: float
+    low: float
+    high: float
+
+
+@dataclass(frozen=True)
+class Breakdown:
+    """Bytes by what they are for, as llama.cpp allocated them; K and V exact, the others as logged.
+
+    Attributes:
+        weights_mapped: in the model file, which the system can drop and read again.
+        weights_copied: rearranged for this processor, or on a GPU.
+        compute, output: buffers of the context.
+        vision_compute, vision_weights: of the image encoder.
+        kv_peak, kv_now: K and V when they were largest, and after the reply.
     """
+
+    weights_mapped: int
+    weights_copied: int
+    compute: int
+    vision_compute: int
+    output: int
+    vision_weights: int
+    kv_peak: int
+    kv_now: int
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What a run that got to its end tells.
+
+    Attributes:
+        n_prompt, n_predict: positions of the prompt, tokens decoded after it.
+        load_ms, image_ms, prompt_ms: loading, image encoder, text model reading the prompt.
+        prompt_tps, decode_tps: tokens a second; of decoding the median's.
+        first_token: what the time to the first token consists of.
+        read_bytes_per_s: how fast decoding read weights, K and V.
+        decode_ms: of a token.
+        kv: what the cache takes.
+        breakdown: what memory is for.
+        buffers: as llama.cpp logged them: backend, content, n_bytes.
+    """
+
+    n_prompt: int
+    n_predict: int
+    load_ms: float
+    image_ms: float
+    prompt_ms: float
+    prompt_tps: float
+    first_token: FirstToken
+    read_bytes_per_s: float
+    decode_ms: Spread
+    decode_tps: float
+    kv: KVStats
+    breakdown: Breakdown
+    buffers: list[dict[str, Any]]
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self) | {"first_token": self.first_token.to_dict(self.read_bytes_per_s)}
+
+
+@dataclass(frozen=True)
+class SettingFigures:
+    """One setting: what it was, how it ended, what it took.
+
+    Attributes:
+        setting: what was run.
+        status, reason: see Run.
+        phases: in seconds since phase `load` began.
+        rss_peak: the largest resident size in bytes.
+        anon_peak, file_peak, pss_peak, footprint_peak: the largest of MemoryTrace's; None where not known.
+        anon_loaded: what no file backs when the model was loaded, before the context was made.
+        anon_after: the same after the last token.
+        memory: over time, see samples.
+        measured: None if it did not get that far.
+    """
+
+    setting: Setting
+    status: str
+    reason: str
+    phases: list[Phase]
+    rss_peak: int
+    anon_peak: int | None
+    file_peak: int | None
+    pss_peak: int | None
+    footprint_peak: int | None
+    anon_loaded: int | None
+    anon_after: int | None
+    memory: dict[str, list[Any]]
+    measured: Measured | None
+
+    @property
+    def name(self) -> str:
+        return self.setting.name
+
+    @property
+    def done(self) -> Measured | None:
+        """The figures, if it ended well."""
+        return self.measured if self.status == "ok" else None
+
+    @property
+    def peak_over_weights(self) -> int | None:
+        """What no file backs at the peak, less what was there when the model was loaded."""
+        return (
+            None if self.anon_peak is None or self.anon_loaded is None else self.anon_peak - self.anon_loaded
+        )
+
+    @property
+    def after_over_weights(self) -> int | None:
+        """The same after the last token."""
+        return (
+            None
+            if self.anon_after is None or self.anon_loaded is None
+            else self.anon_after - self.anon_loaded
+        )
+
+    def to_dict(self) -> dict[str, Any]:
+        """As JSON has it: one object, the setting's and the measured figures among the others."""
+        own = {name: value for name, value in vars(self).items() if name not in ("setting", "measured")}
+        return {
+            "name": self.name,
+            **asdict(self.setting),
+            **own,
+            "phases": [asdict(phase) for phase in self.phases],
+            "peak_over_weights": self.peak_over_weights,
+            "after_over_weights": self.after_over_weights,
+            **({} if self.measured is None else self.measured.to_dict()),
+        }
+
+
+@dataclass(frozen=True)
+class ModelFigures:
+    """What was measured: the model's name, file name, shape, and the bytes of its weights."""
+
+    name: str
+    file: str
+    n_layer: int
+    n_head: int
+    n_head_kv: int
+    weight_bytes: int
+
+
+def setting_figures(setting: Setting, run: Run) -> SettingFigures:
+    """The figures of one setting's run."""
     phases = run.phases()
-    zero = phases[0]["start"] if phases else 0.0
-    for phase in phases:
-        phase["start"], phase["end"] = round(phase["start"] - zero, 4), round(phase["end"] - zero, 4)
-    trace = run.memory
-    figures: dict[str, Any] = {
-        "name": setting.name,
-        "budget": setting.budget,
-        "cache_type": setting.cache_type,
-        "flash_attn": setting.flash_attn,
-        "n_ubatch": setting.n_ubatch,
-        "status": run.status,
-        "reason": run.reason,
-        "phases": phases,
-        "rss_peak": trace.rss_peak,
-        "anon_peak": trace.peak("anon"),
-        "file_peak": trace.peak("file"),
-        "pss_peak": trace.peak("pss"),
-        "footprint_peak": trace.peak("footprint"),
-        "memory": samples(trace, run.start + zero, phases[-1]["end"] if phases else 0.0),
-    }
+    zero = phases[0].start if phases else 0.0
+    phases = [Phase(phase.name, round(phase.start - zero, 4), round(phase.end - zero, 4)) for phase in phases]
+    trace, begin = run.memory, run.start + zero
     result = run.result
-    if result is None:
-        return figures
-    text_ms = result["prompt_ms"]
-    figures |= {
+    # as the worker says itself: on a busy machine samples come late
+    said = {event["name"]: event.get("anon") for event in run.events if event["event"] == "phase"}
+    anon_peak = max((n for n in (trace.peak("anon"), *said.values()) if n is not None), default=None)
+    return SettingFigures(
+        setting=setting,
+        status=run.status,
+        reason=run.reason,
+        phases=phases,
         # a short run can end between two samples
-        "rss_peak": max(trace.rss_peak, result["rss_peak_bytes"]),
-        "n_prompt": result["n_prompt"],
-        "n_predict": len(result["decode_ms"]),
-        "load_ms": result["load_ms"],
-        "image_ms": result["image_ms"],
-        "prompt_ms": text_ms,
-        "first_token": result["first_token"],
-        "prompt_tps": result["n_prompt"] / text_ms * 1000,
-        "decode_ms": spread(result["decode_ms"]),
-        "decode_tps": 1000 / float(np.median(result["decode_ms"])),
-        "kv": result["kv"],
-        "breakdown": breakdown(result),
-        "buffers": result["buffers"],
-    }
-    return figures
+        rss_peak=max(trace.rss_peak, 0 if result is None else result["rss_peak_bytes"]),
+        anon_peak=anon_peak,
+        file_peak=trace.peak("file"),
+        pss_peak=trace.peak("pss"),
+        footprint_peak=trace.peak("footprint"),
+        anon_loaded=said.get("context"),
+        anon_after=said.get("end"),
+        memory=samples(trace, begin, phases[-1].end if phases else 0.0),
+        measured=None if result is None else _measured(result),
+    )
 
 
-def breakdown(result: dict[str, Any]) -> dict[str, int]:
-    """Bytes by what they are for, as llama.cpp allocated them; KV exact, the others as logged.
+def _measured(result: Event) -> Measured:
+    decode_ms = spread(result["decode_ms"])
+    return Measured(
+        n_prompt=result["n_prompt"],
+        n_predict=len(result["decode_ms"]),
+        load_ms=result["load_ms"],
+        image_ms=result["image_ms"],
+        prompt_ms=result["prompt_ms"],
+        prompt_tps=result["n_prompt"] / result["prompt_ms"] * 1000,
+        first_token=FirstToken.from_dict(result["first_token"]),
+        read_bytes_per_s=result["token_bytes"] / decode_ms.median * 1000,
+        decode_ms=decode_ms,
+        decode_tps=1000 / decode_ms.median,
+        kv=KVStats(**result["kv"]),
+        breakdown=_breakdown(result),
+        buffers=result["buffers"],
+    )
 
-    `weights_mapped` are in the model file, which the system can drop and read again; `weights_copied` were
-    rearranged for this processor, or are on a GPU.
-    """
+
+def _breakdown(result: Event) -> Breakdown:
     sizes = {"weights_mapped": 0, "weights_copied": 0, "compute": 0, "vision_compute": 0, "output": 0}
     names = {"compute": "compute", "vision": "vision_compute", "output": "output"}
     for buffer in result["buffers"]:
@@ -77,17 +219,17 @@ def breakdown(result: dict[str, Any]) -> dict[str, int]:
         elif buffer["content"] in names:
             sizes[names[buffer["content"]]] += buffer["n_bytes"]
     kv = result["kv"]
-    return sizes | {
-        "vision_weights": result["vision_weight_bytes"],
-        "kv_peak": kv["bytes_peak"],
-        "kv_now": kv["bytes_now"],
-    }
+    return Breakdown(
+        **sizes,
+        vision_weights=result["vision_weight_bytes"],
+        kv_peak=kv["bytes_peak"],
+        kv_now=kv["bytes_now"],
+    )
 
 
-def spread(values: Sequence[float]) -> dict[str, float]:
-    """Median and quartiles."""
+def spread(values: Sequence[float]) -> Spread:
     low, median, high = np.percentile(values, (25, 50, 75))
-    return {"median": float(median), "low": float(low), "high": float(high)}
+    return Spread(float(median), float(low), float(high))
 
 
 def samples(trace: MemoryTrace, zero: float, end: float) -> dict[str, list[Any]]:

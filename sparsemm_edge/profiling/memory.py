@@ -1,6 +1,7 @@
 """How much memory a process takes, watched from outside, so that what a killed process took is known too."""
 
 import ctypes
+import os
 import sys
 import threading
 import time
@@ -92,6 +93,11 @@ class MemoryWatch:
             getattr(trace, name).append(value)
         trace.rss.append(rss)
         trace.t.append(now)
+
+
+def anon_bytes() -> int | None:
+    """What this process takes now that no file backs; None where it is not known (but on Linux)."""
+    return _linux_status(os.getpid()).get("anon") if sys.platform == "linux" else None
 
 
 def _linux_status(pid: int) -> dict[str, int]:

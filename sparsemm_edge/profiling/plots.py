@@ -1,13 +1,17 @@
 """Pictures of what was measured. Narrow, so that they can be read on a small screen."""
 
 import io
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
+
+from sparsemm_edge.profiling.figures import Breakdown, SettingFigures
+from sparsemm_edge.profiling.jobs import Setting
+from sparsemm_edge.profiling.runs import Phase
 
 _MIB = 2**20
 _WIDTH = 4.8  # inches
@@ -31,26 +35,26 @@ _PHASES = {
 }
 
 
-def memory_over_time(settings: Sequence[dict[str, Any]]) -> Figure:
+def memory_over_time(settings: Sequence[SettingFigures]) -> Figure:
     """Resident memory of each setting's process, its phases behind it; a row each, on the same axes."""
     figure = _figure(0.7 + 1.15 * len(settings))
     rows = figure.subplots(len(settings), 1, sharex=True, sharey=True, squeeze=False)[:, 0]
-    top = max(1, *(setting["rss_peak"] / _MIB for setting in settings)) * 1.32
-    end = max((setting["memory"]["t"] or [0])[-1] for setting in settings)
+    top = max(1, *(setting.rss_peak / _MIB for setting in settings)) * 1.32
+    end = max((setting.memory["t"] or [0])[-1] for setting in settings)
     for axes, setting in zip(rows, settings, strict=True):
-        memory = setting["memory"]
+        memory = setting.memory
         t, rss = memory["t"], [value / _MIB for value in memory["rss"]]
-        for phase in setting["phases"]:
+        for phase in setting.phases:
             _draw_phase(axes, phase, end, top)
         if "file" in memory:
             mapped = [value / _MIB for value in memory["file"]]
             axes.fill_between(t, mapped, color=_PARTS["weights in the file"], lw=0)
-            axes.fill_between(t, mapped, rss, color=_color(setting), alpha=0.55, lw=0)
+            axes.fill_between(t, mapped, rss, color=_color(setting.setting.evicts), alpha=0.55, lw=0)
         axes.plot(t, rss, color=_INK, lw=0.9)
-        peak = setting["rss_peak"] / _MIB
-        ended = "" if setting["status"] == "ok" else f" ({setting['status']})"
+        peak = setting.rss_peak / _MIB
+        ended = "" if setting.status == "ok" else f" ({setting.status})"
         axes.set_title(
-            f"{setting['name']}: peak {peak:,.0f} MiB{ended}", fontsize=9, loc="left", pad=3, color=_INK
+            f"{setting.name}: peak {peak:,.0f} MiB{ended}", fontsize=9, loc="left", pad=3, color=_INK
         )
         axes.set_ylim(0, top)
         axes.set_xlim(0, end or 1)
@@ -61,14 +65,14 @@ def memory_over_time(settings: Sequence[dict[str, Any]]) -> Figure:
     return figure
 
 
-def memory_bars(settings: Sequence[dict[str, Any]]) -> Figure:
+def memory_bars(settings: Sequence[SettingFigures]) -> Figure:
     """What each setting's largest resident size consists of: stacked bars."""
-    done = [setting for setting in settings if setting["status"] == "ok"]
+    done = [(setting, setting.done) for setting in settings if setting.done is not None]
     figure = _figure(1.25 + 0.42 * len(done))
     axes = figure.add_subplot()
-    names = [setting["name"] for setting in done]
+    names = [setting.name for setting, _ in done]
     left = [0.0] * len(done)
-    parts = [memory_parts(setting) for setting in done]
+    parts = [memory_parts(setting, measured.breakdown) for setting, measured in done]
     for part, color in _PARTS.items():
         sizes = [of[part] / _MIB for of in parts]
         if max(sizes) > 0:
@@ -85,29 +89,59 @@ def memory_bars(settings: Sequence[dict[str, Any]]) -> Figure:
     return figure
 
 
-def memory_parts(setting: dict[str, Any]) -> dict[str, int]:
+def over_weights_bars(groups: Mapping[str, Sequence[SettingFigures]]) -> Figure:
+    """Memory over the weights: a bar for each setting of each group, at the peak and after the prompt.
+
+    What was not measured is left out.
+    """
+    bars = [
+        (f"{group}\n{figures.name}" if index == 0 else figures.name, figures)
+        for group, settings in groups.items()
+        for index, figures in enumerate(
+            [each for each in settings if each.peak_over_weights is not None and each.done is not None]
+        )
+    ]
+    figure = _figure(1.0 + 0.42 * len(bars))
+    axes = figure.add_subplot()
+    most = max((figures.peak_over_weights or 0) / _MIB for _, figures in bars)
+    for place, (_, figures) in enumerate(bars):
+        peak = (figures.peak_over_weights or 0) / _MIB
+        after = max(0, figures.after_over_weights or 0) / _MIB
+        color = _color(figures.setting.evicts)
+        axes.barh(place, peak, color=color, height=0.68)
+        axes.barh(place, after, color="white", alpha=0.45, height=0.34, lw=0)
+        axes.text(peak, place, f" {peak:,.0f}; {after:,.0f}", va="center", fontsize=8.5, color=_INK)
+    axes.set_yticks(range(len(bars)), [name for name, _ in bars])
+    axes.set_xlim(0, most * 1.25)
+    axes.invert_yaxis()
+    axes.set_xlabel("MiB over the weights, at the peak; after the prompt")
+    _plain(axes)
+    axes.tick_params(axis="y", length=0, labelcolor=_INK)
+    return figure
+
+
+def memory_parts(setting: SettingFigures, sizes: Breakdown) -> dict[str, int]:
     """Bytes of a setting's largest resident size by what they are for; `other` is what nobody named."""
-    sizes = setting["breakdown"]
     parts = {
         # the pages of the file that were in memory, and those of libraries
-        "weights in the file": setting["file_peak"] or sizes["weights_mapped"],
-        "weights, copied": sizes["weights_copied"],
-        "image encoder": sizes["vision_weights"] + sizes["vision_compute"],
-        "compute": sizes["compute"] + sizes["output"],
-        "K and V": sizes["kv_peak"],
+        "weights in the file": setting.file_peak or sizes.weights_mapped,
+        "weights, copied": sizes.weights_copied,
+        "image encoder": sizes.vision_weights + sizes.vision_compute,
+        "compute": sizes.compute + sizes.output,
+        "K and V": sizes.kv_peak,
     }
-    return parts | {"other": max(0, setting["rss_peak"] - sum(parts.values()))}
+    return parts | {"other": max(0, setting.rss_peak - sum(parts.values()))}
 
 
-def speed_bars(settings: Sequence[dict[str, Any]]) -> Figure:
+def speed_bars(settings: Sequence[SettingFigures]) -> Figure:
     """Tokens a second while reading the prompt and while decoding."""
-    done = [setting for setting in settings if setting["status"] == "ok"]
+    done = [(setting, setting.done) for setting in settings if setting.done is not None]
     figure = _figure(0.95 + 0.34 * len(done))
     left, right = figure.subplots(1, 2, sharey=True)
-    names = [setting["name"] for setting in done]
-    for axes, key, title in ((left, "prompt_tps", "prompt"), (right, "decode_tps", "decode")):
-        values = [setting[key] for setting in done]
-        axes.barh(names, values, color=[_color(setting) for setting in done], height=0.68)
+    names = [setting.name for setting, _ in done]
+    prompt, decode = ([each.prompt_tps for _, each in done], [each.decode_tps for _, each in done])
+    for axes, values, title in ((left, prompt, "prompt"), (right, decode, "decode")):
+        axes.barh(names, values, color=[_color(setting.setting.evicts) for setting, _ in done], height=0.68)
         for index, value in enumerate(values):
             axes.text(value, index, f" {_short(value)}", va="center", fontsize=8.5, color=_INK)
         axes.set_xlim(0, max(values) * 1.25)
@@ -120,33 +154,43 @@ def speed_bars(settings: Sequence[dict[str, Any]]) -> Figure:
     return figure
 
 
-def decode_over_length(lengths: Sequence[dict[str, Any]]) -> Figure:
-    """Decoding speed over prompt length: a line for each setting, and the empty cache's.
+@dataclass(frozen=True)
+class DecodeSpeed:
+    """How fast each setting decodes after a prompt.
 
-    Args:
-        lengths: for each prompt length `n_prompt`, `decode_tps` by setting, and `depth_0_tps`.
+    Attributes:
+        n_prompt: positions.
+        tps: tokens a second by setting.
+        depth_0_tps: those of an empty cache.
     """
+
+    n_prompt: int
+    tps: dict[Setting, float]
+    depth_0_tps: float
+
+
+def decode_over_length(lengths: Sequence[DecodeSpeed]) -> Figure:
+    """Decoding speed over prompt length: a line for each setting, and the empty cache's."""
     figure = _figure(3.0)
     axes = figure.add_subplot()
-    names = list(dict.fromkeys(name for length in lengths for name in length["decode_tps"]))
-    styles = iter(("-", "--", ":", "-.") * len(names))
-    marks = iter("osD^v<>p*h" * len(names))
-    for name in names:
-        points = [(of["n_prompt"], of["decode_tps"][name]) for of in lengths if name in of["decode_tps"]]
-        evicted = name.startswith("evicted")
+    settings = list(dict.fromkeys(setting for length in lengths for setting in length.tps))
+    styles = iter(("-", "--", ":", "-.") * len(settings))
+    marks = iter("osD^v<>p*h" * len(settings))
+    for setting in settings:
+        points = [(of.n_prompt, of.tps[setting]) for of in lengths if setting in of.tps]
         axes.plot(
             *zip(*points, strict=True),
             marker=next(marks),
             ms=5,
             lw=1.6,
             ls=next(styles),
-            color=_EVICTED if evicted else _FULL,
-            label=name,
+            color=_color(setting.evicts),
+            label=setting.name,
         )
-    limits = [of["depth_0_tps"] for of in lengths]
-    axes.plot([of["n_prompt"] for of in lengths], limits, color=_LIMIT, lw=1.4, label="empty cache")
+    limits = [of.depth_0_tps for of in lengths]
+    axes.plot([of.n_prompt for of in lengths], limits, color=_LIMIT, lw=1.4, label="empty cache")
     axes.set_ylim(0, None)
-    axes.set_xticks([of["n_prompt"] for of in lengths])
+    axes.set_xticks([of.n_prompt for of in lengths])
     axes.set_xlabel("prompt, positions")
     axes.set_ylabel("tokens/s")
     _plain(axes)
@@ -154,12 +198,12 @@ def decode_over_length(lengths: Sequence[dict[str, Any]]) -> Figure:
     return figure
 
 
-def decode_bars(decode_tps: dict[str, float], limit: float) -> Figure:
+def decode_bars(speed: DecodeSpeed) -> Figure:
     """Decoding speed by setting, and with an empty cache as a line."""
-    figure = _figure(1.0 + 0.34 * len(decode_tps))
+    figure = _figure(1.0 + 0.34 * len(speed.tps))
     axes = figure.add_subplot()
-    names, values = list(decode_tps), list(decode_tps.values())
-    colors = [_EVICTED if name.startswith("evicted") else _FULL for name in names]
+    limit, values = speed.depth_0_tps, list(speed.tps.values())
+    names, colors = zip(*((setting.name, _color(setting.evicts)) for setting in speed.tps), strict=True)
     axes.barh(names, values, color=colors, height=0.68)
     for index, value in enumerate(values):
         axes.text(value, index, f" {_short(value)}", va="center", fontsize=8.5, color=_INK)
@@ -200,18 +244,18 @@ def _figure(height: float) -> Figure:
     return figure
 
 
-def _draw_phase(axes: Axes, phase: dict[str, Any], end: float, top: float) -> None:
-    start, stop = phase["start"], phase["end"]
-    if phase["name"] == "eviction":
+def _draw_phase(axes: Axes, phase: Phase, end: float, top: float) -> None:
+    start, stop = phase.start, phase.end
+    if phase.name == "eviction":
         axes.axvline(start, color=_EVICTED, lw=1)
         axes.text(start, top * 0.82, "evicted ", fontsize=7.5, color=_EVICTED, ha="right", va="top")
         return
-    axes.axvspan(start, stop, color=_PHASES[phase["name"]], lw=0, zorder=0)
+    axes.axvspan(start, stop, color=_PHASES[phase.name], lw=0, zorder=0)
     if stop - start > 0.09 * end:
         axes.text(
             (start + stop) / 2,
             top * 0.97,
-            phase["name"],
+            phase.name,
             fontsize=7.5,
             color="#5c6670",
             ha="center",
@@ -219,5 +263,5 @@ def _draw_phase(axes: Axes, phase: dict[str, Any], end: float, top: float) -> No
         )
 
 
-def _color(setting: dict[str, Any]) -> str:
-    return _FULL if setting["budget"] is None else _EVICTED
+def _color(evicts: bool) -> str:
+    return _EVICTED if evicts else _FULL

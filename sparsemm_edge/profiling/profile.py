@@ -1,26 +1,48 @@
 """One real model and prompt, run with the full cache and with eviction, a process each."""
 
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from sparsemm_edge.errors import SparseMMError
-from sparsemm_edge.gguf_header import read_header, weight_bytes
+from sparsemm_edge.gguf_header import GGUFHeader, read_header, weight_bytes
 from sparsemm_edge.gguf_metadata import check_supported, model_shape, sparsemm_metadata
 from sparsemm_edge.pictures import open_picture
 from sparsemm_edge.profiling import machine as this_machine
 from sparsemm_edge.profiling import shapes
-from sparsemm_edge.profiling.figures import setting_figures
+from sparsemm_edge.profiling.figures import ModelFigures, SettingFigures, setting_figures
 from sparsemm_edge.profiling.jobs import Event, Setting, Task, full
 from sparsemm_edge.profiling.progress import Progress
 from sparsemm_edge.profiling.runs import run_setting
 from sparsemm_edge.runtime.eviction import Eviction
 
 
+@dataclass(frozen=True)
+class Profile:
+    """What `profile` measures.
+
+    Attributes:
+        machine: see machine.machine.
+        model: the model.
+        scores: where the head scores come from.
+        settings: every setting, the full cache first.
+    """
+
+    machine: dict[str, Any]
+    model: ModelFigures
+    scores: str
+    settings: list[SettingFigures]
+
+    def to_dict(self) -> dict[str, Any]:
+        """As profile.json has it."""
+        settings = [setting.to_dict() for setting in self.settings]
+        return vars(self) | {"model": asdict(self.model), "settings": settings}
+
+
 def profile(
     task: Task, budgets: Sequence[int], progress: Progress, *, n_ubatch: int | None = None
-) -> dict[str, Any]:
+) -> Profile:
     """Run every setting, the full cache first.
 
     Args:
@@ -29,9 +51,6 @@ def profile(
         progress: told what goes on.
         n_ubatch: prompt tokens computed at a time in every setting; None: llama.cpp's default for the full
             cache, the whole prompt where it is evicted.
-
-    Returns:
-        `machine`, `model`, `scores` (where they come from) and `settings`, see setting_figures.
 
     Raises:
         SparseMMError: a model that cannot be evicted, or not one setting could run.
@@ -56,22 +75,23 @@ def profile(
         task = replace(task, scores=None if path is None else str(path))
         found = [run_and_say(task, setting, progress) for setting in settings]
     check_some_ran(found)
-    return {
-        "machine": this_machine.machine(),
-        "model": {
-            "name": shape.name,
-            "file": Path(task.model).name,
-            "n_layer": shape.n_layer,
-            "n_head": shape.n_head,
-            "n_head_kv": shape.n_head_kv,
-            "weight_bytes": weight_bytes(header.path),
-        },
-        "scores": source,
-        "settings": found,
-    }
+    return Profile(this_machine.machine(), model_figures(header), source, found)
 
 
-def run_and_say(task: Task, setting: Setting, progress: Progress) -> dict[str, Any]:
+def model_figures(header: GGUFHeader) -> ModelFigures:
+    """What is told of a model file."""
+    shape = model_shape(header)
+    return ModelFigures(
+        name=shape.name,
+        file=header.path.name,
+        n_layer=shape.n_layer,
+        n_head=shape.n_head,
+        n_head_kv=shape.n_head_kv,
+        weight_bytes=weight_bytes(header.path),
+    )
+
+
+def run_and_say(task: Task, setting: Setting, progress: Progress) -> SettingFigures:
     """Run one setting; its figures, of which a line is said."""
 
     def listen(event: Event) -> None:
@@ -80,17 +100,18 @@ def run_and_say(task: Task, setting: Setting, progress: Progress) -> dict[str, A
 
     progress.doing(f"{setting.name}: starting")
     figures = setting_figures(setting, run_setting(task, setting, listen))
-    if figures["status"] != "ok":
-        progress.done(f"{setting.name}: {figures['status']}: {figures['reason']}")
+    done = figures.done
+    if done is None:
+        progress.done(f"{setting.name}: {figures.status}: {figures.reason}")
     else:
         progress.done(
-            f"{setting.name}: K and V {figures['kv']['bytes_now'] / 2**20:.1f} MiB,"
-            f" {figures['decode_tps']:.1f} tokens/s, peak {figures['rss_peak'] / 2**20:.0f} MiB"
+            f"{setting.name}: K and V {done.kv.bytes_now / 2**20:.1f} MiB,"
+            f" {done.decode_tps:.1f} tokens/s, peak {figures.rss_peak / 2**20:.0f} MiB"
         )
     return figures
 
 
-def check_some_ran(settings: Sequence[dict[str, Any]]) -> None:
+def check_some_ran(settings: Sequence[SettingFigures]) -> None:
     """Raise SparseMMError with the first reason if no setting ended well."""
-    if not any(setting["status"] == "ok" for setting in settings):
-        raise SparseMMError(f"no setting could be run; {settings[0]['name']}: {settings[0]['reason']}")
+    if not any(setting.status == "ok" for setting in settings):
+        raise SparseMMError(f"no setting could be run; {settings[0].name}: {settings[0].reason}")

@@ -1,11 +1,12 @@
 """What `profile` shows: the table on the screen and the report folder."""
 
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from sparsemm_edge.profiling import plots, report
-from sparsemm_edge.profiling.machine import in_words as machine_in_words
-from sparsemm_edge.runtime.first_token import in_words
+from sparsemm_edge.profiling.figures import SettingFigures
+from sparsemm_edge.profiling.machine import in_words
+from sparsemm_edge.profiling.profile import Profile
 
 _SCREEN = ("setting", "K+V MiB", "K+V peak", "peak MiB", "prompt t/s", "decode t/s")
 _COLUMNS = (
@@ -33,48 +34,48 @@ READING_FIRST_TOKEN = (
 )
 
 
-def screen_table(settings: list[dict[str, Any]]) -> report.Table:
+def screen_table(settings: Sequence[SettingFigures]) -> report.Table:
     """The columns of table() that fit a terminal."""
     whole = table(settings)
     picked = (0, 1, 2, 3, 6, 7)
     return report.Table(whole.title, _SCREEN, [[row[index] for index in picked] for row in whole.rows])
 
 
-def table(settings: list[dict[str, Any]]) -> report.Table:
+def table(settings: Sequence[SettingFigures]) -> report.Table:
     """A row for each setting; one that did not end well says so."""
     rows = []
     for setting in settings:
-        memory = [_mib(setting["rss_peak"]), _mib(setting["anon_peak"])]
-        if setting["status"] != "ok":
-            rows.append([setting["name"], setting["status"], "", *memory, "", "", "", ""])
+        memory = [_mib(setting.rss_peak), _mib(setting.anon_peak)]
+        if (done := setting.done) is None:
+            rows.append([setting.name, setting.status, "", *memory, "", "", "", ""])
             continue
-        kv, ms = setting["kv"], setting["decode_ms"]
+        ms = done.decode_ms
         rows.append(
             [
-                setting["name"],
-                _mib(kv["bytes_now"]),
-                _mib(kv["bytes_peak"]),
+                setting.name,
+                _mib(done.kv.bytes_now),
+                _mib(done.kv.bytes_peak),
                 *memory,
-                _mib(setting["breakdown"]["compute"]),
-                f"{setting['prompt_tps']:.1f}",
-                f"{setting['decode_tps']:.1f}",
-                f"{ms['median']:.2f} ({ms['low']:.2f} to {ms['high']:.2f})",
+                _mib(done.breakdown.compute),
+                f"{done.prompt_tps:.1f}",
+                f"{done.decode_tps:.1f}",
+                f"{ms.median:.2f} ({ms.low:.2f} to {ms.high:.2f})",
             ]
         )
-    return report.Table("Every setting", _COLUMNS, rows)
+    return report.Table("Every setting", _COLUMNS, rows, [setting.setting.evicts for setting in settings])
 
 
-def first_tokens(settings: list[dict[str, Any]]) -> list[str]:
+def first_tokens(settings: Sequence[SettingFigures]) -> list[str]:
     """What the time to the first token consists of: a line for the full f16 cache and each evicted one."""
     return [
-        f"{setting['name']}: {in_words(setting['first_token'])}"
+        f"{setting.name}: {done.first_token.in_words(done.read_bytes_per_s)}"
         for setting in settings
-        if setting["status"] == "ok"
-        and (setting["budget"] is not None or (setting["cache_type"] == "f16" and setting["flash_attn"]))
+        if (done := setting.done) is not None
+        and (setting.setting.evicts or (setting.setting.cache_type == "f16" and setting.setting.flash_attn))
     ]
 
 
-def pictures(settings: list[dict[str, Any]], prefix: str = "") -> list[report.Picture]:
+def pictures(settings: Sequence[SettingFigures], prefix: str = "") -> list[report.Picture]:
     """Memory over time, what the peak consists of, and speed."""
     made = [
         report.Picture(
@@ -86,7 +87,7 @@ def pictures(settings: list[dict[str, Any]], prefix: str = "") -> list[report.Pi
             plots.memory_over_time(settings),
         )
     ]
-    if any(setting["status"] == "ok" for setting in settings):
+    if any(setting.done for setting in settings):
         made += [
             report.Picture(
                 f"{prefix}memory-peak",
@@ -104,18 +105,17 @@ def pictures(settings: list[dict[str, Any]], prefix: str = "") -> list[report.Pi
     return made
 
 
-def write(folder: Path, content: dict[str, Any]) -> None:
+def write(folder: Path, found: Profile) -> None:
     """Write profile.json, profile.html and the pictures into the folder."""
-    model, settings = content["model"], content["settings"]
-    done = [setting for setting in settings if setting["status"] == "ok"]
-    n_prompt = done[0]["n_prompt"]
+    settings = found.settings
+    n_prompt = next(setting.done.n_prompt for setting in settings if setting.done)
     report.write(
         folder,
         "profile",
-        content,
-        title=f"{model['name']}: a prompt of {n_prompt} positions",
-        lead=f"{machine_in_words(content['machine'])}. Head scores: {content['scores']}.",
-        cards=_cards(done),
+        found.to_dict(),
+        title=f"{found.model.name}: a prompt of {n_prompt} positions",
+        lead=f"{in_words(found.machine)}. Head scores: {found.scores}.",
+        cards=_cards(settings),
         tables=[table(settings)],
         pictures=pictures(settings),
         notes=[
@@ -123,33 +123,34 @@ def write(folder: Path, content: dict[str, Any]) -> None:
             READING_FIRST_TOKEN,
             READING_MEMORY,
             "One process a setting, one after the other, the same prompt, greedy decoding. Time on a machine"
-            " that also does other work is noisy; bench measures speed by turns.",
+            " that also does other work is noisy; bench measures speed interleaved.",
         ],
     )
 
 
-def _cards(done: list[dict[str, Any]]) -> list[tuple[str, str]]:
+def _cards(settings: Sequence[SettingFigures]) -> list[tuple[str, str]]:
     """The evicted setting of the largest budget against the full cache at its better setting."""
-    full = [setting for setting in done if setting["budget"] is None and setting["cache_type"] == "f16"]
-    evicted = [setting for setting in done if setting["budget"] is not None]
+    done = [(setting, setting.done) for setting in settings if setting.done is not None]
+    full = [(s, d) for s, d in done if not s.setting.evicts and s.setting.cache_type == "f16"]
+    evicted = [(s, d) for s, d in done if s.setting.evicts]
     if not full or not evicted:
         return []
-    best = max(full, key=lambda setting: setting["decode_tps"])
-    least = min(full, key=lambda setting: setting["rss_peak"])
-    one = max(evicted, key=lambda setting: setting["budget"])
-    kv, memory = one["kv"], one["rss_peak"] - least["rss_peak"]
+    best, best_done = max(full, key=lambda each: each[1].decode_tps)
+    least, _ = min(full, key=lambda each: each[0].rss_peak)
+    one, one_done = max(evicted, key=lambda each: each[0].setting.budget or 0)
+    kv, memory = one_done.kv, one.rss_peak - least.rss_peak
     return [
         (
-            f"{kv['bytes_now'] / kv['bytes_full']:.0%}",
-            f"of the K and V of a full cache remain at budget {one['budget']}",
+            f"{kv.bytes_now / kv.bytes_full:.0%}",
+            f"of the K and V of a full cache remain at budget {one.setting.budget}",
         ),
-        (f"{one['decode_tps'] / best['decode_tps']:.2f}x", f"as fast as {best['name']} at decoding"),
+        (f"{one_done.decode_tps / best_done.decode_tps:.2f}x", f"as fast as {best.name} at decoding"),
         (
             f"{memory / 2**20:+,.0f} MiB".replace("-", "\u2212"),
-            f"peak memory against {least['name']}",
+            f"peak memory against {least.name}",
         ),
         (
-            f"{one['prompt_tps'] / max(s['prompt_tps'] for s in full):.2f}x",
+            f"{one_done.prompt_tps / max(d.prompt_tps for _, d in full):.2f}x",
             "as fast as the full cache at reading the prompt",
         ),
     ]

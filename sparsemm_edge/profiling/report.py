@@ -67,11 +67,16 @@ class Picture:
 
 @dataclass(frozen=True)
 class Table:
-    """Rows of cells; a row whose first cell begins with "evicted" stands out."""
+    """Rows of cells.
+
+    Attributes:
+        stand_out: for each row whether it is set off from the others; empty: none is.
+    """
 
     title: str
     columns: Sequence[str]
     rows: Sequence[Sequence[str]]
+    stand_out: Sequence[bool] = ()
 
 
 def make_folder(folder: Path) -> None:
@@ -156,8 +161,8 @@ def _section(picture: Picture) -> str:
 def _table(table: Table) -> str:
     head = "".join(f"<th>{escape(column)}</th>" for column in table.columns)
     rows = ""
-    for row in table.rows:
-        kind = ' class="evicted"' if row[0].startswith("evicted") else ""
+    for row, stands_out in zip(table.rows, table.stand_out or [False] * len(table.rows), strict=True):
+        kind = ' class="evicted"' if stands_out else ""
         rows += f"<tr{kind}>{''.join(f'<td>{escape(cell)}</td>' for cell in row)}</tr>"
     return (
         f'<section><h2>{escape(table.title)}</h2><div class="scroll"><table><thead><tr>{head}</tr></thead>'

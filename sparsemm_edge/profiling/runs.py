@@ -8,7 +8,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import IO, Any
 
 from sparsemm_edge.profiling.jobs import Event, Setting, Task
@@ -17,6 +17,15 @@ from sparsemm_edge.profiling.memory import MemoryTrace, MemoryWatch
 _NO_MEMORY = ("insufficient memory", "failed to allocate", "bad_alloc", "out of memory", "Cannot allocate")
 
 Listener = Callable[[Event], None]
+
+
+@dataclass(frozen=True)
+class Phase:
+    """A phase of a run: its name, and when it began and ended in seconds."""
+
+    name: str
+    start: float
+    end: float
 
 
 @dataclass
@@ -45,22 +54,22 @@ class Run:
         """The event with the figures; None if it did not get there."""
         return next((event for event in self.events if event["event"] == "result"), None)
 
-    def phases(self) -> list[dict[str, Any]]:
-        """The phases in order: name, and start and end in seconds since the process was started."""
+    def phases(self) -> list["Phase"]:
+        """The phases in order, in seconds since the process was started."""
         begun = [event for event in self.events if event["event"] == "phase"]
         ends = [event["t"] for event in begun[1:]] + [self.end] * bool(begun)
         following = [event["name"] for event in begun[1:]] + [""] * bool(begun)
-        phases: list[dict[str, Any]] = []
+        phases: list[Phase] = []
         for event, end, then in zip(begun, ends, following, strict=True):
             name, start = event["name"], event["t"]
             if name == "end":
                 break
             if name == "prompt" and then == "image" and end - start < 1e-3:
                 continue  # the prompt begins with an image
-            if phases and phases[-1]["name"] == name:  # an image after an image
-                phases[-1]["end"] = end - self.start
+            if phases and phases[-1].name == name:  # an image after an image
+                phases[-1] = replace(phases[-1], end=end - self.start)
             else:
-                phases.append({"name": name, "start": start - self.start, "end": end - self.start})
+                phases.append(Phase(name, start - self.start, end - self.start))
         return phases
 
 
@@ -69,8 +78,10 @@ def run_setting(task: Task, setting: Setting, listen: Listener | None = None) ->
     return _work({"task": asdict(task), "settings": [asdict(setting)], "n_rounds": 0}, listen)
 
 
-def run_by_turns(task: Task, settings: list[Setting], n_rounds: int, listen: Listener | None = None) -> Run:
-    """Time settings by turns, in one process (see worker.run_by_turns)."""
+def run_interleaved(
+    task: Task, settings: list[Setting], n_rounds: int, listen: Listener | None = None
+) -> Run:
+    """Time settings interleaved, in one process (see worker.run_interleaved)."""
     job = {"task": asdict(task), "settings": [asdict(s) for s in settings], "n_rounds": n_rounds}
     return _work(job, listen)
 

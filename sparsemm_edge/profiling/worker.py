@@ -1,4 +1,4 @@
-"""A process that runs one setting, or times several by turns: python -m sparsemm_edge.profiling.worker.
+"""A process that runs one setting, or times several interleaved: python -m sparsemm_edge.profiling.worker.
 
 It reads one JSON line on stdin, the job, and writes events as JSON lines on stdout. When stdin ends, the one
 who asked is gone, and so is the worker.
@@ -21,6 +21,7 @@ import numpy as np
 from sparsemm_edge.errors import SparseMMError
 from sparsemm_edge.gguf_header import weight_bytes, weight_bytes_read
 from sparsemm_edge.profiling.jobs import Event, Setting, Task
+from sparsemm_edge.profiling.memory import anon_bytes
 from sparsemm_edge.runtime import Eviction, Prompt, Session, VisionModel, library
 from sparsemm_edge.runtime.first_token import FirstToken, Part
 from sparsemm_edge.runtime.process import rss_peak_bytes
@@ -28,8 +29,8 @@ from sparsemm_edge.runtime.prompt import TextPart
 from sparsemm_edge.runtime.session import start_session
 
 N_TURNS, N_PER_TURN = 8, 5
-"""Decoding by turns: each context decodes this many tokens, the first of a turn is not counted. All of them
-fit into the room that an evicted cache has from the start."""
+"""Interleaved decoding: each context decodes this many tokens, the first of a turn is not counted. All of
+them fit into the room that an evicted cache has from the start."""
 
 Emit = Callable[[Event], None]
 
@@ -38,7 +39,7 @@ def run(task: Task, setting: Setting, emit: Emit) -> None:
     """Load, read the prompt, decode: the phases as they begin, then one result."""
 
     def phase(name: str) -> None:
-        emit({"event": "phase", "name": name})
+        emit({"event": "phase", "name": name, "anon": anon_bytes()})
 
     phase("load")
     with _load(task) as model, _prompt(model, task) as prompt:
@@ -78,9 +79,8 @@ def run(task: Task, setting: Setting, emit: Emit) -> None:
                     "load_ms": model.load_ms,
                     "image_ms": session.image_ms,
                     "prompt_ms": session.prompt_ms,
-                    "first_token": first_token.to_dict(
-                        (weight_bytes_read(model.header) + kv.bytes_now) / float(np.median(decode_ms)) * 1000
-                    ),
+                    "first_token": asdict(first_token),
+                    "token_bytes": weight_bytes_read(model.header) + kv.bytes_now,
                     "decode_ms": decode_ms,
                     "kv": asdict(kv),
                     "rss_peak_bytes": rss_peak_bytes(),
@@ -90,10 +90,10 @@ def run(task: Task, setting: Setting, emit: Emit) -> None:
             )
 
 
-def run_by_turns(task: Task, settings: list[Setting], n_rounds: int, emit: Emit) -> None:
+def run_interleaved(task: Task, settings: list[Setting], n_rounds: int, emit: Emit) -> None:
     """Time prompt and decoding of all settings, at most one full cache in memory at a time.
 
-    The evicted contexts stay. Each full one comes, decodes by turns with them and with a context of two
+    The evicted contexts stay. Each full one comes, decodes interleaved with them and with a context of two
     tokens (what decoding costs at depth 0), and goes. Each turn is an event with the milliseconds of its
     tokens.
     """
@@ -131,10 +131,10 @@ def run_by_turns(task: Task, settings: list[Setting], n_rounds: int, emit: Emit)
                     with ExitStack() as one:
                         session = open_session(setting, one)
                         emit({"event": "phase", "name": f"round {round_ + 1}: decoding, {setting.name}"})
-                        _decode_by_turns({setting.name: session, **held}, setting.name, round_, emit)
+                        _decode_interleaved({setting.name: session, **held}, setting.name, round_, emit)
 
 
-def _decode_by_turns(sessions: dict[str, Session], against: str, round_: int, emit: Emit) -> None:
+def _decode_interleaved(sessions: dict[str, Session], against: str, round_: int, emit: Emit) -> None:
     for session in sessions.values():
         session.truncate_reply()
     for turn in range(N_TURNS):
@@ -232,7 +232,7 @@ def main() -> int:
     settings = [Setting(**setting) for setting in job["settings"]]
     try:
         if job["n_rounds"]:
-            run_by_turns(task, settings, job["n_rounds"], emit)
+            run_interleaved(task, settings, job["n_rounds"], emit)
         else:
             run(task, settings[0], emit)
     except (SparseMMError, MemoryError) as error:

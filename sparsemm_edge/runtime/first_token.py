@@ -63,6 +63,11 @@ class FirstToken:
     def parts(self) -> dict[str, Part]:
         return {"images": self.images, "vision": self.vision, "prompt": self.prompt, "token": self.token}
 
+    @classmethod
+    def from_dict(cls, content: dict[str, Any]) -> "FirstToken":
+        """What dataclasses.asdict made a dictionary of."""
+        return cls(content["total_ms"], *(Part(**content[name]) for name in cls().parts()))
+
     def to_dict(self, bytes_per_s: float | None) -> dict[str, Any]:
         """As JSON has it: `total_ms`, and for each part `ms`, `threads` and `limit` (see Part.limit)."""
         return {
@@ -73,15 +78,18 @@ class FirstToken:
             },
         }
 
-
-def in_words(first_token: dict[str, Any]) -> str:
-    """One line for what FirstToken.to_dict returned; parts that took no time are left out."""
-    names = {"images": "images decoded and resized", "vision": "image encoder", "prompt": "prompt"}
-    said = []
-    for name, what in {**names, "token": "choosing the token"}.items():
-        part = first_token[name]
-        if part["ms"]:
-            threads = "1 thread" if part["threads"] == 1 else f"{part['threads']} threads"
-            limit = f"limited by {part['limit']}, " if part["limit"] else ""
-            said.append(f"{what} {part['ms']:.0f} ms ({limit}{threads})")
-    return f"first token after {first_token['total_ms']:.0f} ms: {', '.join(said)}"
+    def in_words(self, bytes_per_s: float | None) -> str:
+        """One line; parts that took no time are left out. `bytes_per_s`: see Part.limit."""
+        names = {
+            "images": "images decoded and resized",
+            "vision": "image encoder",
+            "token": "choosing the token",
+        }
+        said = []
+        for name, part in self.parts().items():
+            if part.ms:
+                threads = "1 thread" if part.n_threads == 1 else f"{part.n_threads} threads"
+                limit = part.limit(bytes_per_s)
+                limited = f"limited by {limit}, " if limit else ""
+                said.append(f"{names.get(name, name)} {part.ms:.0f} ms ({limited}{threads})")
+        return f"first token after {self.total_ms:.0f} ms: {', '.join(said)}"

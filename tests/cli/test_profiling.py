@@ -26,7 +26,7 @@ from sparsemm_edge.gguf_metadata import model_shape, read_model_shape
 from sparsemm_edge.kv_layout import full_cache
 from sparsemm_edge.output import whole_numbers
 from sparsemm_edge.profiling import bench, plots, profile, profile_report, shapes
-from sparsemm_edge.profiling.figures import samples, setting_figures
+from sparsemm_edge.profiling.figures import Spread, samples, setting_figures
 from sparsemm_edge.profiling.fit import Wish, fit
 from sparsemm_edge.profiling.jobs import Event, Setting, Task, full
 from sparsemm_edge.profiling.memory import MemoryTrace, MemoryWatch
@@ -34,7 +34,6 @@ from sparsemm_edge.profiling.progress import Progress
 from sparsemm_edge.profiling.runs import Run, run_setting
 from sparsemm_edge.runtime import Eviction, VisionModel
 from sparsemm_edge.runtime.first_token import FirstToken, Part
-from sparsemm_edge.runtime.first_token import in_words as first_token_in_words
 from sparsemm_edge.runtime.session import start_session
 from sparsemm_edge.scores import HeadScores
 
@@ -64,13 +63,14 @@ def llava_task(models: Callable[[str], Any], tmp_path: Path) -> Task:
     )
 
 
-def measure(task: Task, budgets: list[int]) -> dict[str, Any]:
+def measure(task: Task, budgets: list[int]) -> profile.Profile:
     with Progress() as progress:
         return profile.profile(task, budgets, progress)
 
 
 def test_profile_runs_every_setting_and_fit_says_the_same_bytes(llava_task: Task, tmp_path: Path) -> None:
-    content = measure(llava_task, [48, 64])
+    found = measure(llava_task, [48, 64])
+    content = found.to_dict()
 
     settings = {setting["name"]: setting for setting in content["settings"]}
     assert list(settings) == [
@@ -103,11 +103,11 @@ def test_profile_runs_every_setting_and_fit_says_the_same_bytes(llava_task: Task
         # makes a copy that suits the processor (AMX takes f16)
         assert row["weights"] == pytest.approx(sizes["weights_mapped"], rel=0.01)
 
-    for name, setting in settings.items():
+    for setting in settings.values():
         phases = [phase["name"] for phase in setting["phases"]]
         assert phases[0] == "load" and phases[-1] == "decode"
         assert "image" in phases and "prompt" in phases
-        assert ("eviction" in phases) == name.startswith("evicted")
+        assert ("eviction" in phases) == (setting["budget"] is not None)
         ends = [phase["end"] for phase in setting["phases"]]
         assert ends == sorted(ends)
         first = setting["first_token"]
@@ -118,9 +118,9 @@ def test_profile_runs_every_setting_and_fit_says_the_same_bytes(llava_task: Task
         assert setting["rss_peak"] >= max(memory["rss"]) > 2**20
         assert setting["decode_ms"]["low"] <= setting["decode_ms"]["median"] <= setting["decode_ms"]["high"]
 
-    profile_report.write(tmp_path, content)
+    profile_report.write(tmp_path, found)
     assert json.loads((tmp_path / "profile.json").read_text()) == json.loads(json.dumps(content))
-    lines = profile_report.first_tokens(content["settings"])
+    lines = profile_report.first_tokens(found.settings)
     assert [line.partition(": first token after ")[0] for line in lines] == [
         "full",
         "evicted, budget 48",
@@ -129,8 +129,7 @@ def test_profile_runs_every_setting_and_fit_says_the_same_bytes(llava_task: Task
 
 
 def test_the_page_needs_nothing_but_itself(llava_task: Task, tmp_path: Path) -> None:
-    content = measure(replace(llava_task, n_predict=2), [48])
-    profile_report.write(tmp_path, content)
+    profile_report.write(tmp_path, measure(replace(llava_task, n_predict=2), [48]))
 
     page = (tmp_path / "profile.html").read_text()
     sources = re.findall(r'<img [^>]*src="([^"]{30})', page)
@@ -153,13 +152,13 @@ def test_a_setting_that_is_killed_is_reported_and_the_others_go_on(
         return run_setting(task, setting, kill)
 
     monkeypatch.setattr(profile, "run_setting", run_and_kill)
-    content = measure(llava_task, [48])
+    found = measure(llava_task, [48])
 
-    assert [setting["status"] for setting in content["settings"]] == ["ok", "ok", "killed", "ok", "ok"]
-    killed = content["settings"][2]
-    assert "SIGKILL" in killed["reason"] and "memory ran out: close other programs" in killed["reason"]
-    assert killed["rss_peak"] > 2**20 and killed["phases"]
-    profile_report.write(tmp_path, content)
+    assert [setting.status for setting in found.settings] == ["ok", "ok", "killed", "ok", "ok"]
+    killed = found.settings[2]
+    assert "SIGKILL" in killed.reason and "memory ran out: close other programs" in killed.reason
+    assert killed.rss_peak > 2**20 and killed.phases and killed.done is None
+    profile_report.write(tmp_path, found)
     assert "killed" in (tmp_path / "profile.html").read_text()
 
 
@@ -195,9 +194,9 @@ def test_a_phase_is_not_too_short_to_be_told() -> None:
     phases = Run("ok", "", 9.0, 14.0, said).phases()
 
     # no prompt is read before an image, nor between two; the decoding is short, and there
-    assert [phase["name"] for phase in phases] == ["load", "context", "image", "prompt", "decode"]
-    assert [phase["start"] for phase in phases] == pytest.approx([1, 2, 2.1004, 3.5, 3.9995])
-    assert [phase["end"] for phase in phases] == pytest.approx([2, 2.1, 3.5, 3.9995, 4])
+    assert [phase.name for phase in phases] == ["load", "context", "image", "prompt", "decode"]
+    assert [phase.start for phase in phases] == pytest.approx([1, 2, 2.1004, 3.5, 3.9995])
+    assert [phase.end for phase in phases] == pytest.approx([2, 2.1, 3.5, 3.9995, 4])
 
 
 def test_a_worker_that_cannot_start_is_a_failed_setting(
@@ -212,7 +211,7 @@ def test_a_worker_that_cannot_start_is_a_failed_setting(
 
     assert (run.status, run.reason) == ("failed", "ended with exit code 3: no such luck")
     figures = setting_figures(full(), run)
-    assert figures["phases"] == []
+    assert figures.phases == [] and figures.measured is None
     assert plots.svg(plots.memory_over_time([figures]))
 
 
@@ -298,10 +297,14 @@ def test_bench_prints_one_object_whose_figures_agree(
         shape = read_model_shape(small)
         plain = length["settings"][0]["kv"]["bytes_now"]
         assert plain == full_cache(shape, row["n_prompt"] + 16).now
-        assert length["by_turns"]["status"] == "ok"
+        assert length["interleaved_status"] == "ok"
+        if sys.platform == "linux":
+            # K and V alone are measured to be there, and gone when they were evicted
+            assert 0 < row["kv_bytes_peak"] <= row["peak_over_weights"] < row["anon_peak"]
+            assert row["after_over_weights"] <= row["peak_over_weights"]
         assert length["limits"]["weight_bytes"] < content["model"]["weight_bytes"]
     page = (tmp_path / "bench.html").read_text()
-    assert page.count("<img ") == 1 + 2 * 2
+    assert page.count("<img ") == 2 + 2 * 2
     assert "of the limit" in page
 
 
@@ -319,11 +322,31 @@ def test_a_machine_that_is_slow_for_a_while_does_not_change_a_ratio() -> None:
     turns = [turn(number, "full", 30 * by) for number, by in enumerate(slow)]
     turns += [turn(number, "evicted", 20 * by) for number, by in enumerate(slow)]
 
-    found = bench._by_turns(turns, "full")
+    found = bench._interleaved(turns, "full")
 
-    assert found["evicted"]["ratio"] == {"median": 1.5, "low": 1.5, "high": 1.5}
-    assert found["evicted"]["tps"] / found["full"]["tps"] == pytest.approx(1.5)
-    assert bench._by_turns(turns, "full, q8_0") == {}
+    assert found["evicted"].ratio == Spread(1.5, 1.5, 1.5)
+    assert found["evicted"].tps / found["full"].tps == pytest.approx(1.5)
+    assert bench._interleaved(turns, "full, q8_0") == {}
+
+
+def test_memory_alone_is_measured_without_rounds(
+    small: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, sparsemm: CommandLine
+) -> None:
+    monkeypatch.setattr("sparsemm_edge.profiling.machine._BYTES", 2**22)
+    command = ("bench", "-m", small, "--n-prompt", 2048, "--budgets", 48, "--rounds", 0, "--threads", 1)
+
+    said = sparsemm(*command, "--out", tmp_path)
+
+    assert said.status == 0 and "MiB over the weights at the peak" in said.out
+    content = json.loads((tmp_path / "bench.json").read_text())
+    ((row,), (length,)) = content["rows"], content["lengths"]
+    assert [setting["name"] for setting in length["settings"]] == ["full", "evicted, budget 48"]
+    assert row["decode_tps"] is None and length["against"] == {} and row["prompt_tps"] > 0
+    if sys.platform == "linux":
+        # 2 layers of 32 heads: 32 MiB for 2304 cells, which stay; eviction leaves one of 40
+        full, evicted = length["settings"]
+        assert full["after_over_weights"] > 0.95 * full["kv"]["bytes_now"]
+        assert evicted["after_over_weights"] < full["after_over_weights"] / 2
 
 
 def test_a_shape_becomes_a_model_of_that_shape_and_size(tmp_path: Path) -> None:
@@ -467,7 +490,7 @@ def test_a_part_that_reads_weights_as_fast_as_memory_gives_them_is_limited_by_it
     assert Part().limit(12e9) is None
 
     first = FirstToken(400, images=Part(20), prompt=Part(100, 2, gb)).with_opening(30)
-    assert first_token_in_words(first.to_dict(12e9)) == (
+    assert first.in_words(12e9) == (
         "first token after 430 ms: images decoded and resized 50 ms (limited by compute, 1 thread), prompt"
         " 100 ms (limited by memory bandwidth, 2 threads)"
     )
