@@ -33,7 +33,7 @@ POOL_KERNEL = 7
 
 @dataclass(frozen=True)
 class BudgetSpec:
-    """How KV heads share the cache, and by what each head chooses the positions that it keeps.
+    """How KV heads share the cache, and how each head selects the positions it keeps.
 
     Attributes:
         policy: the weights by which heads share the budget, one of POLICIES.
@@ -41,9 +41,9 @@ class BudgetSpec:
         window: w, the observation window in positions; 1 <= w < B, at most MAX_WINDOW.
         floor_ratio: rho, the share of B less window and residual slot that every head gets, 0 to 1.
         vote: how a head's positions are ranked, one of VOTES.
-        residual: whether a head that evicts spends one position on a slot that stands for what it lost.
-        water_fill: whether what a head cannot use, because the prompt is shorter than its share, goes to the
-            other heads in proportion to their weight. False is the paper: it stays unused.
+        residual: whether an evicting head uses one position for a slot that summarises what it evicted.
+        water_fill: whether positions that a head cannot use, because the prompt is shorter than its share, go
+            to the other heads in proportion to their weight. The paper leaves them unused (False).
         seed: of policy `random`.
         pool_kernel: width of the max pooling of the votes, in positions; odd.
     """
@@ -84,7 +84,7 @@ class BudgetSpec:
         shape: tuple[int, int],
         n_prompt: int | None = None,
     ) -> npt.NDArray[np.uint32]:
-        """Share `budget * n_layer * n_head_kv` positions out to the heads.
+        """Distribute `budget * n_layer * n_head_kv` positions over the heads.
 
         Every head gets `least` and `floor`; the rest goes to the heads in proportion to the policy's weights.
 
@@ -158,8 +158,8 @@ def _fill(
 ) -> npt.NDArray[np.float64]:
     """Real-valued caps `floor + weight * x`, at most `limit`, with x such that they sum to `total`.
 
-    Needs `floor <= total / n <= limit`. Each round shares out among the heads below the limit what the
-    others leave; as x only grows, a head at the limit stays there, so at most n rounds are needed.
+    Needs `floor <= total / n <= limit`. Each round distributes what the heads at the limit leave over the
+    others; x only grows, so a head at the limit stays there, and at most n rounds are needed.
     """
     caps = np.full(weights.size, float(limit))
     free = np.ones(weights.size, dtype=bool)
@@ -178,7 +178,7 @@ def _fill(
 def _round_to_sum(caps: npt.NDArray[np.float64], total: int) -> npt.NDArray[np.int64]:
     """Whole numbers that sum to `total`: rounded down, the largest remainders rounded up instead.
 
-    Which is `round(cap)` for every head, but for those whose rounding would miss the total.
+    This is `round(cap)` for every head, except where rounding would miss the total.
     """
     whole = np.floor(caps).astype(np.int64)
     largest_remainders = np.argsort(whole - caps, kind="stable")[: total - int(whole.sum())]

@@ -1,4 +1,4 @@
-"""A chat about images: messages are answered, commands do what they say."""
+"""A chat about images in the terminal, with slash commands."""
 
 import json
 import sys
@@ -32,13 +32,13 @@ _LEAVE = ("/exit", "/quit", "/bye", "exit", "quit")
 
 
 class Begin(Protocol):
-    """Makes a conversation: anew, with what the model is told, or from a file of Conversation.save."""
+    """Creates a conversation: new with a system message, or from a file of Conversation.save."""
 
     def __call__(self, system: str | None, resume: Path | None = None) -> Conversation: ...
 
 
 class Chat:
-    """A conversation, and what the next message shows.
+    """A conversation, and the images for the next message.
 
     Attributes:
         images: shown with the next message.
@@ -58,7 +58,7 @@ class Chat:
         """Args:
         begin: makes conversations.
         messages: where messages come from.
-        system: what the model is told before everything.
+        system: the system message.
         images: shown with the first message.
         sampling: how answers are sampled.
         n_predict: most tokens of an answer.
@@ -93,7 +93,7 @@ class Chat:
         self._conversation.check(self._sampling)
 
     def run(self) -> None:
-        """Answer messages until the user leaves. What cannot be done is said in a line, and on it goes."""
+        """Answer messages until the user leaves. Errors are printed as one line."""
         with self._messages() as messages:
             for message in messages:
                 if message in _LEAVE:
@@ -128,7 +128,7 @@ class Chat:
             self.images.clear()
 
     def _show(self, pieces: Iterator[str], interrupted: Callable[[], bool]) -> None:
-        """Print an answer as it comes, until Ctrl-C."""
+        """Stream an answer, until Ctrl-C."""
         text = ""
         for piece in pieces:
             text += piece

@@ -73,7 +73,7 @@ def _terminate(number: int, frame: FrameType | None) -> None:
 def main() -> None:
     """Run the command line. A user's mistake becomes one line on stderr and exit status 2.
 
-    SIGTERM ends it as Ctrl-C does, so that no process and no half-written file is left: exit status 143.
+    SIGTERM is handled like Ctrl-C, so that no process and no partial file is left: exit status 143.
     """
     before = signal.signal(signal.SIGTERM, _terminate)
     _take_any_text()
@@ -110,7 +110,7 @@ def _refuse(message: str) -> NoReturn:
 
 
 def _take_any_text() -> None:
-    """Print replacements for what the terminal's encoding does not have, and read bytes that are no text.
+    """Print replacement characters where the terminal's encoding lacks one, and accept non-text bytes.
 
     Such bytes, and those of arguments, are refused where text is needed (files.check_text).
     """
@@ -122,7 +122,7 @@ def _take_any_text() -> None:
 
 
 def _leave_stdout() -> None:
-    """Let nothing more be written there: a full disk, or a reader that is gone, would fail again at exit."""
+    """Discard further output: after a full disk or a closed pipe, writing would fail again at exit."""
     with suppress(OSError, ValueError):  # which is no file
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 

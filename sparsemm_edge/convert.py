@@ -55,13 +55,13 @@ def convert(
 
     Args:
         model: the text model's GGUF file; of a split model the first one, all parts become one file.
-        scores: a head-scores file of this model (see HeadScores.load). Every policy needs it: its scores are
-            stored too, so that a runtime can share out another budget.
+        scores: a head-scores file of this model (see HeadScores.load). Needed by every policy: the scores are
+            stored too, so that a runtime can apply another budget.
         out: the file to write; `<model's stem>.sparsemm.gguf` beside the model if None.
         spec: how heads share the cache; None: BudgetSpec's defaults.
         n_prompt: prompt length in positions that the table is water-filled for.
         force: replace `out` if it exists.
-        progress: told how many bytes of how many are copied.
+        progress: called with the bytes copied and their total.
 
     Raises:
         SparseMMError: the model or the scores cannot be read or do not go together, the model is not
@@ -77,7 +77,7 @@ def convert(
 
     head_scores = HeadScores.load(scores)
     head_scores.check_fits(shape.n_layer, shape.n_head, shape.n_head_kv)
-    # Through f32, as stored: who shares the same budget out by the stored scores gets the stored table.
+    # Through f32, as stored: the same spec with the stored scores gives the stored table.
     stored_scores = head_scores.normalised().astype(np.float32)
     metadata = SparseMMMetadata(
         spec=spec,

@@ -1,4 +1,4 @@
-"""What `convert` and `generate` take when nothing is said, and at most. Imports nothing."""
+"""Default values and limits of options. Imports nothing."""
 
 BUDGET = 256
 """Mean head budget in positions, observation window included."""
@@ -7,7 +7,7 @@ WINDOW = 32
 """Observation window in positions."""
 
 WINDOW_SHARE = 4
-"""The window is at most the budget divided by this, so that most of a small budget is left to choose with."""
+"""The window is at most the budget divided by this, so that small budgets keep other positions too."""
 
 IMAGE_WINDOW = 8
 """Observation window of an image that is evicted without a question: its last positions vote."""
@@ -16,23 +16,23 @@ VOTE = "mixkv"
 """How a head's positions are ranked, one of budgets.VOTES."""
 
 RESIDUAL = True
-"""Whether one place of a head that evicts stands for all that it lost."""
+"""Whether an evicting head keeps a residual slot that summarises what it evicted."""
 
 FLOOR_RATIO = 0.2
-"""Share of the budget that every head gets (rho). The paper takes 0.1, which leaves some heads of a small
-model next to nothing where budgets are small."""
+"""Share of the budget that is divided evenly (rho). The paper uses 0.1, which gives some heads of small
+models almost nothing at small budgets."""
 
 N_CTX = 8192
-"""Most positions of a chat."""
+"""Default context size of a chat, in positions."""
 
 IMAGE_MEMORY = 256
-"""MiB of images that a chat or a server keeps encoded in memory."""
+"""MiB of encoded images that a chat or server keeps in memory."""
 
 IMAGE_CACHE_SIZE = 1024
-"""MiB that the files of an image cache take at most."""
+"""Default size limit of an image cache on disk, in MiB."""
 
 MAX_THREADS = 512
-"""More than llama.cpp has room for (GGML_MAX_N_THREADS) end in a crash."""
+"""llama.cpp crashes with more threads (GGML_MAX_N_THREADS)."""
 
 MAX_POSITIONS = 2**24
-"""More than any model is trained for; llama.cpp takes some fifty bytes a position beside K and V."""
+"""More than any model is trained for; llama.cpp needs about fifty bytes per position beside K and V."""

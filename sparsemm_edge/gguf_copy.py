@@ -1,4 +1,4 @@
-"""Copying a GGUF file with other keys: what is kept is copied byte for byte, understood or not."""
+"""Copy a GGUF file with changed keys: everything else is copied byte for byte."""
 
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -25,8 +25,8 @@ def copy_with_fields(
         header: of the model.
         target: the file to write.
         fields: keys to add after those that are kept.
-        dropped_prefix: keys that begin so are left out.
-        progress: told how far it is.
+        dropped_prefix: keys with this prefix are left out.
+        progress: called with the bytes copied and their total.
 
     Raises:
         OSError: a file cannot be read or written.

@@ -1,8 +1,7 @@
 """The head of a GGUF file: its keys and its list of tensors, checked against the file's size.
 
-gguf.GGUFReader makes an array view of every token of the vocabulary, seconds for a large one, and meets the
-end of a file that is cut short as whichever index error comes first. This walks the same bytes once, keeps no
-strings of arrays, reads no tensor data, and knows afterwards that all tensor data is there.
+gguf.GGUFReader takes seconds for a large vocabulary and fails with an index error on a truncated file. This
+reads the header once, skips arrays of strings and tensor data, and checks that all tensor data is present.
 """
 
 import mmap
@@ -167,14 +166,14 @@ def weight_bytes(path: Path) -> int:
 
 
 def weight_bytes_read(header: GGUFHeader) -> int:
-    """Bytes of the weights of a text model that a batch of tokens reads: all but other tokens' embeddings."""
+    """Bytes of text-model weights that a batch reads: all but token embeddings that are not tied."""
     sizes = {name: tensor.end - tensor.start for name, tensor in header.tensors.items()}
     tied = "output.weight" not in sizes
     return sum(sizes.values()) - (0 if tied else sizes.get("token_embd.weight", 0))
 
 
 def shown(value: Any) -> str:
-    """A value of a file for an error's one line: what a damaged file holds may be long, or no text at all."""
+    """A value for a one-line error: in a damaged file it may be long, or not text."""
     if isinstance(value, str) and value.isprintable() and 0 < len(value) <= 64:
         return value
     return reprlib.repr(value)
@@ -259,7 +258,7 @@ class _Walk:
         return self.bytes().decode("utf-8", "replace")
 
     def name(self) -> str:
-        """A key, or a tensor's name: bytes that are no text stay apart from each other."""
+        """A key or a tensor's name; bytes that are not UTF-8 are kept distinct."""
         return self.bytes().decode("utf-8", "surrogateescape")
 
     def type(self, key: str) -> GGUFValueType:

@@ -1,4 +1,4 @@
-"""What a GGUF file says about its model's shape, and the `sparsemm.*` keys that hold its head budgets."""
+"""A GGUF file's model shape, and the `sparsemm.*` keys with its head budgets."""
 
 import reprlib
 from collections.abc import Iterator
@@ -72,7 +72,7 @@ SUPPORTED_ARCHITECTURES = frozenset(
 
 @dataclass(frozen=True)
 class ModelShape:
-    """The part of a text model's shape that its KV cache depends on.
+    """The parts of a text model's shape that determine its KV cache.
 
     Attributes:
         arch: general.architecture.
@@ -104,12 +104,12 @@ class SparseMMMetadata:
     """The `sparsemm.*` keys of a converted GGUF file.
 
     Attributes:
-        spec: how the table was made; lets a runtime change one attribute and make another.
+        spec: how the table was made; a runtime may override parts of it.
         head_budgets: [n_layer, n_head_kv] u32, positions each KV head keeps, window included.
-        head_scores: [n_layer, n_head] f32, sum 1, for such a table.
+        head_scores: [n_layer, n_head] f32, sum 1, to make other tables from.
         scores_source: model, data set and sha256 of the scores file.
         water_fill_length: prompt length in positions that the table was water-filled for; 0: it was not.
-        enabled: False keeps the whole cache.
+        enabled: False keeps the full cache.
     """
 
     spec: BudgetSpec
@@ -192,7 +192,7 @@ def model_shape(header: GGUFHeader) -> ModelShape:
     n_head = count("attention.head_count")
     n_head_kv = count("attention.head_count_kv", n_head)
     if n_head % n_head_kv:
-        raise SparseMMError(f"{path}: {n_head} query heads cannot be shared out to {n_head_kv} KV heads")
+        raise SparseMMError(f"{path}: {n_head} query heads cannot be divided among {n_head_kv} KV heads")
     # layers that predict further tokens come last, and llama.cpp does not run them
     n_next = header.value(f"{arch}.nextn_predict_layers", 0)
     n_layer = count("block_count") - (n_next if isinstance(n_next, int) else 0)
@@ -232,7 +232,7 @@ def check_supported(header: GGUFHeader, shape: ModelShape) -> None:
 
 
 def _missing_tensors(header: GGUFHeader, n_layer: int) -> Iterator[str]:
-    """The weights that every supported architecture attends with and that the file does not have."""
+    """Names of attention weights that every supported architecture needs and the file lacks."""
     if "token_embd.weight" not in header.tensors:
         yield "token_embd.weight"
     for layer in range(n_layer):

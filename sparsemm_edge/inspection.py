@@ -1,4 +1,4 @@
-"""What a converted GGUF file holds, in figures."""
+"""Statistics of a converted GGUF file."""
 
 from typing import Any
 

@@ -1,4 +1,4 @@
-"""A picture of what the heads kept of an image: positions drawn over the image, beside the head map."""
+"""Plot which image positions the heads kept, over the image, beside the head map."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -27,12 +27,12 @@ _COLOURS = ("#c9d2dc", "#ffe873", "#ff9a2e", "#ee2f45")  # none to most; black l
 
 @dataclass(frozen=True)
 class ImageGrid:
-    """Where the tokens of an image are in the sequence: row by row from the top left.
+    """The image tokens of a sequence, row by row from the top left.
 
     Attributes:
         start: index of the first image token in the sequence.
         n_rows, n_columns: image tokens down and across.
-        padded: the model sees the image padded to the shape of the grid (LLaVA), not stretched to it.
+        padded: whether the image is padded to the shape of the grid (LLaVA) or stretched to it.
     """
 
     start: int
@@ -53,7 +53,7 @@ def kept_on_grid(kept: Kept, grid: ImageGrid) -> npt.NDArray[np.bool_]:
 
 
 def check_picture(path: Path, view: str) -> None:
-    """Raise SparseMMError unless a view of this name can be drawn into a file of this name."""
+    """Raise SparseMMError for an unknown view or a file that is not a PNG."""
     if view not in VIEWS:
         raise SparseMMError(f"unknown view {view!r} of what was kept: expected one of {', '.join(VIEWS)}")
     if path.suffix.lower() != ".png":
@@ -72,7 +72,7 @@ def save_kept_map(
     """Draw the image positions that the heads keep over the image, next to the head map, as a PNG.
 
     Args:
-        image: what the model was shown, of any size.
+        image: the input image, of any size.
         kept: of one prompt, see Session.kept_positions. Positions outside the image are not drawn.
         grid: where the image's tokens are, see VisionModel.image_grid.
         path: the PNG file, replaced if it exists.

@@ -1,9 +1,8 @@
-"""What a KV cache will allocate, computed without allocating it.
+"""Compute what a KV cache will allocate.
 
-The full cache is llama.cpp's own: every layer has rows for the whole context. The evicting cache is
-patches/, llama-kv-cache-heads.cpp, whose rules are said again here: how KV heads are grouped by length, how
-rows are padded, how room for appended tokens grows. tests/cli/test_fit.py
-compares both with what is really allocated.
+The full cache is llama.cpp's: every layer has rows for the whole context. For the evicting cache this repeats
+the rules of llama-kv-cache-heads.cpp (patches/): how KV heads are grouped by length, how rows are padded, how
+room for appended tokens grows. tests/cli/test_fit.py compares both with real allocations.
 """
 
 from dataclasses import dataclass
@@ -32,7 +31,7 @@ class KVBytes:
 
     Attributes:
         now: allocated after the prompt and the reply.
-        peak: the same when it was largest.
+        peak: the largest allocation.
     """
 
     now: int
@@ -46,7 +45,7 @@ def row_bytes(cache_type: str, n: int) -> int:
 
 
 def full_cache(shape: ModelShape, n_ctx: int, type_k: str = "f16", type_v: str = "f16") -> KVBytes:
-    """The cache of a context that does not evict: allocated up front, for all of n_ctx."""
+    """The cache of a context without eviction: allocated at once, for all of n_ctx."""
     allocated = _cells(shape, _pad(n_ctx, _CELLS_PAD), type_k, type_v)
     return KVBytes(allocated, allocated)
 
@@ -69,8 +68,8 @@ def evicting_cache(
         head_budgets: [n_layer, n_head_kv] positions that a KV head keeps, window included.
         n_prompt: positions of the prompt.
         n_reply: tokens decoded after it, one at a time.
-        n_ctx: places that the context was made for.
-        max_tail: most generated positions that a head holds; None: all of them.
+        n_ctx: context size in positions.
+        max_tail: most generated positions per head; None: no limit.
         type_k, type_v: cache types.
     """
     n_ctx = _pad(n_ctx, _CELLS_PAD)
@@ -101,12 +100,12 @@ def evicting_cache(
 
 
 def _growing(rows: npt.NDArray[np.int64], grown: npt.NDArray[np.int64]) -> int:
-    """Most rows that are there while each layer in turn is copied to a larger one: both are [n_layer]."""
+    """The largest number of rows while layers are copied to larger ones, one by one; both are [n_layer]."""
     return int(max(grown[: il + 1].sum() + rows[il:].sum() for il in range(len(rows))))
 
 
 def _room(n_tokens: int, max_tail: int | None) -> int:
-    """Appended tokens that a store has room for when it is made, or grows, to hold n_tokens."""
+    """Appended tokens that a store has room for when it is created, or grown, for n_tokens."""
     room = n_tokens + _N_ROOM
     return room if max_tail is None else min(room, max_tail + 1)
 

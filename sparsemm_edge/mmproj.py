@@ -1,13 +1,13 @@
-"""The eyes of a LLaVA checkpoint as mmproj.gguf: vision tower and projector, as llama.cpp's mtmd reads them.
+"""Convert the vision tower and projector of a LLaVA checkpoint to mmproj.gguf for llama.cpp's mtmd.
 
 llama.cpp's own converter makes the text model of a LLaVA checkpoint but refuses its CLIP tower. This
 module writes the other half from a Hugging Face folder of LLaVA-1.5 or LLaVA-NeXT (transformers layout,
 safetensors), with CLIP or SigLIP tower. It reads the tensors with gguf's own safetensors reader: no torch.
 
 Only the layers that run are written. LLaVA reads the tower before its end (`vision_feature_layer` -2), so
-the last layer and the final layer norm are dead weight; and since files without this statement mean
-different things to different readers, `clip.vision.feature_layer` states which hidden states are read,
-counted from 0 = the input of the first layer.
+the last layer and the final layer norm are unused. Readers disagree on files without
+`clip.vision.feature_layer`, so it always states which hidden states are read, counted from 0 = the input of
+the first layer.
 """
 
 from collections.abc import Iterator

@@ -1,4 +1,4 @@
-"""What several commands print."""
+"""Printing shared by several commands."""
 
 import json
 import os
@@ -16,7 +16,7 @@ _WIDTH = 500  # of what goes to a file or a pipe: no table is as wide, and no li
 
 
 def console(*, stderr: bool = False) -> "Console":
-    """Where text and tables go: as wide as the terminal, and where there is none, as they are."""
+    """A console as wide as the terminal; without a terminal, lines are not wrapped."""
     from rich.console import Console
 
     made = Console(stderr=stderr, markup=False, highlight=False)
@@ -27,7 +27,7 @@ def console(*, stderr: bool = False) -> "Console":
 
 @contextmanager
 def progress_bar(what: str, *, of_bytes: bool = False) -> Iterator[Callable[[int, int], None]]:
-    """A bar on stderr, on a terminal only, that is gone when the work ends: call it with done and total."""
+    """A progress bar on stderr, on terminals only: call it with done and total. It disappears at the end."""
     from rich.progress import BarColumn, DownloadColumn, MofNCompleteColumn, Progress, TextColumn
     from rich.progress import TimeRemainingColumn as Left
 
@@ -45,7 +45,7 @@ def print_json(content: dict[str, Any]) -> None:
 
 
 def print_figures(report: dict[str, Any]) -> None:
-    """The figures of one converted model, a line each."""
+    """The statistics of a converted model, one per line."""
     table = report["head_budgets"]
     length = report["water_fill_length"]
     lines = {
@@ -79,7 +79,7 @@ def print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]
 
 
 def whole_numbers(option: str, text: str) -> list[int]:
-    """The numbers of an option such as 64,256; none if the text is empty.
+    """Parse an option such as 64,256; empty text gives no numbers.
 
     Raises:
         SparseMMError: something else than positive whole numbers and commas.

@@ -1,4 +1,4 @@
-"""Opening pictures, for every command and for the API: what a person sees who opens the file."""
+"""Open images as an image viewer shows them, for all commands and the API."""
 
 import warnings
 from io import BytesIO
@@ -40,10 +40,10 @@ _NO_PICTURES = (
 
 
 def open_picture(source: Picture, name: str = "") -> Image.Image:
-    """A picture in RGB, as it is meant to be looked at.
+    """Open an image as RGB, as a viewer shows it.
 
-    It is turned as its EXIF data says, transparency lies on white, grey of more than 8 bits is scaled to what
-    the eye sees as black and white, and of an animation or of several pages the first is taken.
+    EXIF rotation is applied, transparency becomes white, grey of more than 8 bits is scaled to black and
+    white, and of an animation or a multi-page file the first image is used.
 
     Args:
         source: a file, the bytes of one, or a picture.
@@ -99,7 +99,7 @@ def _upright_rgb(image: Image.Image, where: str) -> Image.Image:
 
 
 def _eight_bits(grey: npt.NDArray[np.generic]) -> npt.NDArray[np.uint8]:
-    """Grey of any range as 0 to 255: white is the least white of the usual ones that no pixel is above."""
+    """Scale grey to 0 to 255. White is the smallest usual maximum that no pixel exceeds."""
     values = np.nan_to_num(grey.astype(np.float64), nan=0.0, posinf=0.0, neginf=0.0)
     levels = _WHITE_LEVELS if np.issubdtype(grey.dtype, np.integer) else (1, *_WHITE_LEVELS)
     darkest, brightest = float(values.min()), float(values.max())
@@ -111,7 +111,7 @@ def _eight_bits(grey: npt.NDArray[np.generic]) -> npt.NDArray[np.uint8]:
 
 
 def _why_not(source: str | Path | bytes, error: Exception) -> str:
-    """What is said of a file that cannot be opened as a picture."""
+    """The error message for a file that is not an image."""
     start = b""
     if isinstance(source, bytes):
         start = source[:512]

@@ -1,4 +1,4 @@
-"""Pictures of head budgets and head scores."""
+"""Plots of head budgets and head scores."""
 
 from pathlib import Path
 from typing import Any
@@ -11,9 +11,9 @@ from sparsemm_edge.files import atomic_path
 
 
 def save_head_map(table: npt.NDArray[np.integer[Any]], path: Path, *, title: str) -> None:
-    """Draw a table of positions per head as a PNG: layers down, KV heads across, colour = positions.
+    """Plot a table of positions per head as a PNG: layers down, KV heads across, colour = positions.
 
-    The colours are logarithmic, as a few visual heads hold many times what the others do.
+    The colours are logarithmic, since a few visual heads keep many times more than the others.
 
     Args:
         table: [n_layer, n_head_kv], head budgets or positions kept, at least 1.
@@ -37,9 +37,9 @@ def save_head_map(table: npt.NDArray[np.integer[Any]], path: Path, *, title: str
 
 
 def save_score_map(table: npt.NDArray[np.floating[Any]], path: Path, *, title: str) -> None:
-    """Draw head scores as a PNG: layers down, query heads across, colour = share of the total score.
+    """Plot head scores as a PNG: layers down, query heads across, colour = share of the total score.
 
-    Colours follow the square root, so that more than the few strongest heads can be seen.
+    Colours follow the square root, so that weaker heads are visible too.
 
     Args:
         table: [n_layer, n_head], not negative.

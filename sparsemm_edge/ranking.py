@@ -1,4 +1,4 @@
-"""How concentrated head scores are, how alike two rankings of heads are, and how a ranking settles."""
+"""Statistics of head rankings: concentration, similarity and convergence."""
 
 from typing import Any
 
@@ -15,7 +15,7 @@ N_SPLITS = 20
 
 
 def n_top(n_heads: int, share: float) -> int:
-    """How many heads the top `share` of `n_heads` is: rounded down, at least one."""
+    """The number of heads in the top `share` of `n_heads`: rounded down, at least one."""
     return max(1, int(n_heads * share))
 
 
@@ -26,12 +26,12 @@ def top_heads(scores: Scores, share: float) -> npt.NDArray[np.intp]:
 
 
 def held_by_top(scores: Scores, share: float) -> float:
-    """The part of the total score that the top `share` of the heads holds, 0 to 1."""
+    """The fraction of the total score in the top `share` of the heads."""
     return float(scores.ravel()[top_heads(scores, share)].sum() / scores.sum())
 
 
 def overlap_of_top(one: Scores, other: Scores, share: float) -> float:
-    """The part of the top `share` of the heads that two rankings have in common, 0 to 1."""
+    """The fraction of the top `share` of the heads that two rankings have in common."""
     common = np.intersect1d(top_heads(one, share), top_heads(other, share))
     return len(common) / n_top(one.size, share)
 
@@ -39,7 +39,7 @@ def overlap_of_top(one: Scores, other: Scores, share: float) -> float:
 def spearman(one: Scores, other: Scores) -> float:
     """Spearman's rank correlation of two tables of scores, -1 to 1; ties share their mean rank.
 
-    A table whose scores are all alike ranks nothing: its correlation with any other is 0.
+    A table of equal scores has a correlation of 0 with any other.
     """
     ranks = [_ranks(table.ravel()) for table in (one, other)]
     deviations = [rank - rank.mean() for rank in ranks]
@@ -48,10 +48,10 @@ def spearman(one: Scores, other: Scores) -> float:
 
 
 def convergence(pages: Scores, seed: int = 0) -> list[dict[str, float]]:
-    """How well the halves of 10, 20, 50, 100, ... pages agree on the ranking, and those of all pages.
+    """How well two halves of 10, 20, 50, 100, ... pages, and of all pages, agree on the ranking.
 
-    The first n pages are cut in two at random N_SPLITS times. What two halves of n pages agree on is what
-    another n / 2 pages would have said.
+    The first n pages are split in two at random, N_SPLITS times. Their agreement is that of n / 2 pages
+    with n / 2 new ones.
 
     Args:
         pages: [n_pages, n_layer, n_head], each page's scores.

@@ -1,4 +1,4 @@
-"""What of the machine this process may use: cores and memory, within the bounds of its container."""
+"""Cores and memory that this process may use, within the limits of its container."""
 
 import math
 import os
@@ -11,9 +11,9 @@ _ROOT = Path("/")
 
 
 def usable_cores(root: Path = _ROOT) -> int:
-    """The physical cores that this process may use, and no more than its container has time for.
+    """The number of physical cores that this process may use, within its container's CPU quota.
 
-    Where the system does not tell physical cores, all that it runs threads on count.
+    Logical cores count where the system does not report physical ones.
 
     Args:
         root: where /proc and /sys are, for tests.
@@ -26,7 +26,7 @@ def usable_cores(root: Path = _ROOT) -> int:
 
 
 def machine_memory(root: Path = _ROOT) -> tuple[int, int]:
-    """Bytes of memory that this machine, or the container around us, has; and that are available now.
+    """Total and available memory of this machine or container, in bytes.
 
     Args:
         root: as in usable_cores.
@@ -40,7 +40,7 @@ def machine_memory(root: Path = _ROOT) -> tuple[int, int]:
 
 
 def _control_groups(root: Path, controller: str) -> Iterator[Path]:
-    """The folders of the control groups around this process, of either version, that may hold a bound."""
+    """The folders of this process's control groups (v1 or v2) that may set a limit."""
     try:
         lines = (root / "proc/self/cgroup").read_text().splitlines()
     except OSError:
@@ -60,7 +60,7 @@ def _control_groups(root: Path, controller: str) -> Iterator[Path]:
 
 
 def _cpu_quota(group: Path) -> float | None:
-    """The cores' worth of time of one control group; None if it has no bound, or is none."""
+    """The CPU quota of one control group in cores; None without one."""
     try:
         if (group / "cpu.max").exists():
             quota, period = (group / "cpu.max").read_text().split()
@@ -72,7 +72,7 @@ def _cpu_quota(group: Path) -> float | None:
 
 
 def _memory_limit(group: Path) -> tuple[int, int] | None:
-    """The bytes of one control group, and how many are left; None if it has no bound, or is none."""
+    """The memory limit of one control group and what is left of it, in bytes; None without one."""
     if (group / "memory.max").exists():
         limit, used, given_back = "memory.max", "memory.current", "inactive_file"
     else:

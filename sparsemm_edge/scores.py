@@ -1,7 +1,7 @@
 """Head scores: how much each query head of a model looks at the image region being read.
 
 Source: SparseMM (arXiv 2506.05344), section 3.1. A score is the mean over pages of the target response;
-only the ratio between heads matters to whoever reads it.
+only the ratios between heads matter.
 """
 
 import hashlib
@@ -36,7 +36,7 @@ def group_scores(scores: npt.NDArray[np.floating[Any]], n_head_kv: int) -> npt.N
     """
     n_layer, n_head = scores.shape
     if n_head_kv < 1 or n_head % n_head_kv:
-        raise SparseMMError(f"{n_head} query heads cannot be shared out to {n_head_kv} KV heads")
+        raise SparseMMError(f"{n_head} query heads cannot be divided among {n_head_kv} KV heads")
     grouped = scores.astype(np.float64).reshape(n_layer, n_head_kv, n_head // n_head_kv).sum(axis=2)
     return grouped / grouped.sum()
 

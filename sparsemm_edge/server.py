@@ -1,8 +1,7 @@
-"""An OpenAI-compatible HTTP server on a model that evicts.
+"""An OpenAI-compatible HTTP server for a model with eviction.
 
-Requests have the types of llama-cpp-python's server. Its app drives `llama_cpp.Llama`, which cuts prompts at
-512 tokens, encodes an image anew for every request and knows nothing of what is evicted: this one drives the
-package's own runtime.
+It uses the request types of llama-cpp-python's server, but this package's runtime: `llama_cpp.Llama` splits
+prompts into batches of 512 tokens, encodes images again for every request and does not know what is evicted.
 """
 
 import asyncio
@@ -48,7 +47,7 @@ _NOT_SUPPORTED = ("functions", "tools", "logprobs", "logit_bias", "mirostat_mode
 
 
 class ChatRequest(CreateChatCompletionRequest):
-    """What a client asks. Fields that it leaves out are as the server was told at its start."""
+    """A chat completion request. Omitted fields use the server's options."""
 
     messages: list[dict[str, Any]] = Field(min_length=1)  # type: ignore[assignment]
     max_completion_tokens: int | None = None
@@ -59,21 +58,21 @@ class ChatRequest(CreateChatCompletionRequest):
 
 @dataclass(frozen=True)
 class _Said:
-    """One message: its turn, and its images as the client gave them."""
+    """One message: its turn, and its images as sent by the client."""
 
     turn: Turn
     images: tuple[str, ...] = ()
 
     @property
     def identity(self) -> tuple[str, str, tuple[str, ...]]:
-        """Tells whether it is the same as one that was read before."""
+        """Identifies a message, to compare it with an earlier one."""
         images = tuple(hashlib.sha256(image.encode()).hexdigest() for image in self.images)
         return self.turn.role, self.turn.text.strip(), images
 
 
 @dataclass(frozen=True)
 class _Job:
-    """A request as the runtime takes it; n_predict None: as many as there is room for."""
+    """A parsed request; n_predict None: no limit but the context."""
 
     said: tuple[_Said, ...]
     sampling: Sampling
@@ -83,7 +82,7 @@ class _Job:
 
 @dataclass(frozen=True)
 class _Done:
-    """How an answer ended; n_cached: positions of the prompt that were held already."""
+    """How an answer ended; n_cached: prompt positions that were in the cache already."""
 
     stats: GenerationStats
     n_cached: int
@@ -106,20 +105,20 @@ class _Done:
 
 
 class Slot:
-    """The one conversation that the model holds. Requests queue for it.
+    """The server's one conversation, for which requests queue.
 
-    A request that goes on with what was said is read from there; any other begins anew. Close it before the
-    model, or use it in a `with`.
+    A request that continues the conversation computes only its new turns; any other starts a new one. Close
+    it before the model, or use it in a `with`.
     """
 
     def __init__(
         self, conversation: Conversation, *, sampling: Sampling, n_predict: int, system: str | None
     ) -> None:
         """Args:
-        conversation: which the slot answers with; it must not be used otherwise.
-        sampling: how answers are sampled where a request says nothing.
-        n_predict: most tokens of an answer where a request says nothing.
-        system: what the model is told before everything where a request says nothing.
+        conversation: for the slot's exclusive use.
+        sampling: defaults for requests.
+        n_predict: default for requests.
+        system: the system message of requests without one.
         """
         self._conversation = conversation
         self._sampling = sampling
@@ -130,7 +129,7 @@ class Slot:
         self._closing = threading.Event()
 
     def stop(self) -> None:
-        """Give up what is being answered, and answer nothing more."""
+        """Cancel the current answer and refuse further requests."""
         self._closing.set()
 
     def close(self) -> None:
@@ -146,10 +145,10 @@ class Slot:
         self.close()
 
     def job(self, request: ChatRequest) -> _Job:
-        """What a request asks for.
+        """Parse a request.
 
         Raises:
-            SparseMMError: something that it asks for cannot be.
+            SparseMMError: an unsupported or invalid field.
         """
         for name in _NOT_SUPPORTED:
             if getattr(request, name):
@@ -360,7 +359,7 @@ def _said(message: dict[str, Any]) -> _Said:
 
 
 def _sampling(default: Sampling, request: ChatRequest) -> Sampling:
-    """How a request wants to be answered."""
+    """The sampling options of a request."""
     given = {
         name: getattr(request, name)
         for name in _SAMPLED

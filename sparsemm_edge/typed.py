@@ -1,4 +1,4 @@
-"""Messages as they are typed, pasted or piped, and what Ctrl-C means meanwhile."""
+"""Input of chat: typed, pasted or piped messages, and Ctrl-C."""
 
 import signal
 import sys
@@ -11,11 +11,10 @@ _HINT = "Ctrl-D or /exit leaves the chat"
 
 
 class Messages:
-    """Where messages come from: a terminal, with editing, history and pastes of several lines, or a pipe.
+    """Reads messages from a terminal, with editing, history and multi-line pastes, or from a pipe.
 
-    A message is a line. One that begins with three quotes goes on to the line that ends with three. Ctrl-C
-    ends what is being answered, and never loses what was said: in a terminal, Ctrl-D leaves; where messages
-    are piped, Ctrl-C twice.
+    A message is a line, or the lines between three quotes. Ctrl-C stops the current answer, which stays in
+    the conversation. Ctrl-D leaves; with piped messages, Ctrl-C twice.
 
         messages = Messages()
         with messages() as lines:
@@ -30,7 +29,7 @@ class Messages:
 
     @contextmanager
     def __call__(self) -> Iterator[Iterator[str]]:
-        """The messages, without white space around them."""
+        """Iterate over messages, stripped of white space."""
         before = signal.signal(signal.SIGINT, self._note)
         try:
             yield self._messages(self._terminal_line() if self.from_terminal else _piped_line)
@@ -39,7 +38,7 @@ class Messages:
 
     @contextmanager
     def answering(self) -> Iterator[Callable[[], bool]]:
-        """While a message is answered: whether Ctrl-C was pressed."""
+        """Whether Ctrl-C was pressed while a message is answered."""
         self._answering, self._interrupted = True, False
         try:
             yield lambda: self._interrupted

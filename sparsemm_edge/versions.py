@@ -1,4 +1,4 @@
-"""What is installed: this package, and the llama.cpp that it would run."""
+"""Installed versions of this package and of llama.cpp."""
 
 from sparsemm_edge import __version__
 from sparsemm_edge.errors import SparseMMError
@@ -8,7 +8,7 @@ LLAMA_CPP_PYTHON, LLAMA_CPP_COMMIT = "0.3.36", "0c1e57098"
 
 
 def versions() -> list[str]:
-    """A line each."""
+    """One line per version."""
     return [f"sparsemm-edge {__version__}", _llama_cpp()]
 
 

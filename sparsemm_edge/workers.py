@@ -1,4 +1,4 @@
-"""Work shared out over processes, each with a model in its own memory."""
+"""Distribute work over processes, each with its own model."""
 
 import os
 import signal
@@ -19,14 +19,14 @@ _Result = TypeVar("_Result")
 def map_processes(
     worker: Callable[[int, Iterator[_Item]], Iterator[_Result]], items: Sequence[_Item], n_jobs: int
 ) -> Iterator[_Result]:
-    """The results of all items, as they come: an item goes to whichever process is free.
+    """Yield results of all items as they complete; each free process gets the next item.
 
-    However this ends, the processes end with it, also where this process is killed.
+    The processes end with this call, even if this process is killed.
 
     Args:
-        worker: runs in each process, with the process' number and the items that it gets; yields a result for
-            each. It is pickled, as are items and results.
-        items: what there is to do.
+        worker: runs in each process with its rank and an iterator of items; yields one result per item. It is
+            pickled, as are items and results.
+        items: the work.
         n_jobs: processes; no more than items are started.
 
     Raises:
@@ -58,7 +58,7 @@ def map_processes(
                     process = processes[connection]
                     process.join()
                     raise SparseMMError(
-                        f"a process of the run died (exit status {process.exitcode}), for want of memory, or"
+                        f"a process of the run died (exit status {process.exitcode}): out of memory, or"
                         " because a model file was replaced: what is done is saved, --resume goes on, fewer"
                         " --jobs take less memory"
                     ) from error
@@ -77,7 +77,7 @@ def map_processes(
 
 
 def _run(worker: Callable[[int, Iterator[Any]], Iterator[Any]], rank: int, connection: Connection) -> None:
-    """In a process: an item comes in, its result goes out, until it is killed or its parent is gone."""
+    """Run in a child process: receive items and send results, until it is killed or its parent exits."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent
     threading.Thread(target=_exit_with_parent, daemon=True).start()
     try:

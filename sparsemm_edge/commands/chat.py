@@ -34,9 +34,9 @@ def chat(
         bool, typer.Option("--json", help="Print text and figures of each answer as one JSON object a line.")
     ] = False,
 ) -> None:
-    """Talk about images. A message is a line, or what is pasted; what was read once is not read again.
+    """Chat about images. Earlier messages and images stay in the KV cache and are not computed again.
 
-    Every message that leaves a head above its budget evicts again. /help lists the commands.
+    Each message that leaves a head above its budget triggers another eviction. /help lists the commands.
 
     \b
     Examples:

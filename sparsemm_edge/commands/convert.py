@@ -33,33 +33,36 @@ def convert(
         Path | None, typer.Option(help="File to write [default: <model>.sparsemm.gguf beside the model].")
     ] = None,
     budget: Annotated[
-        int, typer.Option(help="Positions a KV head keeps on average, window included.")
+        int, typer.Option(help="Mean positions per KV head, window included.")
     ] = defaults.BUDGET,
     window: Annotated[
         int | None,
         typer.Option(
-            help="Last prompt positions, which vote and are always kept"
+            help="Observation window: last prompt positions, which are always kept"
             f" [default: {defaults.WINDOW}, at most a quarter of the budget]."
         ),
     ] = None,
     floor_ratio: Annotated[
-        float, typer.Option(help="Share of the budget that every head gets.")
+        float, typer.Option(help="Share of the budget that is divided evenly.")
     ] = defaults.FLOOR_RATIO,
     policy: Annotated[
-        str, typer.Option(help="How heads share: sparsemm, uniform, pyramid or random.")
+        str, typer.Option(help="How heads share the budget: sparsemm, uniform, pyramid or random.")
     ] = "sparsemm",
     vote: Annotated[
-        str, typer.Option(help="How a head's positions are ranked: mixkv, or snapkv (as in the paper).")
+        str, typer.Option(help="How positions are ranked: mixkv, or snapkv (as in the paper).")
     ] = defaults.VOTE,
     residual: Annotated[
         bool,
         typer.Option(
-            "--residual/--no-residual", help="One place of a head that evicts stands for all that it lost."
+            "--residual/--no-residual",
+            help="Keep one residual slot per evicting head, which summarises what it evicted.",
         ),
     ] = defaults.RESIDUAL,
     water_fill: Annotated[
         bool,
-        typer.Option("--water-fill/--no-water-fill", help="Give what a head cannot use to the others."),
+        typer.Option(
+            "--water-fill/--no-water-fill", help="Redistribute what a head cannot use to the other heads."
+        ),
     ] = True,
     n_prompt: Annotated[int, typer.Option(help="Prompt length to water-fill for, in positions.")] = 2944,
     seed: Annotated[int, typer.Option("--seed", "-s", help="Seed of policy random.")] = 0,

@@ -22,7 +22,7 @@ def demo(
     prompt: Annotated[
         str | None, typer.Option("--prompt", "-p", help="A question instead of the demo's own.")
     ] = None,
-    budgets: Annotated[str, typer.Option(help="Positions that a KV head keeps on average.")] = "64,32",
+    budgets: Annotated[str, typer.Option(help="Mean positions per KV head.")] = "64,32",
     out: Annotated[Path, typer.Option(help="Folder for the page and the pictures.")] = Path("sparsemm-demo"),
     as_json: options.AsJson = False,
 ) -> None:

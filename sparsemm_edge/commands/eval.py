@@ -37,7 +37,7 @@ def evaluate(
         Path | None, typer.Option(help="Folder of the data set's images [default: as published].")
     ] = None,
     pages: Annotated[
-        int | None, typer.Option(help="Images to take, the first ones [default: all, 200 of grid].")
+        int | None, typer.Option(help="Number of images, from the first one [default: all; 200 for grid].")
     ] = None,
     retention: Annotated[
         str | None,
@@ -57,7 +57,10 @@ def evaluate(
         str, typer.Option(help="What ranks positions: mixkv, or snapkv, the window's attention alone.")
     ] = "mixkv",
     residual: Annotated[
-        str, typer.Option(help="A slot a head that stands for all that it lost: yes, no, or both.")
+        str,
+        typer.Option(
+            help="Keep a residual slot per head, which summarises what it evicted: yes, no, or both."
+        ),
     ] = "yes",
     later: Annotated[
         str,
@@ -66,24 +69,22 @@ def evaluate(
             " does the first one: the image is evicted before it."
         ),
     ] = "again",
-    turns: Annotated[
-        int, typer.Option(help="Most questions about an image that are asked in turn over one cache.")
-    ] = 4,
+    turns: Annotated[int, typer.Option(help="Most consecutive questions about an image over one cache.")] = 4,
     cross: Annotated[
         bool,
-        typer.Option(help="Ask a second question also in the place of the first, which was evicted for."),
+        typer.Option(help="Also ask a second question in place of the first, after evicting for the first."),
     ] = True,
     window: Annotated[
         str, typer.Option(help="Observation windows; at most a quarter of the budget is used.")
     ] = str(defaults.WINDOW),
-    floor_ratio: Annotated[
-        str, typer.Option(help="Shares of the budget that every head gets; the first is for all policies.")
-    ] = str(defaults.FLOOR_RATIO),
+    floor_ratio: Annotated[str, typer.Option(help="Floor ratios; the first one is for all policies.")] = str(
+        defaults.FLOOR_RATIO
+    ),
     water_fill: Annotated[
-        str, typer.Option(help="Give what a head cannot use to the others: yes, no, or both (sparsemm).")
+        str, typer.Option(help="Redistribute what a head cannot use: yes, no, or both (sparsemm).")
     ] = "yes",
-    random_seeds: Annotated[int, typer.Option(help="How many random tables policy random is a mean of.")] = 3,
-    cache_types: Annotated[str, typer.Option(help="Numbers of K and V, such as f16,q8_0.")] = "f16",
+    random_seeds: Annotated[int, typer.Option(help="Seeds to average policy random over.")] = 3,
+    cache_types: Annotated[str, typer.Option(help="Data types of K and V, such as f16,q8_0.")] = "f16",
     scores: options.Scores = None,
     n_predict: Annotated[
         int | None, typer.Option("--n-predict", "-n", help="Most tokens of an answer [default: the data's].")
@@ -104,15 +105,15 @@ def evaluate(
     ),
     resume: Annotated[
         bool,
-        typer.Option("--resume", help="Go on with the results in --out; settings and pages may be added."),
+        typer.Option("--resume", help="Resume from the results in --out; settings and pages may be added."),
     ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print what eval.json holds.")] = False,
 ) -> None:
-    """Measure how right answers stay over budgets and policies, and how close to the full cache's.
+    """Measure accuracy and fidelity to the full cache, over budgets and policies.
 
-    Lists are separated by commas. Every question is asked as the first about its image, with the full cache
-    and under every setting; the first about an image is followed by the others, as a chat would be. Images
-    are encoded and prompts read once. A prompt takes the memory of two full caches.
+    Lists are separated by commas. Each question is asked about a fresh image, with the full cache and with
+    every setting; the first question about an image is also followed by the others, as in a chat. Images are
+    encoded and prompts computed once. A prompt takes the memory of two full caches.
 
     \b
     Examples:

@@ -31,11 +31,11 @@ def fit(
     cache_type_k: Annotated[
         str,
         typer.Option(
-            "--cache-type-k", "-ctk", help="Numbers of K where evicted: f16, f32, bf16, q8_0, q4_0."
+            "--cache-type-k", "-ctk", help="Data type of K where evicted: f16, f32, bf16, q8_0, q4_0."
         ),
     ] = "f16",
     cache_type_v: Annotated[
-        str, typer.Option("--cache-type-v", "-ctv", help="Numbers of V where evicted, likewise.")
+        str, typer.Option("--cache-type-v", "-ctv", help="Data type of V where evicted.")
     ] = "f16",
     n_ubatch: options.NUbatch = None,
     scores: options.Scores = None,
@@ -43,14 +43,15 @@ def fit(
     kv_max_tail: options.KvMaxTail = None,
     n_gpu_layers: options.NGpuLayers = None,
     memory: Annotated[
-        str | None, typer.Option(help="Memory to fit into, such as 8G [default: what is available here].")
+        str | None,
+        typer.Option(help="Memory to fit into, such as 8G [default: this machine's available memory]."),
     ] = None,
     as_json: options.AsJson = False,
 ) -> None:
     """Compute the memory that a model, its images and its cache need, without running it.
 
-    K and V are exact. Compute buffers are what llama.cpp says it would allocate, the image encoder's for the
-    image that it warms up with. What a GPU holds counts like the rest: totals are of all devices together.
+    K and V are exact. Compute buffers are llama.cpp's own numbers; the image encoder's are for its warm-up
+    image. Totals include the memory of all devices.
 
     \b
     Example:

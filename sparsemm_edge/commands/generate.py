@@ -25,15 +25,15 @@ def generate(
     n_predict: Annotated[int, typer.Option("--n-predict", "-n", help="Most tokens to generate.")] = 256,
     n_ctx: options.NCtx = None,
     save_session: Annotated[
-        Path | None, typer.Option(help="Write question and answer to this file, to go on from later.")
+        Path | None, typer.Option(help="Write the conversation to this file, to continue it later.")
     ] = None,
     load_session: Annotated[
-        Path | None, typer.Option(help="Go on from such a file: what was read then is not read again.")
+        Path | None, typer.Option(help="Continue the conversation in this file, without reading it again.")
     ] = None,
     verbose: options.Verbose = False,
     as_json: options.AsJson = False,
 ) -> None:
-    """Answer a question about images, evicting as the converted model file says.
+    """Answer a question about images, with the eviction settings of the converted model file.
 
     \b
     Examples:

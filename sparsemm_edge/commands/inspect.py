@@ -17,7 +17,7 @@ def inspect(
     ] = None,
     as_json: options.AsJson = False,
 ) -> None:
-    """Show the head budgets that a GGUF file holds, and what they save.
+    """Show the head budgets of a GGUF file, and the memory that they save.
 
     \b
     Example:

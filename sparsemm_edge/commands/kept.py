@@ -25,7 +25,7 @@ def kept(
     cache_type_v: options.CacheTypeV = "f16",
     verbose: options.Verbose = False,
 ) -> None:
-    """Draw what the heads keep of an image after a prompt, next to the map of heads.
+    """Draw which image positions the heads keep after a prompt, beside the map of head budgets.
 
     \b
     Example:

@@ -57,13 +57,13 @@ NCtx = Annotated[
     typer.Option("--n-ctx", "-c", help="Most positions of prompt and reply [default: what they need]."),
 ]
 CacheTypeK = Annotated[
-    str, typer.Option("--cache-type-k", "-ctk", help="Numbers of K: f16, f32, bf16, q8_0 or q4_0.")
+    str, typer.Option("--cache-type-k", "-ctk", help="Data type of K: f16, f32, bf16, q8_0 or q4_0.")
 ]
 CacheTypeV = Annotated[
-    str, typer.Option("--cache-type-v", "-ctv", help="Numbers of V: f16, f32, bf16, q8_0 or q4_0.")
+    str, typer.Option("--cache-type-v", "-ctv", help="Data type of V: f16, f32, bf16, q8_0 or q4_0.")
 ]
 ImageMemory = Annotated[
-    int, typer.Option(help="MiB of images that stay encoded in memory, so that one that comes again is not.")
+    int, typer.Option(help="MiB of encoded images to keep in memory, for images that come again.")
 ]
 NUbatch = Annotated[
     int | None,
@@ -71,33 +71,34 @@ NUbatch = Annotated[
 ]
 
 # How it evicts; what is not given is the model file's.
-Budget = Annotated[
-    int | None, typer.Option(help="Positions a KV head keeps on average, instead of the file's budget.")
-]
+Budget = Annotated[int | None, typer.Option(help="Mean positions per KV head [default: the file's].")]
 Policy = Annotated[
-    str | None, typer.Option(help="sparsemm, uniform, pyramid, random or full, instead of the file's.")
+    str | None, typer.Option(help="sparsemm, uniform, pyramid, random or full [default: the file's].")
 ]
 Window = Annotated[
-    int | None, typer.Option(help="Last prompt positions, which vote and are kept, instead of the file's.")
+    int | None,
+    typer.Option(
+        help="Observation window: last prompt positions, which are always kept [default: the file's]."
+    ),
 ]
-Scores = Annotated[Path | None, typer.Option(help="Head scores to use instead of the file's, a JSON file.")]
+Scores = Annotated[Path | None, typer.Option(help="Head scores, a JSON file [default: the model file's].")]
 Vote = Annotated[
     str | None,
-    typer.Option(help="How a head's positions are ranked: mixkv or snapkv, instead of the file's."),
+    typer.Option(help="How positions are ranked: mixkv or snapkv [default: the file's]."),
 ]
 Residual = Annotated[
     bool | None,
     typer.Option(
         "--residual/--no-residual",
-        help="One place of a head that evicts stands for all that it lost [default: the file's].",
+        help="Keep a residual slot per head that summarises what it evicted [default: the file's].",
         show_default=False,
     ),
 ]
 KvMaxTail = Annotated[
     int | None,
-    typer.Option(help="Generated positions a KV head holds at most, the oldest go first [default: all]."),
+    typer.Option(help="Most generated positions per KV head; the oldest are dropped [default: all]."),
 ]
-Evict = Annotated[bool, typer.Option("--evict/--no-evict", help="Evict, or keep the whole cache.")]
+Evict = Annotated[bool, typer.Option("--evict/--no-evict", help="Evict, or keep the full cache.")]
 
 NCtxOfChat = Annotated[
     int | None,
@@ -140,15 +141,17 @@ class ModelOptions:
         int | None, typer.Option(help="Least tokens of an image, where its size decides (Qwen-VL).")
     ] = None
     image_max_tokens: Annotated[int | None, typer.Option(help="Most tokens of an image, likewise.")] = None
-    mmap: Annotated[bool, typer.Option("--mmap/--no-mmap", help="Map the model file, or read it.")] = True
+    mmap: Annotated[bool, typer.Option("--mmap/--no-mmap", help="Memory-map the model file, or read it.")] = (
+        True
+    )
     mlock: Annotated[
-        bool, typer.Option("--mlock", help="Keep the weights in memory, as far as the system lets.")
+        bool, typer.Option("--mlock", help="Lock the weights in memory, if the system allows it.")
     ] = False
     unload_mmproj: Annotated[
         bool,
         typer.Option(
             "--unload-mmproj",
-            help="Free the image encoder before the prompt is read, and load it again for the next image.",
+            help="Free the image encoder before the prompt is computed; reload it for the next image.",
         ),
     ] = False
 
@@ -191,11 +194,11 @@ class ImageCacheOptions:
         Path | None,
         typer.Option(
             metavar="DIR",
-            help="Keep encoded images in this folder, so that one that comes again is not encoded again.",
+            help="Keep encoded images in this folder, for images that come again.",
         ),
     ] = None
     image_cache_size: Annotated[
-        int, typer.Option(help="MiB that its files take at most; those that were not used longest go.")
+        int, typer.Option(help="Size limit of that folder in MiB; the least recently used files are removed.")
     ] = IMAGE_CACHE_SIZE
 
     def arguments(self) -> dict[str, Any]:
@@ -226,24 +229,24 @@ class QuestionOptions:
     """What is asked."""
 
     prompt: Annotated[
-        str | None, typer.Option("--prompt", "-p", help="What to ask; - reads it from stdin.")
+        str | None, typer.Option("--prompt", "-p", help="The prompt; - reads it from stdin.")
     ] = None
-    file: Annotated[
-        Path | None, typer.Option("--file", "-f", help="What to ask, a text file, instead of --prompt.")
-    ] = None
+    file: Annotated[Path | None, typer.Option("--file", "-f", help="Read the prompt from a text file.")] = (
+        None
+    )
 
     def text(self, default: str | None = None) -> str:
         """The question; without the line end that a file or a pipe ends with."""
         if self.prompt is not None and self.file is not None:
-            raise SparseMMError("give what to ask with -p or with -f, not both")
+            raise SparseMMError("give the prompt with -p or with -f, not both")
         if self.file is not None:
             return _without_last_line_end(read_text(self.file))
         if self.prompt == "-":
-            return _without_last_line_end(decode_text(sys.stdin.buffer.read(), "what to ask, on stdin,"))
+            return _without_last_line_end(decode_text(sys.stdin.buffer.read(), "the prompt on stdin"))
         found = default if self.prompt is None else self.prompt
         if found is None:
-            raise SparseMMError("what to ask is missing: give -p TEXT, -p - to read stdin, or -f FILE")
-        check_text(found, "what to ask")
+            raise SparseMMError("no prompt: give -p TEXT, -p - to read stdin, or -f FILE")
+        check_text(found, "the prompt")
         return found
 
 
@@ -251,13 +254,11 @@ class QuestionOptions:
 class TemplateOptions:
     """What is written around a question."""
 
-    system: Annotated[
-        str | None, typer.Option(help="What the model is told before everything: text, or @FILE.")
-    ] = None
+    system: Annotated[str | None, typer.Option(help="System message: text, or @FILE.")] = None
     chat_template: ChatTemplate = None
     chat_template_kwargs: Annotated[
         str | None,
-        typer.Option(help="What else the template is told, such as '{\"enable_thinking\": false}'."),
+        typer.Option(help="Extra variables for the template, such as '{\"enable_thinking\": false}'."),
     ] = None
 
     def arguments(self) -> "Frame":
@@ -323,23 +324,27 @@ class EvictionOptions:
 class SamplingOptions:
     """How an answer is sampled, and what it must look like. The defaults are runtime.Sampling's."""
 
-    temp: Annotated[float, typer.Option(help="0: the likeliest token; above: sample.")] = 0.0
-    seed: Annotated[
-        int, typer.Option("--seed", "-s", help="Seed for sampling; -1: another one each time.")
-    ] = 0
-    top_k: Annotated[int, typer.Option(help="Sample from so many likeliest tokens; 0: all.")] = 40
-    top_p: Annotated[float, typer.Option(help="Sample from the likeliest with this probability.")] = 0.95
-    min_p: Annotated[float, typer.Option(help="Sample from those with this share of the likeliest's.")] = 0.05
+    temp: Annotated[float, typer.Option(help="Temperature; 0 is greedy.")] = 0.0
+    seed: Annotated[int, typer.Option("--seed", "-s", help="Seed for sampling; -1: a new one each time.")] = 0
+    top_k: Annotated[int, typer.Option(help="Sample from this many most likely tokens; 0: all.")] = 40
+    top_p: Annotated[
+        float, typer.Option(help="Sample from the most likely tokens with this total probability.")
+    ] = 0.95
+    min_p: Annotated[
+        float, typer.Option(help="Sample from tokens with at least this share of the top probability.")
+    ] = 0.05
     repeat_penalty: Annotated[
-        float, typer.Option(help="Divides the logits of the last 64 tokens; 1: none.")
+        float, typer.Option(help="Divide the logits of the last 64 tokens by this; 1: off.")
     ] = 1.0
     presence_penalty: Annotated[
-        float, typer.Option(help="Subtracted from the logits of the last 64 tokens.")
+        float, typer.Option(help="Subtract this from the logits of the last 64 tokens.")
     ] = 0.0
-    frequency_penalty: Annotated[float, typer.Option(help="The same, as often as a token is there.")] = 0.0
+    frequency_penalty: Annotated[
+        float, typer.Option(help="Subtract this once per occurrence in the last 64 tokens.")
+    ] = 0.0
     stop: Annotated[
         list[str] | None,
-        typer.Option(metavar="TEXT", help="Text that ends the answer before it; may be given several times."),
+        typer.Option(metavar="TEXT", help="Stop before this text; may be given several times."),
     ] = None
     json_schema: Annotated[
         str | None, typer.Option(help="JSON schema of the answer: the text or a file.")

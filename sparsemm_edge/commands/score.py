@@ -36,11 +36,9 @@ def score(
     pages: Annotated[int, typer.Option(help="How many pages, at most.")] = 100,
     until: Annotated[
         float,
-        typer.Option(
-            help="Stop once the halves of the pages so far rank the heads alike: their correlation; 2: never."
-        ),
+        typer.Option(help="Stop at this rank correlation between halves of the pages; 2: never."),
     ] = 0.95,
-    seed: Annotated[int, typer.Option("--seed", "-s", help="Which pages are made.")] = 0,
+    seed: Annotated[int, typer.Option("--seed", "-s", help="Seed of the pages.")] = 0,
     size: Annotated[str, typer.Option("--page-size", help="Of documents, in pixels.")] = "896x672",
     prompt: Annotated[
         str | None,
@@ -53,7 +51,7 @@ def score(
         int | None, typer.Option(help="Most tokens of an answer [default: a little over the page's text].")
     ] = None,
     convert: Annotated[
-        bool, typer.Option("--convert", help="Go on: write head budgets into a copy of the GGUF file.")
+        bool, typer.Option("--convert", help="Also write head budgets into a copy of the GGUF file.")
     ] = False,
     threads: options.Threads = None,
     threads_batch: options.ThreadsBatch = None,
@@ -73,11 +71,11 @@ def score(
     dtype: Annotated[
         str,
         typer.Option(
-            help="Numbers of a checkpoint: auto (the checkpoint's own), float32, float16 or bfloat16."
+            help="Data type of a checkpoint: auto (the checkpoint's own), float32, float16 or bfloat16."
         ),
     ] = "auto",
     jobs: Annotated[int, typer.Option(help="Processes, each with the model; the i-th takes GPU i.")] = 1,
-    resume: Annotated[bool, typer.Option("--resume", help="Go on with an unfinished run.")] = False,
+    resume: Annotated[bool, typer.Option("--resume", help="Resume an unfinished run.")] = False,
     force: Annotated[
         bool, typer.Option("--force", help="Replace the file to write, drop an unfinished run.")
     ] = False,

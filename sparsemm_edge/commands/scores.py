@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 scores = typer.Typer(
     no_args_is_help=True,
     rich_markup_mode=None,
-    help="Look at head scores, compare them, put them to the test.",
+    help="Show, compare and test head scores.",
 )
 
 _N_DIFFERENCES = 8  # heads of which compare tells how they differ
@@ -110,9 +110,7 @@ def knockout(
     file: Annotated[Path, typer.Option("--scores", help="Its head scores, a JSON file.", show_default=False)],
     data: Annotated[str, typer.Option(help="Pages to read: documents, grid or a folder.")] = "documents",
     pages: Annotated[int, typer.Option(help="How many pages, at most.")] = 20,
-    seed: Annotated[
-        int, typer.Option("--seed", "-s", help="Which pages are made, and which heads are drawn.")
-    ] = 1,
+    seed: Annotated[int, typer.Option("--seed", "-s", help="Seed of the pages and of the random heads.")] = 1,
     size: Annotated[str, typer.Option("--page-size", help="Of documents, in pixels.")] = "896x672",
     prompt: Annotated[str | None, typer.Option(help="What to ask [default: for all the text].")] = None,
     share: Annotated[float, typer.Option(help="Share of the heads to silence.")] = 0.05,

@@ -16,7 +16,7 @@ class ServeSampling(options.SamplingOptions):
     """How an answer is sampled where a request says nothing."""
 
     seed: Annotated[
-        int, typer.Option("--seed", "-s", help="Seed for sampling; -1: another one each time.")
+        int, typer.Option("--seed", "-s", help="Seed for sampling; -1: a new one each time.")
     ] = -1
 
 
@@ -40,10 +40,10 @@ def serve(
     image_memory: options.ImageMemory = defaults.IMAGE_MEMORY,
     verbose: options.Verbose = False,
 ) -> None:
-    """Serve OpenAI's chat API: messages with images as data URLs, streaming, one request after the other.
+    """Serve OpenAI's chat API, with images as data URLs and streaming, one request at a time.
 
-    What a request leaves out is as the options say. A conversation that goes on is read from where it was;
-    usage tells the bytes of K and V. Needs: pip install 'sparsemm-edge[serve]'.
+    The options are the defaults for requests. A request that continues the last conversation computes only
+    what is new; `usage` holds the bytes of K and V. Needs: pip install 'sparsemm-edge[serve]'.
 
     \b
     Examples:

@@ -1,1 +1,1 @@
-"""How right answers stay when the cache shrinks: data sets, metrics, settings, the run and its report."""
+"""Accuracy under eviction: data sets, metrics, settings, runs and reports."""

@@ -1,8 +1,8 @@
-"""Questions about images: the project's own pages, a folder of one's own, and published data sets.
+"""Questions about images: the project's own pages, a user's folder, or published data sets.
 
-Published ones are read in the layouts in which they are downloaded: OCRBench, TextVQA, DocVQA, InfographicVQA
-and ChartQA, as the authors' JSON with a folder of images, or as Hugging Face parquet files with the images
-inside. What has columns for image, question and answers under the names that such data sets use is read, too.
+Published data sets are read as downloaded: OCRBench, TextVQA, DocVQA, InfographicVQA and ChartQA, as the
+authors' JSON with a folder of images or as Hugging Face parquet files. Other files work if they have columns
+for image, question and answers under the usual names.
 """
 
 import hashlib
@@ -46,14 +46,14 @@ class Question:
     """One question about one image.
 
     Attributes:
-        name: names it in reports; no other question of the data set has it.
-        page: names its image; questions about the same image share it.
+        name: unique in the data set.
+        page: identifies its image; questions about the same image share it.
         image: a file, the bytes of one, or a picture.
-        prompt: what the model is asked.
+        prompt: the question.
         task: questions of a task are reported together.
-        metric: one of metrics.METRICS; None: there are no answers to compare with.
-        answers: the accepted ones.
-        later: questions about the same image that a user may ask after this one, in turn.
+        metric: one of metrics.METRICS; None: no accepted answers.
+        answers: accepted answers.
+        later: follow-up questions about the same image, in order.
     """
 
     name: str
@@ -76,13 +76,13 @@ class Question:
 
 @dataclass(frozen=True)
 class DataSet:
-    """Questions that are each asked as the first one about their image; some have later ones.
+    """First questions about images; some have follow-up questions.
 
     Attributes:
-        name: where it came from, however much of it is taken.
+        name: its source.
         questions: all of them.
-        n_predict: tokens that answers need at most.
-        notes: what a person should know of what was left out, a line each.
+        n_predict: most tokens of an answer.
+        notes: what was left out, one line each.
     """
 
     name: str
@@ -128,7 +128,7 @@ def load(source: str, *, images: Path | None = None, n_pages: int | None = None,
 
 
 def images_only(folder: Path, prompt: str = _DESCRIBE, n_pages: int | None = None) -> DataSet:
-    """All images of a folder with the same prompt and no accepted answers: what fidelity needs."""
+    """All images of a folder with the same prompt and no accepted answers, for fidelity."""
     if not folder.is_dir():
         raise SparseMMError(f"{folder} is not a folder of images")
     entries = sorted(each for each in folder.iterdir() if not each.name.startswith("."))
@@ -142,9 +142,9 @@ def images_only(folder: Path, prompt: str = _DESCRIBE, n_pages: int | None = Non
 
 
 def grid(n_pages: int, seed: int = 0, kind: Grid = DEMO) -> DataSet:
-    """The project's own pages, held out from training: read each, and look one key up.
+    """The project's own pages, held out from training: one question reads the page, one looks up a key.
 
-    After the look-up up to three other keys are looked up in turn; after reading, one is.
+    The look-up is followed by up to three more, reading by one.
     """
     if not 0 <= seed <= FIRST_TRAINING_SEED - n_pages:
         raise SparseMMError(
@@ -183,7 +183,7 @@ _N_LOOKED_AT = 16  # rows that tell whether a part has answers
 
 
 def _files(path: Path) -> tuple[list[Path], list[str]]:
-    """The file, or the files of a folder, all of one kind and of one part; and what was left out."""
+    """The file, or the files of a folder of one type and split; and what was left out."""
     if path.is_file():
         if path.suffix.lower() not in _SUFFIXES:
             raise SparseMMError(f"{path}: expected a file that ends in {', '.join(_SUFFIXES)}")
@@ -195,7 +195,7 @@ def _files(path: Path) -> tuple[list[Path], list[str]]:
 
 
 def _files_of_a_kind(path: Path) -> list[Path]:
-    """The files of a folder, or of the one folder in it that holds parquet files, as Hugging Face's do."""
+    """The files of a folder, or of its one subfolder with parquet files (Hugging Face)."""
     for suffix in _SUFFIXES:
         if files := _with_suffix(path, suffix):
             return files
@@ -216,7 +216,7 @@ def _with_suffix(folder: Path, suffix: str) -> list[Path]:
 
 
 def _answered_part(files: list[Path]) -> tuple[list[Path], list[str]]:
-    """Of files whose names tell parts of a data set, those of the first part with answers."""
+    """The files of the first split with answers."""
     parts: dict[str | None, list[Path]] = {}
     for file in files:
         words = re.split(r"[^a-z]+", file.stem.lower())
@@ -239,7 +239,7 @@ def _answered_part(files: list[Path]) -> tuple[list[Path], list[str]]:
 
 
 def _rows(file: Path) -> Iterator[Any]:
-    """The questions of a file as they stand there, whatever their layout."""
+    """The rows of a file, in any layout."""
     if file.suffix.lower() == ".parquet":
         yield from read_parquet(file)
     elif file.suffix.lower() == ".json":
@@ -265,7 +265,7 @@ def _first_pages(questions: Iterator[Question], n_pages: int | None) -> Iterator
 
 
 def _in_turn(questions: Sequence[Question]) -> tuple[Question, ...]:
-    """The same, where the first question about each image has the others after it."""
+    """The same, with the other questions about each image as follow-ups of the first."""
     pages: dict[str, list[Question]] = {}
     for question in questions:
         pages.setdefault(question.page, []).append(question)
@@ -332,17 +332,17 @@ def _read_parquet(files: list[Path], images: Path | None) -> Iterator[Question]:
 
 @dataclass(frozen=True)
 class _Layout:
-    """How a data set is published.
+    """The published format of a data set.
 
     Attributes:
         name: of the data set.
-        keys: what every row has; the first layout whose keys are there is it.
+        keys: required in every row; the first layout that matches is used.
         image, prompt, answers: the keys of the image, the question and the accepted answers.
-        metric: of its questions, or what tells it from a row.
+        metric: of its questions, or a function of the row.
         number: the key of the question's own number, "" if it has none.
         extra: added to every question.
         suffix: of image file names.
-        image_folders: where the authors' archives have the images, from the file's folder.
+        image_folders: image folders in the authors' archives, relative to the file.
     """
 
     name: str

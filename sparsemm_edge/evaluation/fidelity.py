@@ -1,4 +1,4 @@
-"""How close an evicting cache stays to the full one, without labels."""
+"""Fidelity: how close answers stay to those of the full cache, without labels."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -9,14 +9,13 @@ import numpy.typing as npt
 
 @dataclass(frozen=True)
 class Fidelity:
-    """One answer beside the full cache's.
+    """An answer compared with the full cache's.
 
     Attributes:
-        agreement: the share of tokens that are the same at the same place, of the longer of both answers,
-            0 to 1; end tokens count.
-        first_divergence: the place of the first token that differs, None if none does.
-        kl: KL divergence of the next token's distributions, full cache || this one, in nats: mean along the
-            full cache's own answer.
+        agreement: fraction of equal tokens at the same place, of the longer answer, 0 to 1; end tokens count.
+        first_divergence: index of the first different token; None if there is none.
+        kl: KL divergence of next-token distributions, full cache || this one, in nats: mean over the full
+            cache's answer.
     """
 
     agreement: float
@@ -46,7 +45,7 @@ def compare(
 
 
 def kl_divergence(logits: npt.NDArray[np.float32], other: npt.NDArray[np.float32]) -> npt.NDArray[np.float64]:
-    """KL(p || q) in nats of the distributions that logits stand for: [n, n_vocab] twice -> [n]."""
+    """KL(p || q) in nats from logits: [n, n_vocab] twice -> [n]."""
     log_p, log_q = log_softmax(logits), log_softmax(other)
     divergence: npt.NDArray[np.float64] = (np.exp(log_p) * (log_p - log_q)).sum(axis=-1)
     return np.maximum(divergence, 0.0)  # rounding

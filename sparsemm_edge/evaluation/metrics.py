@@ -1,4 +1,4 @@
-"""How right one answer is: the standard metrics of the data sets that `eval` reads.
+"""Accuracy metrics of the data sets that `eval` reads.
 
 Every metric takes the model's answer and the accepted answers and returns a score from 0 (wrong) to 1.
 """
@@ -114,7 +114,7 @@ def check_question(metric: str, accepted: Sequence[str], where: str) -> None:
     if not accepted:
         raise SparseMMError(f"{where}: there are no answers")
     if metric == "vqa_accuracy" and len(accepted) < 4:
-        raise SparseMMError(f"{where}: vqa_accuracy wants the answers of at least 4 people (10 as published)")
+        raise SparseMMError(f"{where}: vqa_accuracy needs the answers of at least 4 people (10 as published)")
     if metric == "cer" and not all(accepted):
         raise SparseMMError(f"{where}: an empty answer has no character error rate")
 

@@ -1,4 +1,4 @@
-"""What the records say: means with confidence intervals, a table, a plot, eval.json."""
+"""Summarise records: means with confidence intervals, tables, a plot, eval.json."""
 
 import json
 from collections.abc import Sequence
@@ -50,13 +50,13 @@ class Interval:
 
 @dataclass(frozen=True)
 class Way:
-    """How a question was asked: questions of a task that were asked alike are reported together.
+    """How a question was asked. Questions of a task asked in the same way are reported together.
 
     Attributes:
         first_task: the task of the first question of its conversation.
         task: its own.
         place: in the conversation, from 1.
-        instead: asked in the place of the first question, for which the cache was evicted.
+        instead: asked in place of the first question, which the cache was evicted for.
     """
 
     first_task: str
@@ -76,19 +76,18 @@ class Way:
 
 @dataclass(frozen=True)
 class Row:
-    """One setting, and questions of one task that were asked alike; the seeds of `random` are one row.
+    """One setting and one way of asking; the seeds of `random` are one row.
 
     Attributes:
         way: which questions, and how they were asked.
         setting: the setting, of the first seed.
-        label: the setting but for its budget, in words.
+        label: the setting without its budget, in words.
         n_questions: answered questions.
         n_seeds: how often each was answered.
         score: 0 to 1; None without accepted answers.
         against_full: score - the full f16 cache's, on the same pages.
-        against: score - those of other labels at the same bytes, see _comparable, read off between their
-            budgets where there are some on both sides; and those of full caches of other types that take at
-            least these bytes.
+        against: score - those of other labels at the same bytes, interpolated between their budgets (see
+            _comparable); and those of full caches of other types with at least these bytes.
         budget, window: in positions, means over the prompts; None for the full cache.
         kept, kept_share: positions held when the answer began, mean over KV heads; of the sequence, 0 to 1.
         kv_bytes, kv_share: K and V of these positions and of residual slots; of the whole sequence in a full
@@ -156,13 +155,13 @@ class Skipped:
 
 @dataclass(frozen=True)
 class Report:
-    """What a run found.
+    """The results of a run.
 
     Attributes:
-        rows: by way, the full cache first, then in the settings' order.
-        n_questions: those that were asked, of all ways.
-        failures: those of them that are in none of the rows.
-        skipped: what has no row.
+        rows: by way of asking, the full cache first, then in the settings' order.
+        n_questions: number of questions asked.
+        failures: questions without an answer.
+        skipped: combinations that cannot be run.
     """
 
     rows: tuple[Row, ...]
@@ -189,7 +188,7 @@ def make_report(
     *,
     seed: int = 0,
 ) -> Report:
-    """Sum up the records of these settings.
+    """Summarise the records of these settings.
 
     Args:
         records: by name of what was asked and setting key.
@@ -241,7 +240,7 @@ def _skipped(way: Way, records: Sequence[Record], settings: Sequence[Setting]) -
 
 
 class _Pages:
-    """Means of questions, and of questions of resampled pages."""
+    """Means over questions, and over questions of resampled pages."""
 
     def __init__(self, records: Sequence[Record], seed: int) -> None:
         self._index = {page: i for i, page in enumerate(dict.fromkeys(record.page for record in records))}
@@ -265,7 +264,7 @@ def _interval(means: npt.NDArray[np.float64]) -> Interval:
 
 
 def _budget(setting: Setting) -> str:
-    """A budget in the unit in which it was asked for."""
+    """A budget in the unit of the command line."""
     if setting.policy == "full":
         return "100 %"
     return f"{setting.retention:g} %" if setting.budget is None else str(setting.budget)
@@ -367,7 +366,7 @@ def _comparable(setting: Setting, other: Setting) -> bool:
 def _at_bytes(
     n_bytes: float, line: list[tuple[float, Setting]], scores: dict[Setting, npt.NDArray[np.float64]]
 ) -> npt.NDArray[np.float64] | None:
-    """The scores of a line at these bytes, taken to be linear between its budgets; None beyond them."""
+    """Scores at these bytes, interpolated linearly between budgets; None outside them."""
     # half a byte of tolerance: the same positions may be the same bytes but for rounding
     for (low, left), (high, right) in pairwise(line):
         if low - 0.5 <= n_bytes <= high + 0.5:
@@ -382,7 +381,7 @@ def _at_bytes(
 
 
 def print_report(report: Report) -> None:
-    """Tables, and what has no row in them, on stdout.
+    """Print tables, and what is missing from them.
 
     For each task of first questions a table of all figures, and one of the scores of what was asked after
     them; then what the first line of settings gains on the others.
@@ -541,9 +540,9 @@ def to_dict(report: Report, about: dict[str, Any]) -> dict[str, Any]:
 def save_plot(report: Report, path: Path, *, title: str) -> None:
     """Draw accuracy, or without accepted answers token agreement, over KV bytes.
 
-    A panel for each way of asking: a row of them is a conversation, first question to last, and then the
-    question in the place of the first. A line for each policy and way of sharing, with 95 % confidence
-    intervals over pages; the full f16 cache is the dashed line, of other types points.
+    One panel per way of asking, one row of panels per conversation: first question to last, then the question
+    in place of the first. One line per policy, with 95 % confidence intervals over pages; the full f16 cache
+    is the dashed line, other full caches are points.
 
     Raises:
         SparseMMError: the name does not end in .png, or the file cannot be written.

@@ -1,4 +1,4 @@
-"""The run: every question under every setting, through the runtime, saved as it goes."""
+"""Run every question with every setting, and save the results as they come."""
 
 import json
 from collections.abc import Iterator, Sequence
@@ -41,10 +41,10 @@ class EvalJob:
         n_predict: most tokens of an answer.
         n_ctx: most positions of prompts and answers; None: what the model was trained for.
         n_threads: threads of a process; None: the physical cores.
-        loading: how the model is loaded; images stay encoded whatever it says.
+        loading: how the model is loaded; encoded images are always kept in memory.
         chat_template: jinja text to use instead of the model's own template.
-        n_turns: most questions of a conversation; 1: no later ones.
-        cross: whether a second question is asked in the place of the first as well.
+        n_turns: most questions of a conversation; 1: no follow-ups.
+        cross: whether a second question is also asked in place of the first.
     """
 
     model: Path
@@ -70,13 +70,13 @@ class EvalJob:
 
 @dataclass(frozen=True)
 class Asked:
-    """A question, and what stands before it in the cache.
+    """A question and its context in the cache.
 
     Attributes:
-        question: what is asked.
-        first: the first question of its conversation; None: it is that one itself.
+        question: the question.
+        first: the first question of its conversation; None: this is the first.
         place: in the conversation, from 1.
-        instead: asked in the place of `first`, for which the cache was evicted.
+        instead: asked in place of `first`, which the cache was evicted for.
     """
 
     question: Question
@@ -86,7 +86,7 @@ class Asked:
 
     @property
     def name(self) -> str:
-        """Names it in files of results; nothing else that is asked has it."""
+        """A unique name for files of results."""
         if self.first is None:
             return self.question.name
         where = f"in the place of {self.first.name}" if self.instead else f"{self.place} after"
@@ -95,22 +95,22 @@ class Asked:
 
 @dataclass(frozen=True)
 class Record:
-    """One question under one setting.
+    """The result of one question with one setting.
 
     Attributes:
-        question: names what was asked, see Asked.name.
+        question: Asked.name.
         page, task: the question's.
         setting: its key.
         place, instead: as in Asked.
         first_task: the task of the conversation's first question.
-        error: why there is no answer; the fields below are then empty.
-        skipped: why this setting cannot be asked it; likewise.
+        error: why it failed; the fields below are then empty.
+        skipped: why this combination cannot be run; likewise.
         answer: the text.
         score: 0 to 1; None without accepted answers.
-        n_prompt: positions of the sequence when its answer began.
-        budget, window: as shared out for the first prompt, in positions; None for the full cache.
-        kept: positions held then, mean over KV heads.
-        kv_bytes: K and V of these positions, and of the slots that stand for those that were lost.
+        n_prompt: length of the sequence when its answer began.
+        budget, window: for the first prompt, in positions; None for the full cache.
+        kept: positions kept then, mean over KV heads.
+        kv_bytes: K and V of these positions and of residual slots.
         kv_full_bytes: K and V of the whole sequence in a full f16 cache.
         kv_allocated: allocated for K and V, room for the answers included.
         agreement, first_divergence, kl: see fidelity.Fidelity; of a later question against the full cache's
@@ -142,7 +142,7 @@ class Record:
 
 @dataclass
 class _Answer:
-    """The full cache's: tokens, end token included, and [n, n_vocab] logits before each of them."""
+    """The full cache's answer: tokens, end token included, and the logits of each, [n, n_vocab]."""
 
     tokens: list[int]
     logits: npt.NDArray[np.float32]
@@ -150,16 +150,16 @@ class _Answer:
 
 @dataclass
 class _Reading:
-    """A first question's prompt, and what is asked after it, while the settings are gone through.
+    """The state of one conversation while it is run with each setting.
 
     Attributes:
-        asked: the first question, later ones, and the one in its place.
+        asked: the first question, its follow-ups, and the one in its place.
         prompt: the first question's.
         n_ctx: room for all of it.
-        appended: the tokens of what is asked after it, by Asked.name.
+        appended: tokens of the follow-ups, by Asked.name.
         full: the full cache's answers, likewise.
-        prefix: the prompt but for its last tokens, None if it cannot be cut there.
-        prefix_of: cache type, and how many tokens are left out, that `prefix` was read for.
+        prefix: the KV cache of all but the prompt's last tokens; None if it cannot be split there.
+        prefix_of: cache type and number of last tokens that `prefix` is for.
     """
 
     asked: list[Asked]
@@ -172,7 +172,7 @@ class _Reading:
 
 
 class Evaluator:
-    """A loaded model that answers questions under settings. Close it, or use it in a `with`."""
+    """Answers questions with different settings. Close it or use it in a `with`."""
 
     def __init__(self, job: EvalJob) -> None:
         self._job = job
@@ -197,7 +197,7 @@ class Evaluator:
         self.close()
 
     def check(self, settings: Sequence[Setting]) -> None:
-        """Raise SparseMMError if a setting cannot be run with this model, before anything is run."""
+        """Raise SparseMMError if a setting does not work with this model."""
         shape = self._model.shape
         for setting in settings:
             block, _ = GGML_QUANT_SIZES[cache_type(setting.cache_type)]
@@ -212,10 +212,7 @@ class Evaluator:
                 self._table(n_prompt, setting)
 
     def answer(self, question: Question, settings: Sequence[Setting]) -> list[Record]:
-        """One question, and those that follow it, under all of these settings.
-
-        What fails is a record of the failure, for each setting if the question itself fails.
-        """
+        """Answer a question and its follow-ups with all settings. Failures become records too."""
         asked = self._job.asked(question)
         try:
             with self._first_prompt(question) as prompt:
@@ -233,7 +230,7 @@ class Evaluator:
             ]
 
     def _n_ctx(self, reading: _Reading) -> int:
-        """Room for the prompt, the later ones and all answers, within the limit."""
+        """Context size for the conversation, within the limit."""
         limit, n_prompt = self._job.n_ctx or self._model.n_ctx_train, reading.prompt.n_tokens
         if n_prompt >= limit:
             raise SparseMMError(f"the prompt takes {n_prompt} positions, the context has {limit}")
@@ -242,7 +239,7 @@ class Evaluator:
         return min(n_prompt + sum(later) + self._job.n_predict * (1 + len(later)), limit)
 
     def _appended(self, reading: _Reading, asked: Asked) -> npt.NDArray[np.int32]:
-        """The tokens of a later question, or of one in the place of the first: [n]."""
+        """The tokens of a follow-up, or of a question in place of the first: [n]."""
         found = reading.appended.get(asked.name)
         if found is None:
             found = self._in_place(reading, asked) if asked.instead else self._in_turn(asked)
@@ -250,13 +247,13 @@ class Evaluator:
         return found
 
     def _in_turn(self, asked: Asked) -> npt.NDArray[np.int32]:
-        """What follows an answer, from what ends that."""
+        """The tokens of a follow-up, from the end of the previous turn on."""
         text = self._model.chat_prompt(asked.question.prompt, 0, self._job.chat_template, first=False)
         with self._model.tokenize(text, first=False) as prompt:
             return _text_tokens(prompt.parts)
 
     def _in_place(self, reading: _Reading, asked: Asked) -> npt.NDArray[np.int32]:
-        """What follows the image where this question is the first."""
+        """The tokens after the image if this were the first question."""
         with self._first_prompt(asked.question) as prompt:
             before, tokens = prompt.at_last_image()
             if not len(tokens) or not _same_parts(before.parts, reading.prompt.at_last_image()[0].parts):
@@ -286,10 +283,7 @@ class Evaluator:
         )
 
     def _converse(self, reading: _Reading, setting: Setting) -> list[Record]:
-        """All that is asked under one setting, over one cache.
-
-        The full f16 cache goes first: its greedy answers are kept in `reading` for the others.
-        """
+        """Run a conversation with one setting; the full f16 cache first, whose answers `reading` keeps."""
         table, prefix, prompt = None, None, reading.prompt
         before, after = prompt.at_last_image()
         if setting.policy != "full":
@@ -348,9 +342,9 @@ class Evaluator:
             session.read(Prompt([TextPart(appended)]))
 
     def _ask_in_place(self, session: Session, reading: _Reading, setting: Setting, asked: Asked) -> Record:
-        """Take the first question back and ask another; what was kept of the image for the first one stays.
+        """Replace the first question by another, without restoring what was evicted from the image.
 
-        The cache is as it was when the first question had been read.
+        Called with the cache as it was after the first question.
         """
         before, _ = reading.prompt.at_last_image()
         if not session.truncate(before.n_pos, before.n_tokens):
@@ -360,7 +354,7 @@ class Evaluator:
         return self._answer(session, reading, setting, asked)[0]
 
     def _prefix(self, reading: _Reading, setting: Setting) -> Prefix | None:
-        """The prompt but for its last tokens, read and not evicted; None if it cannot be cut there."""
+        """The KV cache of all but the prompt's last tokens, not evicted; None if it cannot be split there."""
         wanted = (setting.cache_type, _n_rest(setting))
         if reading.prefix_of != wanted:
             reading.prefix, reading.prefix_of = None, wanted
@@ -374,9 +368,9 @@ class Evaluator:
     def _answer(
         self, session: Session, reading: _Reading, setting: Setting, asked: Asked
     ) -> tuple[Record, list[int]]:
-        """Answer what was read last, and what the cache held before; tokens, end token included.
+        """Answer the question in the cache; returns its record and tokens, end token included.
 
-        Afterwards the cache holds all of these tokens but the last.
+        The cache then holds all of these tokens but the last.
         """
         held = self._held(reading, setting, session)
         n_predict = min(self._job.n_predict, reading.n_ctx - session.n_tokens)
@@ -417,7 +411,7 @@ class Evaluator:
         tokens: list[int],
         logits: list[npt.NDArray[np.float32]] | None = None,
     ) -> list[int]:
-        """Go on from the last of `tokens`, which is not decoded yet, to the end of the answer."""
+        """Decode greedily from the last of `tokens` to the end of the answer."""
         while len(tokens) < n_predict and not self._model.ends_turn(tokens[-1]):
             session.decode(tokens[-1])
             found = session.logits()
@@ -427,7 +421,7 @@ class Evaluator:
         return tokens
 
     def _held(self, reading: _Reading, setting: Setting, session: Session) -> dict[str, Any]:
-        """What the cache holds right after a prompt."""
+        """The cache's statistics after a prompt, as fields of Record."""
         stats, shape, n_first = session.kv_stats(), self._model.shape, reading.prompt.n_tokens
         evicts = setting.policy != "full"
         n_places = stats.positions_kept_mean + session.n_residual() / (shape.n_layer * shape.n_head_kv)
@@ -443,7 +437,7 @@ class Evaluator:
 
 
 def _identify(asked: Asked, setting: Setting) -> dict[str, Any]:
-    """The fields of a record that say what it is of."""
+    """The fields of a record that identify it."""
     first = asked.first or asked.question
     return {
         "question": asked.name,
@@ -457,7 +451,7 @@ def _identify(asked: Asked, setting: Setting) -> dict[str, Any]:
 
 
 def _n_rest(setting: Setting) -> int:
-    """Tokens of the prompt to read after the prefix; the window is among them, so that it can vote."""
+    """Number of prompt tokens after the prefix; they include the window, which votes."""
     return max(_MIN_UBATCH, setting.window)
 
 
@@ -465,7 +459,7 @@ _Parts = Sequence[TextPart | ImagePart]
 
 
 def _same_parts(parts: _Parts, others: _Parts) -> bool:
-    """Whether two beginnings of prompts with the same images are the same."""
+    """Whether two prompts with the same images begin with the same parts."""
     return len(parts) == len(others) and all(
         np.array_equal(part.tokens, other.tokens)
         if isinstance(part, TextPart) and isinstance(other, TextPart)
@@ -485,13 +479,13 @@ def _text_tokens(parts: _Parts) -> npt.NDArray[np.int32]:
 
 
 class Results:
-    """The file of records, one JSON object a line, the first of which says what they are of."""
+    """The results file: one JSON object per line, the first of which describes the run."""
 
     def __init__(self, path: Path, job: EvalJob, data: DataSet, *, resume: bool) -> None:
-        """Open or go on with the file.
+        """Open or resume the file.
 
         Raises:
-            SparseMMError: it exists and `resume` is not wanted, or it is of another run.
+            SparseMMError: it exists without `resume`, or is of another run.
         """
         self.records: dict[tuple[str, str], Record] = {}
         head = {
@@ -560,7 +554,7 @@ class Results:
 
 
 def _identity(path: Path) -> str:
-    """A file's name and size: enough to notice another file, without reading gigabytes."""
+    """A file's name and size, to notice a different file without hashing it."""
     try:
         return f"{path.name}, {path.stat().st_size} bytes"
     except OSError as error:
@@ -579,11 +573,11 @@ def run(
     n_jobs: int,
     show_progress: bool,
 ) -> None:
-    """Answer what `results` lacks, and add it there.
+    """Run what is missing from `results`.
 
     Args:
         job, data, settings: what to run.
-        results: gets records as they come.
+        results: receives records as they come.
         n_jobs: processes, each with a model of its own.
         show_progress: a bar with the time left on stderr.
     """
@@ -615,7 +609,7 @@ _Page = list[tuple[Question, list[Setting]]]
 
 
 def _missing(job: EvalJob, questions: list[Question], settings: Sequence[Setting], results: Results) -> _Page:
-    """What is still to be run; a conversation is run as a whole."""
+    """Conversations that are not complete in `results`."""
     found = []
     for question in questions:
         names = [asked.name for asked in job.asked(question)]

@@ -1,4 +1,4 @@
-"""What is compared: a policy at a budget, and how the budget is shared out."""
+"""Settings to compare: policy, budget, and options of both."""
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -9,11 +9,11 @@ from sparsemm_edge.budgets import MAX_WINDOW, POLICIES, VOTES, BudgetSpec, windo
 from sparsemm_edge.errors import SparseMMError
 
 LATER = ("again", "keep", "image")
-"""What a later question may evict: anything once more (`again`), or nothing (`keep`). Under `image` the first
-one evicts nothing either: the image was evicted before it, by the votes of its own last positions."""
+"""What later questions evict: anything (`again`) or nothing (`keep`). With `image` no question evicts: the
+image is evicted before the first one, by the votes of its own last positions."""
 
 METHODS = {"paper": "sparsemm", "snapkv": "uniform", "pyramidkv": "pyramid"}
-"""Methods as they were published, and the policies that they share the budget out by."""
+"""Published methods, and their policies."""
 
 _AS_PUBLISHED: dict[str, Any] = {"vote": "snapkv", "residual": False}
 _PAPERS_FLOOR_RATIO = 0.1
@@ -22,19 +22,19 @@ _QUANTISED = ("q8_0", "q4_0")
 
 @dataclass(frozen=True)
 class Setting:
-    """One way to shrink the cache.
+    """One cache configuration.
 
     Attributes:
         policy: one of budgets.POLICIES.
-        budget: mean head budget in positions; None if `retention` says it. Both are None for `full`.
+        budget: mean head budget in positions; None with `retention`. Both are None for `full`.
         retention: mean head budget in per cent of the prompt.
-        window: observation window in positions, at most; see `window_of`.
+        window: largest observation window in positions; see `window_of`.
         floor_ratio: the share of the budget that every head gets.
-        water_fill: whether what a head cannot use goes to the others.
+        water_fill: see BudgetSpec.
         seed: of policy `random`.
         cache_type: the number type of K and V.
         vote: how the positions of a head are ranked, one of budgets.VOTES.
-        residual: whether one place of a head that evicts stands for all that it lost.
+        residual: whether an evicting head keeps a residual slot that summarises what it evicted.
         later: what later questions of a conversation evict, one of LATER.
     """
 
@@ -52,7 +52,7 @@ class Setting:
 
     @property
     def key(self) -> str:
-        """Names the setting in files of results; no other setting has it."""
+        """A unique name for files of results."""
         return ",".join(f"{name}={value}" for name, value in asdict(self).items() if value is not None)
 
     def budget_of(self, n_prompt: int) -> int:
@@ -94,12 +94,11 @@ def settings_of(
     laters: Sequence[str] = ("again",),
     n_random: int = 3,
 ) -> list[Setting]:
-    """All combinations that differ, the full cache first.
+    """All distinct combinations, the full cache first.
 
-    Floor ratios and water-filling are swept for `sparsemm`; `pyramid` and `random`
-    take the first floor ratio and are water-filled, `uniform` has no use for either. METHODS have their own
-    vote, residual slot and floor ratio. The full f16 cache is always there: it is what fidelity compares
-    with. Policy `full` is the full cache in other number types, which people shrink it to.
+    Floor ratios and water-filling vary for `sparsemm` only; `pyramid` and `random` use the first floor ratio
+    and water-filling, `uniform` needs neither. METHODS have their own vote, residual slot and floor ratio.
+    The full f16 cache is always included, as the reference. Policy `full` adds quantised full caches.
 
     Args:
         policies: of budgets.POLICIES and METHODS.
@@ -119,7 +118,7 @@ def settings_of(
         if unknown:
             raise SparseMMError(f"unknown {what} {unknown[0]!r}: expected some of {', '.join(known)}")
     if bool(budgets) == bool(retentions):
-        raise SparseMMError("give budgets in positions or retentions in per cent, one of the two")
+        raise SparseMMError("give either budgets in positions or retentions in per cent")
     for what, values, low, high in (
         ("budget", budgets, 2, 2**31 - 1),
         ("retention", retentions, 0.01, 100),
@@ -170,7 +169,7 @@ def settings_of(
 
 
 def labels(settings: Sequence[Setting]) -> dict[Setting, str]:
-    """The settings but for their budgets, in words: the policy, and what differs among settings of it."""
+    """Names of settings without their budgets: the policy, and what differs between settings of it."""
 
     def words(setting: Setting) -> str:
         like = [each for each in settings if method_of(each) == method_of(setting)]
@@ -194,7 +193,7 @@ def labels(settings: Sequence[Setting]) -> dict[Setting, str]:
 
 
 def method_of(setting: Setting) -> str:
-    """The published method that a setting is, or else its policy."""
+    """The published method that a setting equals, or its policy."""
     as_published = (setting.vote, setting.residual, setting.water_fill) == ("snapkv", False, True)
     for method, policy in METHODS.items():
         floor_ratio = 0.0 if policy == "uniform" else _PAPERS_FLOOR_RATIO

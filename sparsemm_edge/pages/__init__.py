@@ -1,4 +1,4 @@
-"""Page images with known text: what heads are scored on, what the demo model reads, what eval asks about."""
+"""Page images with known text, for scoring, for the demo model and for eval."""
 
 from dataclasses import dataclass
 
@@ -7,7 +7,7 @@ from PIL import Image
 
 @dataclass(frozen=True)
 class Chunk:
-    """A stretch of text on a page, and where it is.
+    """A piece of text on a page, with its box.
 
     Attributes:
         text: the text, never empty.
@@ -21,7 +21,7 @@ class Chunk:
 @dataclass(frozen=True)
 class Page:
     """Attributes:
-    name: how reports call it: a file name, or the seed it was made from.
+    name: a file name, or the seed it was made from.
     image: RGB.
     chunks: its text in reading order.
     """

@@ -123,7 +123,7 @@ class _Page:
                 top += int(font.size)  # a new paragraph
 
     def _line(self, font: ImageFont.FreeTypeFont, left: int, top: int, right: int) -> int:
-        """Words as far as they fit; where the next line may begin."""
+        """Draw words as far as they fit; returns where the next line may begin."""
         blank = font.getlength(" ")
         x, bottom = float(left), top + int(font.size)
         while True:

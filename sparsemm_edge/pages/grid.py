@@ -49,7 +49,7 @@ class Grid:
     """A kind of pages.
 
     Attributes:
-        name: what stands for these pages where a data set is expected.
+        name: the data set's name.
         side: cells in a row and in a column.
         n_lines: least and most lines of a page.
     """
@@ -75,8 +75,8 @@ class GridPage(Page):
     """A page of lines; its chunks are its glyphs, since the model's tokens are characters.
 
     Attributes:
-        text: the whole page as the model writes it: its lines in reading order, with newlines between.
-        lookups: for every line its key and the answer to lookup_prompt(key), which is the line.
+        text: the expected transcription: the lines in reading order, joined by newlines.
+        lookups: key and expected answer (the line) of each line.
     """
 
     text: str
@@ -164,7 +164,7 @@ def _glyphs(line: Line) -> list[Chunk]:
 
 
 def _ink(rng: np.random.Generator, paper: npt.NDArray[np.float64]) -> npt.NDArray[np.float32]:
-    """A colour that can be told from the paper."""
+    """A colour with contrast to the paper."""
     grey = np.array([0.299, 0.587, 0.114])
     while True:
         ink = rng.uniform(0, 255, 3)

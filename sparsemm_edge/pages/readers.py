@@ -1,7 +1,7 @@
-"""Where pages come from: made here, or read from a user's folder.
+"""Sources of pages: generated, or read from a user's folder.
 
-A folder holds images and files that say what stands on them: .json, .jsonl or (with pyarrow) .parquet, a
-record a page, in one of two forms:
+A folder holds images and .json, .jsonl or (with pyarrow) .parquet files with one record per page, in one of
+two formats:
 
 - {"image": file name, "chunks": [{"text": "...", "box": [left, top, right, bottom]}, ...]}, boxes in pixels;
 - as synthdog-en-detection is published: `2_coord`, a list of {"chunk", "coord": corner points}, and the image
@@ -31,11 +31,11 @@ class PageSource:
     """Pages to read one by one.
 
     Attributes:
-        name: what they are, for reports.
-        prompt: what a model is asked about them; scenes have a question each.
-        n_pages: how many there are.
-        page: the page of an index below n_pages.
-        kind: of task: "reading", or "scenes" (what is drawn there).
+        name: for reports.
+        prompt: the question; scenes have one each.
+        n_pages: number of pages.
+        page: returns the page of an index below n_pages.
+        kind: task type: "reading" or "scenes".
     """
 
     name: str
@@ -53,8 +53,8 @@ def open_pages(
     Args:
         data: "documents", "scenes", a name in grid.GRIDS ("grid": what the demo model reads), each made by
             the module of pages/ of that name, or a folder.
-        n_pages: how many; a folder with fewer gives all it has.
-        seed: which pages are made; pages of different seeds differ. A folder ignores it.
+        n_pages: number of pages; a folder with fewer gives all of them.
+        seed: of generated pages; ignored for folders.
         size: width and height in pixels of "documents".
 
     Raises:
@@ -123,7 +123,7 @@ def _folder(folder: Path, n_pages: int) -> PageSource:
 
 
 def _records(folder: Path) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Every page description in a folder with where it stands, files by name."""
+    """Yield every page record of a folder with its place, files in order of name."""
     files = sorted(
         path for path in folder.iterdir() if path.suffix.lower() in (".json", ".jsonl", ".parquet")
     )

@@ -1,10 +1,10 @@
-"""Drawn scenes to score heads on: coloured shapes and charts, with what can be said of them and where it is.
+"""Drawn scenes to score heads on: coloured shapes and charts, with their names and boxes.
 
-Reading is one thing that heads look at an image for; these pages ask for what people photograph: which things
-there are, of which colour, how many, where, and what a chart shows. A model that reads badly can answer that.
+Beyond reading, these pages ask what people photograph: which objects, of which colour, how many, where, and
+what a chart shows. Models that read badly can answer that.
 
 A seed makes a scene: the same seed the same scene (with the same Pillow and matplotlib, whose fonts it has).
-A chunk is a thing: its text is what may be said of it, in small letters and with capitals.
+A chunk is an object: its text holds its possible names, in lower case and capitalised.
 """
 
 import math
@@ -54,7 +54,7 @@ class Scene(Page):
 
     Attributes:
         question: what is asked about it.
-        text: the answer, in as few words as say it.
+        text: the shortest answer.
         asked: which of its chunks the answer names, as indices.
     """
 
@@ -71,7 +71,7 @@ def scene(seed: int) -> Scene:
 
 
 def named(answer: str, page: Scene) -> float:
-    """The share of the things asked for whose names are all in an answer, 0 to 1; capitals do not count."""
+    """The fraction of requested objects whose names are all in an answer; case is ignored."""
     said = answer.lower()
     things = [page.chunks[index].text.lower().split() for index in page.asked]
     # a number is named by its digits or its word, anything else by its colour and its shape

@@ -1,4 +1,4 @@
-"""Which position every query head attends to most, asked of llama.cpp while it computes.
+"""The position that each query head attends to most, read from llama.cpp's graph while it runs.
 
 Without flash attention llama.cpp's graph holds the attention weights of each layer as a node of its own,
 `kq_soft_max-<layer>`. Before it runs a node, llama.cpp asks an evaluation callback whether to stop after it.
@@ -30,10 +30,10 @@ _FUNCTIONS: dict[str, tuple[Any, list[Any]]] = {
 
 
 class StrongestPositions:
-    """Listens to one context. It must outlive the context, whose parameters hold `callback`.
+    """Records the strongest positions of one context, which it must outlive.
 
-    The context must have flash attention off, keep everything, and hold one sequence. Let it compute outside
-    the main thread: there a signal's exception would be raised in the callback, where it is lost.
+    The context needs flash attention off, no eviction, and one sequence. Call llama_decode outside the main
+    thread: there a signal's exception would be raised in the callback and lost.
 
     Attributes:
         callback: the context parameter `cb_eval`.
@@ -55,14 +55,14 @@ class StrongestPositions:
             function = getattr(llama._lib, name, None)
             if function is None:
                 raise SparseMMError(
-                    f"this build of llama.cpp does not tell attention weights: it has no {name}"
+                    f"this build of llama.cpp does not expose attention weights: it lacks {name}"
                 )
             function.restype, function.argtypes = result, arguments
         self._name = llama._lib.ggml_get_name
         self.callback = llama.ggml_backend_sched_eval_callback(self._evaluate)
 
     def take(self) -> npt.NDArray[np.int64]:
-        """What the last token of the last llama_decode attended to most: [n_layer, n_head] positions.
+        """The positions that the last token of the last llama_decode attended to most: [n_layer, n_head].
 
         Raises:
             SparseMMError: llama.cpp did not compute the weights of every layer since the last call.
@@ -77,7 +77,7 @@ class StrongestPositions:
         return found
 
     def _evaluate(self, tensor: int, ask: bool, _: Any) -> bool:
-        """Asked before a node runs, and told after one that was wanted ran; False then ends the graph."""
+        """Called before each node of the graph, and after requested ones; False then stops it."""
         name = self._name(tensor)
         if not name.startswith(_WEIGHTS):
             return not ask

@@ -1,4 +1,4 @@
-"""Chat templates that llama.cpp knows by name, for model files that bring none."""
+"""llama.cpp's built-in chat templates, for model files without one."""
 
 import ctypes
 import re
@@ -34,10 +34,10 @@ def names() -> tuple[str, ...]:
 
 
 def apply(name: str, messages: Sequence[Mapping[str, str]]) -> str:
-    """The prompt of these messages (role, content) up to where the reply starts.
+    """Render (role, content) messages, up to the start of the reply.
 
     Raises:
-        ValueError: llama.cpp does not write it.
+        ValueError: llama.cpp cannot render them.
     """
     pairs = [(message["role"].encode(), message["content"].encode()) for message in messages]
     chat = (llama.llama_chat_message * len(pairs))(*(llama.llama_chat_message(*pair) for pair in pairs))
@@ -53,7 +53,7 @@ def apply(name: str, messages: Sequence[Mapping[str, str]]) -> str:
 
 
 def suggestion(file_name: str, projector: str | None) -> str | None:
-    """The name that fits a model file, judged by its name and by the kind of its projector."""
+    """The template that probably fits a model file, from its name and its projector type."""
     if projector in _PROJECTORS:
         return _PROJECTORS[projector]
     name = file_name.lower().replace("_", "-")

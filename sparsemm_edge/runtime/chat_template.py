@@ -40,7 +40,7 @@ class _Generation(Extension):
 
 
 class _Parts(list[dict[str, str]]):
-    """The parts of a message. A template that wants text and prints them fails, and prints no list."""
+    """The parts of a message. Printing it raises, so that a template for plain text does not print a list."""
 
     def __str__(self) -> str:
         raise TemplateError("it takes a message's text, not a list of its parts")
@@ -50,7 +50,7 @@ class _Parts(list[dict[str, str]]):
 
 @dataclass(frozen=True)
 class Turn:
-    """What one side says.
+    """One message.
 
     Attributes:
         role: system, user or assistant.
@@ -64,7 +64,7 @@ class Turn:
 
 
 def read_template(given: str) -> str:
-    """A template as a user gives it: jinja text, the name of one of llama.cpp's, or a file of jinja text.
+    """Resolve --chat-template: jinja text, the name of a llama.cpp template, or a file of jinja text.
 
     Raises:
         SparseMMError: the file cannot be read, or the text is not text.
@@ -82,10 +82,10 @@ def read_template(given: str) -> str:
 
 
 def read_template_options(given: str) -> dict[str, Any]:
-    """What else a template is told, as a user gives it: a JSON object such as {"enable_thinking": false}.
+    """Parse extra template variables, a JSON object such as {"enable_thinking": false}.
 
     Raises:
-        SparseMMError: it is something else, or says what the program says.
+        SparseMMError: not a JSON object, or it sets a variable that the program sets.
     """
     found = parse_json(given, "--chat-template-kwargs", 'a JSON object such as {"enable_thinking": false}')
     if not isinstance(found, dict):
@@ -123,26 +123,26 @@ def render_turns(
     first: bool = True,
     options: Mapping[str, Any] | None = None,
 ) -> str:
-    """The prompt text for what was said, with a marker for each image, up to where the reply starts.
+    """Render messages, with a marker for each image, up to the start of the reply.
 
-    Before turns that are not the first stands what the template writes at the end of a reply. What was
-    said before is not part of the text: it is in the KV cache.
+    Later turns begin with what the template writes at the end of a reply. Earlier turns are not part of the
+    text: they are in the KV cache.
 
-    The template itself says what stands between an image and the text, so a message is given to it as a list
-    of parts (images, then text) if it takes one, as Hugging Face processors do. A template that takes only
-    text, or that writes for an image what is not in IMAGE_TOKENS, gets the markers as lines of text before
-    the prompt. One that takes no system message, or leaves it out, gets it at the start of the first message.
+    A message is passed as a list of parts (images, then text) if the template accepts one, as Hugging Face
+    processors do, so that the template decides what separates image and text. A template that accepts only
+    text, or that writes an image token which is not in IMAGE_TOKENS, gets the markers as lines before the
+    prompt. If it has no place for a system message, that goes to the start of the first message.
 
     Args:
         template: jinja text, or the name of one of llama.cpp's templates.
         turns: a system message or none, then user and assistant.
-        marker: what stands for an image in the result.
+        marker: text that marks an image in the result.
         bos, eos: the model's begin and end tokens, as text.
-        first: whether the turns begin the conversation; otherwise they follow a reply.
-        options: what else the template is told.
+        first: whether the turns begin the conversation, or follow a reply.
+        options: extra variables for the template.
 
     Raises:
-        SparseMMError: the template is broken, or leaves out a text or the images.
+        SparseMMError: the template is broken, or drops a text or the images.
     """
     if any(marker in turn.text for turn in turns):
         raise SparseMMError(f"the prompt holds {marker}, which stands for an image")
@@ -161,7 +161,7 @@ _OWN = frozenset(("messages", "add_generation_prompt", "bos_token", "eos_token")
 
 
 def _writer(template: str, bos: str, eos: str, options: Mapping[str, Any]) -> _Writer:
-    """What makes a prompt of messages."""
+    """The function that renders messages."""
     if template in builtin_templates.names():
         if options:
             raise SparseMMError(f"llama.cpp's template {template} takes no --chat-template-kwargs")
@@ -173,9 +173,9 @@ def _writer(template: str, bos: str, eos: str, options: Mapping[str, Any]) -> _W
 
 
 def _filled(write: _Writer, turns: Sequence[Turn], marker: str, first: bool) -> str:
-    """The prompt, in the first shape of messages that the template takes.
+    """Render with the first message format that the template accepts.
 
-    It is rendered with stand-ins for the texts, so that nothing that is said is taken for a part of it.
+    Texts are rendered as placeholders, so that no text is taken for template syntax or image tokens.
     """
     shown = list(turns) if first else [Turn("user", ""), Turn("assistant", ""), *turns]
     stand_ins = [_STAND_IN.format(index) for index in range(len(shown))]
@@ -217,7 +217,7 @@ def _filled(write: _Writer, turns: Sequence[Turn], marker: str, first: bool) -> 
 
 
 def _between(text: str, stand_ins: Sequence[str]) -> list[str] | None:
-    """What is before, between and after the stand-ins; None if one is missing."""
+    """The text around the placeholders; None if one is missing."""
     between = []
     for stand_in in reversed(stand_ins):
         text, found, after = text.rpartition(stand_in)

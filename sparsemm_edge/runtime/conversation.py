@@ -1,4 +1,4 @@
-"""Questions and answers in turn over one KV cache: each question is read once, nothing is read again."""
+"""A multi-turn conversation over one KV cache: each turn computes only its new tokens."""
 
 import codecs
 import hashlib
@@ -41,16 +41,16 @@ class Timings:
 
 @dataclass(frozen=True)
 class GenerationStats:
-    """What one answer took.
+    """Statistics of one answer.
 
     Attributes:
         tokens: ids of the generated tokens, without the end token.
-        ended: whether the answer came to its end: the model ended its turn, or a text to stop at came. It did
-            not if there was no more room, no more was asked for, or it was not read to its end.
-        n_prompt: places in the KV cache that the question took; of a later turn's, only what was new.
+        ended: whether the model ended its turn or a stop text appeared; False if the context or n_predict ran
+            out, or the caller stopped early.
+        n_prompt: cache positions of the question; in later turns only the new ones.
         kv, timings: bytes and milliseconds.
-        first_token: what the time to the first token consists of.
-        read_bytes_per_s: how fast decoding read weights, K and V; None if nothing was decoded.
+        first_token: the parts of the time to the first token.
+        read_bytes_per_s: memory bandwidth of decoding (weights, K and V); None if nothing was decoded.
         rss_peak_bytes: the largest resident size of this process so far.
     """
 
@@ -83,7 +83,7 @@ class GenerationStats:
 
 @dataclass(frozen=True, eq=False)
 class _Asked:
-    """The last message: positions, tokens of its text, logits after it, and what reading it took."""
+    """The last message: its length, text tokens, the logits after it, and its timing."""
 
     n_prompt: int
     said: Sequence[int]
@@ -92,7 +92,7 @@ class _Asked:
 
 
 class Conversation:
-    """Turns of a user and a model. Close it, or use it in a `with`: it owns memory of llama.cpp.
+    """A multi-turn conversation. Close it or use it in a `with`: it owns llama.cpp memory.
 
         with Conversation(model, n_ctx=4096) as conversation:
             for piece in conversation.ask("What is written here?", ["page.png"]):
@@ -100,8 +100,8 @@ class Conversation:
             for piece in conversation.ask("And on this one?", ["other.png"]):
                 print(piece, end="", flush=True)
 
-    The context is made for the first question, so that it is read in one batch. The cache evicts at the end
-    of every question that leaves a head above its budget.
+    The context is created for the first question and sized so that it is one batch. The cache evicts after
+    each question that leaves a head above its budget.
     """
 
     def __init__(
@@ -122,17 +122,16 @@ class Conversation:
     ) -> None:
         """Args:
         model: the model, which must outlive the conversation.
-        n_ctx: most positions of all questions and answers together; None: as many as the first question
-            and its answer need, after which the context is full.
+        n_ctx: context size in positions; None: enough for the first question and its answer.
         n_ubatch: prompt tokens computed at a time; None: 512.
         cache_type_k, cache_type_v: one of CACHE_TYPES.
-        system: what the model is told before everything.
+        system: the system message.
         chat_template: jinja text to use instead of the model's own template, or a name of llama.cpp's.
-        template_options: what else the template is told, such as {"enable_thinking": False}.
-        eviction: None: as the model file says, or as the resumed conversation did.
-        multi_turn: more questions may follow, so that a first one that fits into the budget is not what the
-            head budgets are shared out for.
-        resume: a file that save() wrote; the next question goes on from there.
+        template_options: extra variables for the template, such as {"enable_thinking": False}.
+        eviction: None: the settings of the model file, or of the resumed conversation.
+        multi_turn: more questions may follow. Head budgets are then computed for n_ctx if the first question
+            fits into the budget.
+        resume: a file of save(); the next question continues that conversation.
         reuse_evicted: evict the images of the first question by their own last positions, before the question
             is read, and keep the sequence in the model's disk cache: where it is there already, neither the
             images nor what stands before them is read. The first question evicts nothing then.
@@ -176,7 +175,7 @@ class Conversation:
             self._pending = self._resumed.pending
 
     def close(self) -> None:
-        """Free the context; the next question would be a first one."""
+        """Free the context. The next question starts a new conversation."""
         if self._session is not None:
             self._session.close()
             self._session = None
@@ -197,21 +196,21 @@ class Conversation:
 
     @property
     def n_held(self) -> int:
-        """Positions of all questions and answers so far, whether held or evicted."""
+        """Positions of all turns so far, kept or evicted."""
         return 0 if self._session is None else self._session.n_tokens + len(self._pending)
 
     @property
     def is_full(self) -> bool:
-        """Whether an answer ended because there was no more room."""
+        """Whether the context is full."""
         return self._session is not None and self.n_held >= self._n_ctx
 
     @property
     def n_ctx(self) -> int:
-        """Most positions of all questions and answers; 0 before the first question."""
+        """Context size in positions; 0 before the first question."""
         return self._n_ctx
 
     def stats(self) -> GenerationStats:
-        """What the last answer took, as far as it went."""
+        """Statistics of the last answer, complete or not."""
         if self.last_stats is None:
             raise SparseMMError("nothing was generated yet")
         return self.last_stats
@@ -225,25 +224,24 @@ class Conversation:
         sampling: Sampling | None = None,
         cancelled: Callable[[], bool] | None = None,
     ) -> Generator[str, None, None]:
-        """Answer one message, piece by piece; stats() tells afterwards what it took.
+        """Stream the answer to one message; stats() has its statistics afterwards.
 
-        An answer that is not read to its end is part of the conversation as far as it was read.
+        If the caller stops early, the part that was generated stays in the conversation.
 
         Args:
-            question: what the user asks.
-            images: files or pictures that the message shows before the text.
+            question: the user's message.
+            images: files or PIL images, shown before the text.
             n_predict: most tokens to generate.
-            sampling: how tokens are chosen; None: the likeliest ones.
-            cancelled: asked now and then while the question is read; True gives it up.
+            sampling: how tokens are sampled; None: greedy.
+            cancelled: polled while the prompt is computed; True cancels it.
 
         Yields:
-            Text, never half a character.
+            Pieces of text, always whole characters.
 
         Raises:
-            SparseMMError: an image that cannot be read, an image encoder or chat template that is missing, a
-                question that does not fit into the context, or an argument out of its range. The
-                conversation is then what it was before.
-            Cancelled: `cancelled` said so; likewise.
+            SparseMMError: an unreadable image, no image encoder or chat template, a question that does not
+                fit into the context, or an argument out of range. The conversation is unchanged.
+            Cancelled: `cancelled` returned True. The conversation is unchanged.
         """
         first = self._session is None and self._resumed is None
         text = self._text(question, len(images), first)
@@ -258,7 +256,7 @@ class Conversation:
         sampling: Sampling | None = None,
         cancelled: Callable[[], bool] | None = None,
     ) -> Generator[str, None, None]:
-        """Answer the last of several turns, which are read as one first message; otherwise as ask().
+        """Start a new conversation from several turns and answer the last one; otherwise as ask().
 
         Args:
             turns: a system message or none, then what user and assistant said.
@@ -269,19 +267,19 @@ class Conversation:
         yield from self._answer(text, images, True, n_predict, sampling or Sampling(), cancelled)
 
     def retry(self, *, n_predict: int = 256, sampling: Sampling | None = None) -> Generator[str, None, None]:
-        """Answer the last message again, and forget what was answered; arguments as for ask().
+        """Discard the last answer and generate another one; arguments as for ask().
 
-        The message is not read again.
+        The message is not computed again.
 
         Raises:
-            SparseMMError: nothing was asked yet, the answer cannot be dropped (max_tail), or an argument out
-                of its range.
+            SparseMMError: no message yet, an answer that cannot be dropped (max_tail), or an argument out of
+                range.
         """
         started = time.perf_counter()
         check_within("n_predict", n_predict, 1, MAX_POSITIONS)
         session, asked, sampling = self._session, self._asked, sampling or Sampling()
         if session is None or asked is None:
-            raise SparseMMError("nothing was asked yet: there is nothing to answer again")
+            raise SparseMMError("no message yet: there is nothing to answer again")
         with self._model.sampler(sampling, asked.said) as sampler:
             session.truncate_reply()
             self._pending = ()
@@ -289,10 +287,7 @@ class Conversation:
             yield from self._reply(session, asked, n_predict, sampler, sampling.stop, started)
 
     def check(self, sampling: Sampling | None = None) -> None:
-        """Raise SparseMMError if no first message could be answered: before a user has typed one.
-
-        A template that cannot be used, a cache that this model cannot have, budgets that cannot be, ...
-        """
+        """Raise SparseMMError if template, cache types or budgets do not work with this model."""
         model = self._model
         with (
             model.tokenize(self._text("?", 0, first=True)) as prompt,
@@ -307,13 +302,13 @@ class Conversation:
             ).close()
 
     def save(self, path: Path) -> None:
-        """Write the conversation to a file, from which another process can go on.
+        """Write the conversation to a file, for `resume`.
 
         Raises:
             SparseMMError: nothing was asked yet, or the file cannot be written.
         """
         if self._session is None:
-            raise SparseMMError("nothing was asked yet: there is nothing to save")
+            raise SparseMMError("no message yet: there is nothing to save")
         session_file.write(path, self._saved(self._session))
 
     def _saved(self, session: Session) -> session_file.SavedConversation:
@@ -377,7 +372,7 @@ class Conversation:
             try:
                 saved = session_file.read(path)
             except SparseMMError as error:
-                raise SparseMMError(f"{path}: the kept sequence is damaged, or none") from error
+                raise SparseMMError(f"{path}: not a kept sequence, or a damaged one") from error
             session.restore(saved.state)
             return True
 
@@ -465,7 +460,7 @@ class Conversation:
         return session
 
     def _check_resumed(self, path: Path, saved: session_file.SavedConversation) -> None:
-        """Refuse what cannot go on here, before anything is read."""
+        """Raise SparseMMError if the saved conversation does not fit the model or the options."""
         if saved.model != self._model.fingerprint:
             raise SparseMMError(
                 f"{path}: saved with another model, {saved.model_name}, or with other --lora: give that one,"
@@ -498,7 +493,7 @@ class Conversation:
         stop: Sequence[str],
         asked_at: float,
     ) -> Generator[str, None, None]:
-        """Sample and decode until the turn ends, a stop text is said, or n_predict tokens are there.
+        """Sample and decode until the turn ends, a stop text appears, or n_predict tokens are generated.
 
         `asked_at`: time.perf_counter when the question was asked.
         """

@@ -1,4 +1,4 @@
-"""Files that can be made again, in a folder of bounded size: those that were not used longest go."""
+"""A folder of cached files with a size limit; the least recently used files are removed."""
 
 import logging
 import os
@@ -21,11 +21,11 @@ _ABANDONED_S = 3600  # a file that is being written for longer belongs to a proc
 
 
 class DiskCache:
-    """A folder that several processes may use at a time.
+    """A cache folder that several processes may share.
 
     Attributes:
         folder: made if it is not there.
-        max_bytes: most that the cache's files take.
+        max_bytes: size limit of its files.
     """
 
     def __init__(self, folder: Path, max_bytes: int) -> None:
@@ -42,7 +42,7 @@ class DiskCache:
             ) from error
 
     def read(self, name: str, read: Callable[[Path], _T]) -> _T | None:
-        """What a file holds; None if it is not there, or cannot be used, which a warning says.
+        """Read a file; None if it is missing, or unusable, with a warning.
 
         Args:
             name: of the file, which ends with one of SUFFIXES.
@@ -61,7 +61,7 @@ class DiskCache:
         return found
 
     def write(self, name: str, write: Callable[[Path], None]) -> None:
-        """Write a file, and remove others if the folder holds too much; a failure is a warning.
+        """Write a file and remove others over the size limit. A failure is a warning.
 
         Args:
             name: of the file, which ends with one of SUFFIXES.

@@ -1,4 +1,4 @@
-"""What llama.cpp would allocate, asked of llama.cpp itself; no weights of the text model are read."""
+"""Sizes of the buffers that llama.cpp would allocate, computed by llama.cpp without loading the weights."""
 
 import os
 from collections.abc import Sequence
@@ -17,7 +17,7 @@ from sparsemm_edge.runtime.session import cache_type
 
 
 class Estimate:
-    """A model of which llama.cpp has read the header only, and its image encoder, whole.
+    """A model loaded without weights, and its image encoder with weights.
 
     Close it, or use it in a `with`: it owns memory of llama.cpp.
     """
@@ -74,7 +74,7 @@ class Estimate:
         self.close()
 
     def image_tokens(self, sizes: Sequence[tuple[int, int]]) -> list[int]:
-        """Places that images of these (width, height) in pixels take in the KV cache.
+        """KV cache positions of images of these (width, height) in pixels.
 
         With the markers around each and between its tiles.
         """

@@ -1,4 +1,4 @@
-"""Which table of head budgets a prompt gets: the file's, or one shared out anew for this prompt."""
+"""The table of head budgets for a prompt: the file's own, or a new one from the options."""
 
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -17,14 +17,14 @@ class Eviction:
     """Eviction options; None uses the GGUF's value.
 
     Attributes:
-        enabled: False keeps the whole cache.
-        policy: sparsemm, uniform, pyramid, random, or full (which keeps the whole cache too).
+        enabled: False keeps the full cache.
+        policy: sparsemm, uniform, pyramid, random, or full (which keeps the full cache too).
         budget: mean head budget in positions, window included.
         window: observation window in positions.
         scores: a head scores file to use instead of the scores in the model file.
-        max_tail: most generated positions that a head holds, the oldest go first; None: all of them.
+        max_tail: most generated positions per head, oldest dropped first; None: no limit.
         vote: how the positions of a head are ranked, one of budgets.VOTES.
-        residual: whether one place of a head that evicts stands for all that it lost.
+        residual: whether an evicting head keeps a residual slot that summarises what it evicted.
     """
 
     enabled: bool = True
@@ -50,15 +50,15 @@ class Eviction:
 
 @dataclass(frozen=True, eq=False)
 class HeadBudgetTable:
-    """What a context evicts by.
+    """Eviction parameters of a context.
 
     Attributes:
         head_budgets: [n_layer, n_head_kv] positions that a KV head keeps, window included.
         window: observation window in positions.
         pool_kernel: width of the max pooling of the votes, in positions.
-        max_tail: most generated positions that a head holds; None: all of them.
+        max_tail: most generated positions per head; None: no limit.
         vote: how the positions of a head are ranked, one of budgets.VOTES.
-        residual: whether one place of a head that evicts stands for all that it lost.
+        residual: whether an evicting head keeps a residual slot that summarises what it evicted.
     """
 
     head_budgets: npt.NDArray[np.uint32]
@@ -70,7 +70,7 @@ class HeadBudgetTable:
 
     @classmethod
     def of(cls, spec: BudgetSpec, head_budgets: npt.NDArray[np.uint32]) -> "HeadBudgetTable":
-        """Head budgets, and the rest as the spec says."""
+        """Head budgets with the window, pooling, vote and residual slot of a spec."""
         return cls(head_budgets, spec.window, spec.pool_kernel, vote=spec.vote, residual=spec.residual)
 
 
@@ -100,7 +100,7 @@ def check_scores(spec: BudgetSpec, scores: npt.NDArray[np.float64] | None, model
 
 
 def same_budgets(a: HeadBudgetTable | None, b: HeadBudgetTable | None) -> bool:
-    """Whether two contexts evict prompts alike, whatever their max_tail."""
+    """Whether two tables evict prompts in the same way; max_tail does not matter."""
     if a is None or b is None:
         return a is b
     same_votes = (a.window, a.pool_kernel, a.vote) == (b.window, b.pool_kernel, b.vote)
@@ -115,34 +115,32 @@ def plan(
     model: Path,
     n_later: int | None = None,
 ) -> HeadBudgetTable | None:
-    """The head budgets for a prompt of n_prompt positions; None keeps the whole cache.
+    """The head budgets for a prompt of n_prompt positions; None keeps the full cache.
 
-    Without wishes the file's table is used as it is if it was not water-filled. If it was, that was for
-    another prompt length: the budget is shared out again from the head scores in the file, water-filled for
-    this one. Wishes share it out again as well, and always water-filled.
+    Without options, a file's table that was not water-filled is used as it is. Otherwise a new table is
+    made from the head scores, water-filled for this prompt length.
 
     Args:
-        wanted: the wishes.
-        metadata: what the model file holds, None if it was never converted.
+        wanted: the options.
+        metadata: of the model file; None if it was not converted.
         shape: the model's shape.
         n_prompt: length of the prompt in positions.
         model: the model file, for error messages.
-        n_later: the length that the sequence can get, if more prompts follow. A first prompt that fits into
-            the budget would give all heads the same: the budget is then shared out for this length.
+        n_later: the length that the sequence can reach, if more prompts follow. Used instead of n_prompt if
+            the first prompt fits into the budget, where all heads would get the same.
 
     Raises:
-        SparseMMError: a policy that needs head scores and there are none, scores that do not fit the model,
-            a budget that the policy refuses, or a bound of generated positions that cannot be kept.
+        SparseMMError: missing head scores, scores that do not fit the model, an invalid budget, or a max_tail
+            below the window.
     """
     table = _plan(wanted, metadata, shape, n_prompt, model, n_later)
     if wanted.max_tail is None:
         return table
     if table is None:
-        raise SparseMMError("only a cache that evicts drops generated positions: no --kv-max-tail without it")
+        raise SparseMMError("--kv-max-tail needs a cache that evicts")
     if wanted.max_tail < table.window:
         raise SparseMMError(
-            f"at most {wanted.max_tail} generated positions are to be held: it must be at least the"
-            f" observation window, {table.window}"
+            f"--kv-max-tail is {wanted.max_tail}: it must be at least the observation window, {table.window}"
         )
     return replace(table, max_tail=wanted.max_tail)
 
@@ -158,7 +156,7 @@ def _plan(
     """plan() without max_tail."""
     if not wanted.enabled or wanted.policy == "full":
         return None
-    if replace(wanted, max_tail=None) == Eviction():  # no wishes
+    if replace(wanted, max_tail=None) == Eviction():  # no options
         if metadata is None or not metadata.enabled:
             return None
         if not metadata.spec.water_fill:

@@ -1,4 +1,4 @@
-"""The time to the first token: what it consists of, and what limits each part."""
+"""The time to the first token: its parts, and what limits each of them."""
 
 from dataclasses import dataclass, replace
 from typing import Any
@@ -41,8 +41,8 @@ class FirstToken:
     """The time to the first token.
 
     Attributes:
-        total_ms: from the question to the first token; loading the model is not part of it. What it is longer
-            than the parts together went into the chat template and into making the context.
+        total_ms: from the question to the first token, without loading the model. The rest beyond the parts
+            is the chat template and creating the context.
         images: decoding the files, cutting and resizing.
         vision: the image encoder.
         prompt: the text model reading the prompt.
@@ -56,7 +56,7 @@ class FirstToken:
     token: Part = Part()
 
     def with_opening(self, ms: float) -> "FirstToken":
-        """The same where the images had been opened before, which took so long."""
+        """The same with the time that opening the images took beforehand."""
         images = replace(self.images, ms=self.images.ms + ms)
         return replace(self, total_ms=self.total_ms + ms, images=images)
 
@@ -69,7 +69,7 @@ class FirstToken:
         return cls(content["total_ms"], *(Part(**content[name]) for name in cls().parts()))
 
     def to_dict(self, bytes_per_s: float | None) -> dict[str, Any]:
-        """As JSON has it: `total_ms`, and for each part `ms`, `threads` and `limit` (see Part.limit)."""
+        """For JSON: `total_ms`, and for each part `ms`, `threads` and `limit` (see Part.limit)."""
         return {
             "total_ms": self.total_ms,
             **{

@@ -1,4 +1,4 @@
-"""One answer of a model: text as it comes, and afterwards what it took."""
+"""Generate one answer: a stream of text, then its statistics."""
 
 from collections.abc import Generator, Iterator, Sequence
 from pathlib import Path
@@ -13,7 +13,7 @@ from sparsemm_edge.runtime.sampler import Sampling
 
 
 class Generation(Iterator[str]):
-    """An answer, piece by piece. Close it if it is not read to its end."""
+    """A stream of text. Close it if you stop early."""
 
     def __init__(self, conversation: Conversation, save: Path | None, *asked: Any, **options: Any) -> None:
         """Use generate(). `asked` and `options` are those of Conversation.ask."""
@@ -39,7 +39,7 @@ class Generation(Iterator[str]):
         self._pieces.close()
 
     def stats(self) -> GenerationStats:
-        """The figures of the answer, once it was read to its end or closed.
+        """Statistics of the answer, once the stream has ended or is closed.
 
         Raises:
             SparseMMError: nothing was generated yet.
@@ -60,24 +60,24 @@ def generate(
     load_session: Path | None = None,
     **options: Any,
 ) -> Generation:
-    """Answer one user message, piece by piece.
+    """Stream the answer to one user message.
 
     Args:
         model: the model, which must outlive the generation.
-        prompt: what the user asks.
-        images: files or pictures that the message shows before the text.
+        prompt: the user's message.
+        images: files or PIL images, shown before the text.
         n_predict: most tokens to generate.
-        sampling: how tokens are chosen; None: the likeliest ones.
+        sampling: how tokens are sampled; None: greedy.
         save_session: a file to write the conversation to, once the answer is complete.
-        load_session: a file of save_session; the message follows what was said there.
+        load_session: a file of save_session; the message continues that conversation.
         options: the other keyword arguments of Conversation, such as `eviction`, `n_ctx` and `system`.
 
     Returns:
-        An iterator over text, never half a character.
+        An iterator over pieces of text, always whole characters.
 
     Raises, while it is read:
-        SparseMMError: an image that cannot be read, an image encoder or chat template that is missing,
-            a prompt longer than the context, or an argument out of its range.
+        SparseMMError: an unreadable image, no image encoder or chat template, a prompt longer than the
+            context, or an argument out of range.
     """
     conversation = Conversation(model, multi_turn=save_session is not None, resume=load_session, **options)
     return Generation(conversation, save_session, prompt, images, n_predict=n_predict, sampling=sampling)

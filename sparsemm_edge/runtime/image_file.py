@@ -1,4 +1,4 @@
-"""What the image encoder made of an image, in a file: one line of JSON, then the numbers as f32."""
+"""Image embeddings in a file: one line of JSON, then the numbers as f32."""
 
 import hashlib
 import json

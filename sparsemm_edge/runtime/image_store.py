@@ -1,4 +1,4 @@
-"""What the image encoder made of images, kept by their content: an image that comes again is not encoded."""
+"""Image embeddings in memory, by image content, so that a repeated image is not encoded again."""
 
 from collections import OrderedDict
 from threading import Lock
@@ -11,11 +11,11 @@ ImageKey = tuple[bytes, int]
 
 
 class ImageStore:
-    """Embeddings of one model's images. When they take too much, those that were not used longest go.
+    """Embeddings of one model's images; the least recently used ones are dropped over the limit.
 
     Attributes:
-        max_bytes: most that they take; 0 keeps none.
-        n_bytes: what they take.
+        max_bytes: size limit; 0 keeps none.
+        n_bytes: present size.
     """
 
     def __init__(self, max_bytes: int) -> None:

@@ -1,4 +1,4 @@
-"""llama.cpp under llama-cpp-python: whether it is the patched one, its extra functions, its error lines."""
+"""llama.cpp through llama-cpp-python: check for the patches, call their functions, collect error lines."""
 
 import ctypes
 import re
@@ -30,7 +30,7 @@ _VISION = "reserve_compute_meta"  # the function that logs the compute buffer of
 
 
 def version() -> str:
-    """Of llama-cpp-python, with the edition of the patches."""
+    """The version of llama-cpp-python, with that of the patches."""
     return str(llama_cpp.__version__)
 
 
@@ -113,7 +113,7 @@ def require_patched() -> None:
 
 
 def head_params(table: HeadBudgetTable | None) -> HeadParams:
-    """What llama_init_from_model_heads takes for a table; None: the cache keeps everything."""
+    """The parameters of llama_init_from_model_heads for a table; None: no eviction."""
     if table is None:
         return HeadParams()
     budgets = np.ascontiguousarray(table.head_budgets, dtype=np.uint32)
@@ -130,7 +130,7 @@ def head_params(table: HeadBudgetTable | None) -> HeadParams:
 
 
 def new_context(model: int, params: Any, table: HeadBudgetTable | None) -> int:
-    """A context that evicts by a table, whatever the GGUF file says; None: it keeps everything.
+    """Create a context that evicts by a table, whatever the GGUF file says; None: no eviction.
 
     Args:
         model: llama_model pointer.
@@ -141,7 +141,7 @@ def new_context(model: int, params: Any, table: HeadBudgetTable | None) -> int:
         llama_context pointer.
 
     Raises:
-        SparseMMError: llama.cpp does not make it.
+        SparseMMError: llama.cpp refuses.
     """
     forget_errors()
     context = llama._lib.llama_init_from_model_heads(model, params, head_params(table))
@@ -151,7 +151,7 @@ def new_context(model: int, params: Any, table: HeadBudgetTable | None) -> int:
 
 
 def heads_stats(memory: int) -> HeadsStats | None:
-    """What the evicting cache holds; None if this memory is another kind of cache."""
+    """Statistics of an evicting cache; None for other caches."""
     stats = HeadsStats()
     found = llama._lib.llama_memory_heads_stats(memory, ctypes.byref(stats))
     return stats if found else None
@@ -173,7 +173,7 @@ def heads_positions(memory: int, layer: int, head_kv: int) -> npt.NDArray[np.int
 
 
 def heads_n_lost(memory: int, layer: int, head_kv: int) -> int:
-    """How many positions the residual slot of one KV head stands for, 0 if it has none.
+    """The number of positions that one KV head's residual slot summarises; 0 without a slot.
 
     Raises:
         SparseMMError: not an evicting cache, or no such layer or head.
@@ -187,10 +187,10 @@ def heads_n_lost(memory: int, layer: int, head_kv: int) -> int:
 def heads_residual(
     memory: int, layer: int, head_kv: int, n_embd_head_k: int, n_embd_head_v: int
 ) -> tuple[int, npt.NDArray[np.float32], npt.NDArray[np.float32]] | None:
-    """What stands for the positions that one KV head lost, None if it has no such slot.
+    """The residual slot of one KV head; None if it has none.
 
     Returns:
-        Their number, K [n_embd_head_k] and V [n_embd_head_v] as they are in the cache.
+        The number of summarised positions, K [n_embd_head_k] and V [n_embd_head_v] as in the cache.
 
     Raises:
         SparseMMError: not an evicting cache, or no such layer or head.
@@ -205,14 +205,14 @@ def heads_residual(
 
 
 def heads_truncate(memory: int, n_tokens: int) -> bool:
-    """Drop the end of a sequence that was evicted, into its observation window at most.
+    """Drop the end of an evicted sequence, at most its observation window.
 
     Args:
         memory: llama_memory pointer.
         n_tokens: the tokens that the sequence has then.
 
     Returns:
-        Whether every head still held all of that end; if not, nothing was dropped.
+        False, and nothing dropped, if some head no longer holds all of that end.
     """
     return bool(llama._lib.llama_memory_heads_truncate(memory, n_tokens))
 
@@ -233,7 +233,7 @@ class Buffer:
 
 
 class _Log:
-    """Where llama.cpp's log goes: error lines are kept for messages, all of it is shown if asked for."""
+    """Receives llama.cpp's log: keeps error lines for messages, and prints everything if asked to."""
 
     def __init__(self) -> None:
         self.show = False
@@ -267,7 +267,7 @@ _log = _Log()
 
 
 def start(show_log: bool) -> None:
-    """Take over llama.cpp's log and initialise it; may be called again."""
+    """Redirect llama.cpp's log and initialise llama.cpp; may be called again."""
     _log.show = show_log
     _log.install()
     llama.llama_backend_init()
@@ -285,11 +285,11 @@ def failure(what: str) -> SparseMMError:
 
 
 def forget_errors() -> None:
-    """Drop the error lines so far, so that a later failure does not report them."""
+    """Discard the error lines so far."""
     _log.errors.clear()
 
 
 def logged_buffers() -> list[Buffer]:
-    """The buffers that llama.cpp made since the last call. C++ could say it exactly, its C API cannot."""
+    """The buffers allocated since the last call, parsed from the log: the C API does not expose them."""
     buffers, _log.buffers = _log.buffers, []
     return buffers

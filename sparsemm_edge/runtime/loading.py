@@ -1,4 +1,4 @@
-"""How a model is loaded: onto what, by what means, and what is laid over it."""
+"""Options for loading a model: devices, memory mapping, LoRA adapters, image caches."""
 
 import ctypes
 import os
@@ -25,7 +25,7 @@ class Lora:
 
     @classmethod
     def parse(cls, text: str) -> "Lora":
-        """FILE or FILE=SCALE, as a user writes it."""
+        """Parse FILE or FILE=SCALE."""
         path, found, scale = text.rpartition("=")
         if not found or Path(text).exists():
             return cls(text)
@@ -43,20 +43,20 @@ class Lora:
 
 @dataclass(frozen=True)
 class Loading:
-    """What llama.cpp is told when it loads a model. What is None is as llama.cpp does it.
+    """Loading options; None uses llama.cpp's default.
 
     Attributes:
-        n_threads_batch: threads that read prompts; None: as many as decode.
+        n_threads_batch: threads for prompts; None: as for decoding.
         n_gpu_layers: layers on the GPU, if llama.cpp was built for one; -1: all of them.
         mmproj_offload: the image encoder runs on the GPU, if there is one.
         loras: adapters over the text model.
         image_min_tokens, image_max_tokens: least and most tokens of an image, where its size decides.
-        mmap: the file is mapped, not read.
-        mlock: the weights stay in memory, as far as the system lets.
-        image_memory: MiB of images that stay encoded in memory, see ImageStore.
+        mmap: memory-map the file.
+        mlock: lock the weights in memory, if the system allows it.
+        image_memory: MiB of encoded images kept in memory, see ImageStore.
         image_cache: a folder of encoded images, see DiskCache; None: none.
-        image_cache_size: most MiB that its files take.
-        unload_mmproj: the image encoder is freed when a prompt's images are encoded, and loaded for the next.
+        image_cache_size: its size limit in MiB.
+        unload_mmproj: free the image encoder after a prompt's images are encoded; reload it for the next.
     """
 
     n_threads_batch: int | None = None
@@ -130,6 +130,6 @@ class Adapters:
         self._scales = (ctypes.c_float * len(loras))(*(lora.scale for lora in loras))
 
     def apply(self, context: int) -> None:
-        """Lay them over the weights for this llama_context pointer."""
+        """Apply them to this llama_context pointer."""
         if len(self._pointers):
             llama.llama_set_adapters_lora(context, self._pointers, len(self._pointers), self._scales)

@@ -47,7 +47,7 @@ class VisionModel:
                 print(piece, end="", flush=True)
             print(answer.stats())
 
-    Close it, or use it in a `with`: it owns memory of llama.cpp.
+    Close it or use it in a `with`: it owns llama.cpp memory.
 
     Attributes:
         path: the text model's file.
@@ -58,9 +58,9 @@ class VisionModel:
         n_threads: threads.
         loading: how it was loaded.
         adapters: its LoRA adapters.
-        image_store: images that were encoded, so that they need not be again.
-        disk_cache: the same in files; None: none.
-        n_encoded: images and tiles that the image encoder was run on so far.
+        image_store: encoded images in memory.
+        disk_cache: encoded images in files; None: no cache.
+        n_encoded: images and tiles that were encoded so far.
     """
 
     def __init__(self, path: Path, mmproj: Path | None, n_threads: int, loading: Loading) -> None:
@@ -108,7 +108,7 @@ class VisionModel:
             mmproj: GGUF file of its image encoder; None: text only.
             n_threads: None: the physical cores that this process may use.
             show_log: let llama.cpp log on stderr.
-            loading: onto what and how; None: as llama.cpp does it.
+            loading: devices and how to load; None: llama.cpp's defaults.
 
         Raises:
             SparseMMError: llama-cpp-python without the patches, or a file that cannot be used.
@@ -159,9 +159,9 @@ class VisionModel:
         first: bool = True,
         template_options: Mapping[str, Any] | None = None,
     ) -> str:
-        """What was said in the model's chat template, with image_marker() for each image.
+        """Render turns with the chat template, with image_marker() for each image.
 
-        Turns that are not the first follow a reply: the text begins with what ends that. `template` and
+        Later turns begin with the text that ends the previous reply. `template` and
         `template_options`: see chat_template.render_turns; None: the model's own.
         """
         bos = self._token_text(llama.llama_vocab_bos(self._vocab))
@@ -193,9 +193,9 @@ class VisionModel:
     def tokenize(
         self, text: str, images: Sequence[str | Path | Image.Image] = (), *, first: bool = True
     ) -> Prompt:
-        """Text with image_marker() where its images go, as tokens and image chunks.
+        """Tokenise text with image_marker() for each image into tokens and image chunks.
 
-        Without `first` the begin token, which the text of a first message does not hold, is not added.
+        Without `first` no begin token is added.
         """
         if not images:
             return tokenize_text(self._vocab, text, first=first)
@@ -205,20 +205,20 @@ class VisionModel:
         return tokenize_with_images(self.vision, text, images, first=first, with_keys=with_keys)
 
     def plan(self, eviction: Eviction, n_prompt: int, n_later: int | None = None) -> HeadBudgetTable | None:
-        """What a cache evicts by for a prompt of this length, see eviction.plan."""
+        """Eviction parameters for a prompt of this length, see eviction.plan."""
         return plan(eviction, self.metadata, self.shape, n_prompt, self.path, n_later)
 
     def n_ctx_for(self, prompt: Prompt, n_predict: int, n_ctx: int | None, before: int = 0) -> int:
-        """Places in the KV cache for a sequence so far, a prompt and its reply.
+        """Context size for the sequence so far, a prompt and its reply.
 
         Args:
             prompt: the prompt.
             n_predict: most tokens of the reply.
-            n_ctx: the user's limit; None: what they need, within what the model was trained for.
-            before: places that are taken already.
+            n_ctx: the user's limit; None: as needed, up to the model's training length.
+            before: positions already in use.
 
         Raises:
-            ContextFullError: there is no place for a single token of the reply.
+            ContextFullError: no room for a single token of the reply.
         """
         n_tokens, n_pos = before + prompt.n_tokens, before + prompt.n_pos
         if n_ctx is None:
@@ -233,7 +233,7 @@ class VisionModel:
         return n_ctx
 
     def sampler(self, sampling: Sampling, said: Sequence[int] = ()) -> Sampler:
-        """What chooses an answer's tokens; `said`: the tokens of the text before it."""
+        """Create a sampler; `said`: the tokens of the prompt's text, for the penalties."""
         return Sampler(sampling, self._vocab, said)
 
     def ends_turn(self, token: int) -> bool:
@@ -246,7 +246,7 @@ class VisionModel:
 
     @property
     def vision(self) -> int:
-        """mtmd_context pointer; the image encoder is loaded again if it was unloaded."""
+        """mtmd_context pointer; reloads the image encoder if it was unloaded."""
         if self._mmproj is None:
             raise SparseMMError("the model was loaded without its image encoder")
         if self._vision is None:
@@ -277,13 +277,13 @@ class VisionModel:
 
     @cached_property
     def fingerprint(self) -> str:
-        """Tells this model file, with its adapters, from others; see files.fingerprint."""
+        """Identifies the model file with its adapters; see files.fingerprint."""
         parts = [fingerprint(self.path)]
         parts += [f"{fingerprint(Path(lora.path))}={lora.scale}" for lora in self.loading.loras]
         return "+".join(parts)
 
     def encode_image(self, part: ImagePart) -> npt.NDArray[np.float32]:
-        """An image through the vision tower and the projector, or as it was kept: [n_tokens, n_embd_inp]."""
+        """Encode an image, or take it from a cache: [n_tokens, n_embd_inp]."""
         if part.key is None:
             return self._encode(part)
         if (held := self.image_store.get(part.key)) is not None:
@@ -300,7 +300,7 @@ class VisionModel:
         return found
 
     def image_digest(self, key: ImageKey) -> str:
-        """Names an image as it is encoded here: by its content, the encoder's file, and how it is cut."""
+        """A digest of an image's content, the encoder's file, and how the image is cut."""
         content, tile = key
         loading = self.loading
         layout = (loading.image_min_tokens, loading.image_max_tokens)
@@ -323,7 +323,7 @@ class VisionModel:
         return bool(mtmd.mtmd_decode_use_non_causal(self.vision, image.chunk))
 
     def image_grid(self, prompt: Prompt) -> ImageGrid:
-        """Where the tokens of a prompt's one image are in the sequence.
+        """The grid of image tokens of a prompt with one image.
 
         Raises:
             SparseMMError: not exactly one image, or its tokens are not one grid (an image cut into tiles).

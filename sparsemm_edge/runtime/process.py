@@ -1,4 +1,4 @@
-"""What this process has used."""
+"""Resources that this process has used."""
 
 import sys
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""Text and images as llama.cpp takes them: tokens, and image chunks that mtmd has cut and resized."""
+"""Tokenised prompts: text tokens, and image chunks cut and resized by mtmd."""
 
 import ctypes
 import hashlib
@@ -43,9 +43,9 @@ class ImagePart:
 
     Attributes:
         chunk: mtmd_input_chunk pointer, owned by the prompt.
-        n_tokens: embeddings, each of which takes one place in the KV cache.
-        n_pos: positions that the text after it is further on; less than n_tokens with M-RoPE.
-        key: its content, if that was asked for, see ImageStore.
+        n_tokens: embeddings, one KV cache position each.
+        n_pos: how far positions advance; less than n_tokens with M-RoPE.
+        key: identifies its content, if requested; see ImageStore.
     """
 
     chunk: int
@@ -55,11 +55,11 @@ class ImagePart:
 
 
 class Prompt:
-    """A tokenised prompt. Close it, or use it in a `with`: it owns memory of llama.cpp.
+    """A tokenised prompt. Close it or use it in a `with`: it owns llama.cpp memory.
 
     Attributes:
         parts: text and images in order.
-        n_tokens: places in the KV cache.
+        n_tokens: KV cache positions.
         n_pos: the position after the last one.
         images_ms: time that decoding, cutting and resizing its images took.
     """
@@ -74,7 +74,7 @@ class Prompt:
         self._chunks = chunks
 
     def prepend(self, tokens: Sequence[int]) -> None:
-        """Let the prompt begin with these tokens."""
+        """Insert tokens at the start of the prompt."""
         if not tokens:
             return
         before, parts = np.array(tokens, dtype=np.int32), self.parts
@@ -140,7 +140,7 @@ def tokenize_with_images(
         text: the prompt with markers.
         images: files or pictures, in the markers' order.
         first: whether it begins the sequence: the begin token is added if the model wants one.
-        with_keys: whether to tell what the images' content is, which takes milliseconds.
+        with_keys: whether to compute the images' keys, which takes milliseconds.
     """
     started = time.perf_counter()
     pictures = [read_image(image) for image in images]
@@ -180,7 +180,7 @@ _MARKER = f"<image-{secrets.token_hex(16)}>"
 
 
 def image_marker() -> str:
-    """What stands for an image in the text of tokenize_with_images; nobody can write it by chance."""
+    """Marks an image in the text of tokenize_with_images; random, so that no text contains it by chance."""
     return _MARKER
 
 
@@ -194,7 +194,7 @@ def read_image(image: str | Path | Image.Image) -> npt.NDArray[np.uint8]:
 
 
 def _parts(chunks: int, contents: Counter[bytes]) -> list[TextPart | ImagePart]:
-    """What a prompt was cut into. `contents` counts the pictures of each content."""
+    """Split mtmd's chunks into parts. `contents` counts the images of each content."""
     found = [mtmd.mtmd_input_chunks_get(chunks, i) for i in range(mtmd.mtmd_input_chunks_size(chunks))]
     ids = [_image_id(chunk) for chunk in found]
     n_chunks, seen = Counter(ids), Counter[bytes]()
@@ -215,7 +215,7 @@ def _parts(chunks: int, contents: Counter[bytes]) -> list[TextPart | ImagePart]:
 
 
 def _image_id(chunk: int) -> bytes | None:
-    """What a picture was called, of which this is a tile; None for text."""
+    """The id of the image that a chunk is a tile of; None for text."""
     if mtmd.mtmd_input_chunk_get_type(chunk) == mtmd.MTMD_INPUT_CHUNK_TYPE_TEXT:
         return None
     return mtmd.mtmd_input_chunk_get_id(chunk) or b""

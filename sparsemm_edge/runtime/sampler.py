@@ -1,4 +1,4 @@
-"""How the next token is chosen: llama.cpp's own samplers, in its own order and with its own defaults."""
+"""Sampling with llama.cpp's samplers, in its order and with its defaults."""
 
 import ctypes
 import json
@@ -26,20 +26,20 @@ _MAX_SEED = 2**32 - 2  # llama.cpp takes the seed above it for "draw one"
 
 @dataclass(frozen=True)
 class Sampling:
-    """How an answer is sampled, and what it must look like.
+    """Sampling options, stop texts and grammar.
 
     Attributes:
-        temperature: 0 takes the likeliest token; above 0 samples.
-        seed: of the random numbers; -1: another one each time.
-        top_k: sample from so many likeliest tokens; 0: from all.
-        top_p: sample from the likeliest tokens that have this probability together.
-        min_p: sample from tokens with at least this share of the likeliest one's probability.
-        repeat_penalty: divides the logits of tokens among the last 64; 1: no penalty.
-        presence_penalty: is subtracted from the logits of tokens among the last 64.
-        frequency_penalty: the same, as often as the token is there. All three count at temperature 0 too.
+        temperature: 0 is greedy.
+        seed: of the random numbers; -1: a new one each time.
+        top_k: sample from this many most likely tokens; 0: from all.
+        top_p: sample from the most likely tokens with this total probability.
+        min_p: sample from tokens with at least this share of the top probability.
+        repeat_penalty: divides the logits of the last 64 tokens; 1: no penalty.
+        presence_penalty: subtracted from the logits of the last 64 tokens.
+        frequency_penalty: subtracted once per occurrence. All three apply at temperature 0 too.
         stop: the answer ends before the first of these texts.
         grammar: GBNF that the answer follows.
-        json_schema: JSON schema, as text, that the answer is an instance of; instead of a grammar.
+        json_schema: JSON schema, as text, that the answer follows; instead of a grammar.
 
     Raises:
         SparseMMError: a number out of its range, or a schema or grammar that cannot be used.
@@ -67,7 +67,7 @@ class Sampling:
         check_within("presence_penalty", self.presence_penalty, -100, 100)
         check_within("frequency_penalty", self.frequency_penalty, -100, 100)
         if "" in self.stop:
-            raise SparseMMError("a text to stop at is empty: it would end every answer before it begins")
+            raise SparseMMError("a stop text is empty")
         if self.grammar is not None and self.json_schema is not None:
             raise SparseMMError("give a grammar or a JSON schema, not both")
         _ = self.gbnf
@@ -93,13 +93,13 @@ class Sampling:
 
 
 class Sampler:
-    """Chooses tokens one after the other. Close it, or use it in a `with`: it owns memory of llama.cpp."""
+    """Samples tokens one by one. Close it or use it in a `with`: it owns llama.cpp memory."""
 
     def __init__(self, sampling: Sampling, vocab: int, said: Sequence[int] = ()) -> None:
         """Args:
-        sampling: how to choose.
+        sampling: the options.
         vocab: llama_vocab pointer.
-        said: the tokens of the prompt's text, which the penalties count too.
+        said: the tokens of the prompt's text, which the penalties include.
 
         Raises:
             SparseMMError: the grammar is broken.
@@ -144,10 +144,10 @@ class Sampler:
         self.close()
 
     def sample(self, logits: npt.NDArray[np.float32]) -> int:
-        """Choose the token that follows: [n_vocab] logits.
+        """Sample the next token from logits [n_vocab].
 
         Raises:
-            SparseMMError: no token of the model follows the grammar.
+            SparseMMError: no token satisfies the grammar.
         """
         self._candidates["id"], self._candidates["logit"] = self._ids, logits
         token = self._chosen(self._candidates)
@@ -158,12 +158,12 @@ class Sampler:
             array = _array(self._candidates)
             llama.llama_sampler_apply(self._grammar, ctypes.byref(array))
             if not np.isfinite(self._candidates["logit"]).any():
-                raise SparseMMError("no token of this model goes on as the grammar or schema wants")
+                raise SparseMMError("no token of this model satisfies the grammar or schema here")
             token = self._chosen(self._candidates)
         return token
 
     def accept(self, token: int) -> None:
-        """Take note of a token that was chosen and does not end the answer."""
+        """Record a sampled token that does not end the answer."""
         llama.llama_sampler_accept(self._chain, token)
         if self._grammar:
             llama.llama_sampler_accept(self._grammar, token)
@@ -184,7 +184,7 @@ class Sampler:
 
 
 class StopTexts:
-    """Holds text back as long as it may be the beginning of a text to stop at."""
+    """Holds back text that may be the beginning of a stop text."""
 
     def __init__(self, stop: Sequence[str]) -> None:
         self._stop = tuple(stop)
@@ -192,7 +192,7 @@ class StopTexts:
         self.found = False
 
     def add(self, text: str) -> str:
-        """What may be shown now that this text came too."""
+        """Add text; returns the part that can be shown."""
         self._held += text
         ends = [at for stop in self._stop if (at := self._held.find(stop)) >= 0]
         if ends:
@@ -209,13 +209,13 @@ class StopTexts:
         return shown
 
     def rest(self) -> str:
-        """What was held back, when nothing more comes."""
+        """The text held back at the end."""
         rest, self._held = self._held, ""
         return rest
 
 
 def _array(candidates: npt.NDArray[np.void]) -> llama.llama_token_data_array:
-    """The candidates as llama.cpp takes them. It sorts them where they are."""
+    """The candidates as a llama.cpp array, which it sorts in place."""
     pointer = candidates.ctypes.data_as(llama.llama_token_data_p)
     return llama.llama_token_data_array(data=pointer, size=len(candidates), selected=-1, sorted=False)
 
@@ -237,7 +237,7 @@ def _grammar(vocab: int, gbnf: str) -> Any:
 
 @contextmanager
 def _stderr_of_c() -> Iterator[IO[bytes]]:
-    """A file that gets what C code writes on stderr: llama.cpp prints a broken grammar there, all of it."""
+    """Redirect C's stderr to a file: llama.cpp prints a broken grammar there."""
     sys.stderr.flush()
     before = os.dup(2)
     try:

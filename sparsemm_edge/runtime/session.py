@@ -1,4 +1,4 @@
-"""One llama.cpp context: reads prompts, decodes token by token, hands its state out and takes it back."""
+"""One llama.cpp context: prefill, decode, save and restore its state."""
 
 import ctypes
 import time
@@ -36,15 +36,15 @@ N_UBATCH = 512  # llama.cpp's default
 
 @dataclass(frozen=True)
 class KVStats:
-    """What the KV cache takes.
+    """Statistics of the KV cache.
 
     Attributes:
-        n_positions: positions of the sequence, held or not.
+        n_positions: positions of the sequence, kept or evicted.
         bytes_now: allocated for K and V now.
-        bytes_peak: the same when it was largest, which is while the prompt is read.
-        bytes_full: what the same positions would take unevicted.
-        positions_kept_mean: positions held, mean over layers and KV heads.
-        n_evictions: prompts so far that were longer than some head's budget.
+        bytes_peak: the largest allocation, while the prompt is computed.
+        bytes_full: the full cache of the same positions.
+        positions_kept_mean: kept positions, mean over layers and KV heads.
+        n_evictions: prompts so far that exceeded some head's budget.
     """
 
     n_positions: int
@@ -55,7 +55,7 @@ class KVStats:
     n_evictions: int
 
     def in_words(self) -> str:
-        """What the cache takes, and what it would take if nothing had been evicted."""
+        """The size of the cache, beside that of the full cache."""
         now, full = self.bytes_now / 2**20, self.bytes_full / 2**20
         if not self.n_evictions:
             every = f"all {self.n_positions} positions, none evicted"
@@ -66,10 +66,10 @@ class KVStats:
 
 @dataclass(frozen=True)
 class Prefix:
-    """The first tokens of a prompt, read and not evicted: sessions with any head budgets can start from them.
+    """The KV cache of a prompt's first tokens, not evicted. Sessions with any head budgets can start from it.
 
     Attributes:
-        state: their keys and values as llama.cpp saves them, for a cache of the same types.
+        state: as llama.cpp saves it, for a cache of the same types.
         n_tokens: places in the KV cache.
     """
 
@@ -79,11 +79,11 @@ class Prefix:
 
 @dataclass(frozen=True)
 class SessionState:
-    """A sequence and what is held of it.
+    """A saved sequence.
 
     Attributes:
         n_past: the next position.
-        n_tokens: places in the KV cache that it would take unevicted; with M-RoPE more than n_past.
+        n_tokens: its length in tokens, evicted or not; with M-RoPE more than n_past.
         data: [n] bytes as llama.cpp saves them.
     """
 
@@ -93,16 +93,16 @@ class SessionState:
 
 
 class Cancelled(Exception):
-    """The caller gave a prompt up; the session is as it was before."""
+    """The caller cancelled a prompt; the session is unchanged."""
 
 
 class Session:
-    """A context, sized to its first prompt. Close it, or use it in a `with`: it owns memory of llama.cpp.
+    """A context, sized to its first prompt. Close it or use it in a `with`: it owns llama.cpp memory.
 
     Attributes:
-        n_tokens: places in the KV cache that the sequence would take unevicted.
-        n_prompt_calls: in how many calls the last prompt was read.
-        image_ms, prompt_ms: time that encoding its images and reading it took.
+        n_tokens: length of the sequence in tokens, evicted or not.
+        n_prompt_calls: llama_decode calls for the last prompt.
+        image_ms, prompt_ms: time to encode its images and to compute it.
     """
 
     def __init__(
@@ -125,15 +125,15 @@ class Session:
         Args:
             model: the model, which must outlive the session.
             prompt: what read_prompt will read; must outlive read_prompt.
-            table: what is evicted; None: nothing.
-            n_ctx: places in the KV cache for all prompts and replies.
+            table: eviction parameters; None: no eviction.
+            n_ctx: context size for all prompts and replies.
             n_ubatch: prompt tokens computed at a time; None: N_UBATCH.
             cache_type_k, cache_type_v: one of CACHE_TYPES.
-            flash_attn: False is for comparisons; a context that evicts uses flash attention all the same.
-            on_phase: called with "image" and "prompt" when read_prompt begins to encode an image, and to run
+            flash_attn: False is for comparisons; an evicting context always uses flash attention.
+            on_phase: called with "image" and "prompt" when read_prompt starts to encode an image and to run
                 the text model.
-            n_outputs: most tokens that one decode_all appends; append and read_prefix need 2.
-            attention: told which positions the heads attend to; needs flash_attn of False, and no eviction.
+            n_outputs: most tokens of one decode_all; append and read_prefix need 2.
+            attention: records which positions the heads attend to; needs flash_attn=False and no eviction.
         """
         self.image_ms = 0.0
         self.prompt_ms = 0.0
@@ -189,19 +189,19 @@ class Session:
 
     @property
     def vision_part(self) -> Part:
-        """What the image encoder did for the last prompt."""
+        """Timing of the image encoder for the last prompt."""
         model = self._model
         return Part(self.image_ms, model.n_threads, self._n_encoded * model.vision_weight_bytes)
 
     @property
     def prompt_part(self) -> Part:
-        """What reading the last prompt took."""
+        """Timing of the text model for the last prompt."""
         weights = weight_bytes_read(self._model.header)
         return Part(self.prompt_ms, self._model.n_threads_batch, self._n_batches * weights)
 
     @property
     def takes_prefix(self) -> bool:
-        """Whether this prompt can be read in parts that begin and end anywhere."""
+        """Whether this prompt can be split at any token."""
         return not self._n_uncut()
 
     @property
@@ -210,7 +210,7 @@ class Session:
         return int(llama.llama_n_ubatch(self.context))
 
     def read_prefix(self, n_tokens: int) -> Prefix:
-        """Read only the first tokens of the prompt, at least two of one part, and evict nothing.
+        """Compute only the first tokens of the prompt, at least two of one part, without eviction.
 
         Needs takes_prefix, a context that may evict, and n_outputs of 2.
         """
@@ -219,18 +219,16 @@ class Session:
         return Prefix(self._state(), n_tokens)
 
     def read(self, prompt: Prompt, cancelled: Callable[[], bool] | None = None) -> None:
-        """Append a prompt, the first or a later one, as read_prompt does.
-
-        If that fails, the sequence is what it was before.
+        """Append a prompt, the first or a later one. If that fails, the sequence is unchanged.
 
         Args:
             prompt: what to append; must live until this returns.
-            cancelled: asked now and then; True gives the prompt up.
+            cancelled: polled; True cancels.
 
         Raises:
-            Cancelled: `cancelled` said so.
-            SparseMMError: llama.cpp failed. n_tokens is what it was, or 0 if the sequence was lost, which
-                the error says.
+            Cancelled: `cancelled` returned True.
+            SparseMMError: llama.cpp failed. n_tokens is unchanged, or 0 if the sequence was lost, as the
+                error says.
         """
         self._prompt = prompt
         if (n_uncut := self._n_uncut()) > self.n_ubatch:
@@ -252,7 +250,7 @@ class Session:
             llama.llama_set_abort_callback(self.context, llama.ggml_abort_callback(), None)
 
     def _back_to(self, n_past: int) -> bool:
-        """Drop what a failed prompt left from position n_past on. False: the whole sequence is lost."""
+        """Drop what a failed prompt left, from position n_past on. False: the whole sequence is lost."""
         memory = self._memory()
         done = bool(llama.llama_memory_seq_rm(memory, 0, n_past, -1))
         if done and (not n_past or llama.llama_memory_seq_pos_max(memory, 0) >= 0):
@@ -262,10 +260,10 @@ class Session:
         return False
 
     def read_prompt(self, prefix: Prefix | None = None) -> None:
-        """Encode the images and run the prompt; afterwards logits() are those of the first new token.
+        """Encode the images and compute the prompt; logits() are then those of the first new token.
 
         Args:
-            prefix: what read_prefix of another session read of the same prompt; only the rest is run.
+            prefix: of read_prefix in another session with the same prompt; only the rest is computed.
         """
         self._on_phase("prompt")
         start, self.image_ms, self._n_calls = time.perf_counter(), 0.0, 0
@@ -283,7 +281,7 @@ class Session:
         self._after_prompt = (self._n_past, self.n_tokens)
 
     def append(self, tokens: npt.NDArray[np.int32]) -> None:
-        """Read a later prompt of text that evicts nothing; needs n_outputs of 2."""
+        """Append text without eviction; needs n_outputs of 2."""
         # llama.cpp takes it for the end of a prompt only where the last token alone asks for logits
         start = time.perf_counter()
         self._decode_tokens(tokens, n_outputs=2)
@@ -293,21 +291,21 @@ class Session:
         self._after_prompt = (self._n_past, self.n_tokens)
 
     def truncate_reply(self, n_keep: int = 0) -> None:
-        """Drop what was decoded since the last prompt, but for the first n_keep tokens of it."""
+        """Drop the tokens decoded since the last prompt, except the first n_keep."""
         n_past, n_tokens = self._after_prompt
         library.forget_errors()
         if not self.truncate(n_past + n_keep, n_tokens + n_keep):
             raise library.failure("llama.cpp cannot drop the reply")
 
     def truncate(self, n_past: int, n_tokens: int) -> bool:
-        """Drop the end of the sequence, up to the observation window of its last prompt.
+        """Drop the end of the sequence, at most the observation window of its last prompt.
 
         Args:
-            n_past: the next position then.
-            n_tokens: places in the KV cache that the sequence would take then.
+            n_past: the next position afterwards.
+            n_tokens: length of the sequence afterwards.
 
         Returns:
-            Whether every head held all of that end; if not, nothing was dropped.
+            False, and nothing dropped, if some head no longer holds all of that end.
         """
         memory = self._memory()
         if library.heads_stats(memory) is not None:
@@ -319,12 +317,12 @@ class Session:
         return done
 
     def decode(self, token: int) -> None:
-        """Append one token; afterwards logits() are those of the token after it."""
+        """Append one token; logits() are then those of the next one."""
         self._decode_tokens(np.array([token], dtype=np.int32), n_outputs=1)
         llama.llama_synchronize(self.context)
 
     def decode_all(self, tokens: npt.NDArray[np.int32]) -> npt.NDArray[np.float32]:
-        """Append tokens at once, which evicts nothing: the logits after each of them, [n, n_vocab]."""
+        """Append tokens in one batch, without eviction; returns the logits after each, [n, n_vocab]."""
         if not len(tokens):
             return np.empty((0, self._model.n_vocab), dtype=np.float32)
         self._decode_tokens(tokens, n_outputs=len(tokens))
@@ -352,7 +350,7 @@ class Session:
         ]
 
     def n_residual(self) -> int:
-        """How many KV heads have a slot that stands for what they lost, of all layers."""
+        """Number of KV heads with a residual slot, over all layers."""
         shape, memory = self._model.shape, self._memory()
         if library.heads_stats(memory) is None:
             return 0
@@ -363,7 +361,7 @@ class Session:
         )
 
     def kv_stats(self) -> KVStats:
-        """What the KV cache takes now and took at most."""
+        """Statistics of the KV cache."""
         stats = library.heads_stats(self._memory())
         shape = self._model.shape
         if stats is not None:
@@ -395,10 +393,10 @@ class Session:
         return SessionState(self._n_past, self.n_tokens, self._state())
 
     def restore(self, state: SessionState) -> None:
-        """Go on with a saved sequence, in place of reading a prompt.
+        """Restore a saved sequence instead of computing a prompt.
 
         Raises:
-            SparseMMError: llama.cpp does not take the state; the sequence is empty then.
+            SparseMMError: llama.cpp rejects the state; the sequence is then empty.
         """
         start = time.perf_counter()
         try:
@@ -415,17 +413,17 @@ class Session:
         return [part for part in self._prompt.parts if isinstance(part, ImagePart)]
 
     def _n_uncut(self) -> int:
-        """Tokens of the largest image that attends to all of itself, which has to be computed at once."""
+        """Tokens of the largest image with non-causal attention, which must be one batch."""
         return max((part.n_tokens for part in self._images() if self._model.is_non_causal(part)), default=0)
 
     def _memory(self) -> int:
         return int(llama.llama_get_memory(self.context))
 
     def _read_parts(self, start: int = 0, stop: int | None = None, n_outputs: int = 1) -> None:
-        """The prompt's tokens from start to stop, in a call for each stretch of text and each image.
+        """Compute the prompt's tokens from start to stop, one call per text part and per image.
 
-        The last n_outputs of them ask for logits. A cache that evicts puts the calls before the last one off,
-        and reads them all in that one.
+        The last n_outputs ask for logits. An evicting cache defers the earlier calls and computes them all
+        with the last one.
         """
         stop = self._prompt.n_tokens if stop is None else stop
         at = 0
@@ -487,7 +485,7 @@ class Session:
         return state
 
     def _restore(self, state: npt.NDArray[np.uint8]) -> None:
-        """Fill this cache with what _state returned."""
+        """Restore what _state returned."""
         pointer = state.ctypes.data_as(ctypes.POINTER(ctypes.c_uint8))
         library.forget_errors()
         if llama.llama_state_seq_set_data(self.context, pointer, len(state), 0) != len(state):
@@ -500,7 +498,7 @@ class Session:
         self._n_past += len(tokens)
 
     def _decode(self, positions: npt.NDArray[np.int32], n_outputs: int, **content: Any) -> None:
-        """One llama_decode. llama.cpp copies the batch, its arrays need to live no longer than this.
+        """One llama_decode call. llama.cpp copies the batch, so its arrays need not outlive the call.
 
         Args:
             positions: [n], with M-RoPE [4, n] for embeddings.
@@ -543,7 +541,7 @@ def start_session(
     flash_attn: bool = True,
     on_phase: Callable[[str], None] | None = None,
 ) -> Session:
-    """A session that is about to read this prompt; arguments as for generate and Session."""
+    """Create a session for a prompt; arguments as for Conversation and Session."""
     for name, value in (("n_predict", n_predict), ("n_ctx", n_ctx), ("n_ubatch", n_ubatch)):
         if value is not None:
             check_within(name, value, 1, MAX_POSITIONS)
@@ -564,7 +562,7 @@ def start_session(
 def start_session_with(
     model: VisionModel, prompt: Prompt, table: HeadBudgetTable | None, **options: Any
 ) -> Session:
-    """A session that evicts by this table, None: keeps the whole cache; options as for Session."""
+    """Create a session that evicts by a table; None: the full cache. Options as for Session."""
     if table is not None:
         check_supported(model.header, model.shape)
     n_ubatch = min(options.get("n_ubatch") or N_UBATCH, options["n_ctx"])
@@ -573,7 +571,7 @@ def start_session_with(
 
 
 def _check_room(model: VisionModel, n_ctx: int, n_ubatch: int, table: HeadBudgetTable | None) -> None:
-    """Raise SparseMMError for a context that takes more memory than the machine has."""
+    """Raise SparseMMError if a context needs more memory than the machine has."""
     # K and V of 4 bits at least; where it evicts the mask of a batch, the attention of the window and its
     # transpose, and seven tables of what the KV heads of a layer hold
     shape = model.shape

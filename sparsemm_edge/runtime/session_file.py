@@ -1,4 +1,4 @@
-"""A conversation in a file: one line of JSON that says what it fits, then llama.cpp's state."""
+"""Saved conversations: one line of JSON with what they fit, then llama.cpp's state."""
 
 import hashlib
 import json
@@ -20,13 +20,13 @@ _MAX_HEADER = 2**24  # bytes: the head budgets of the largest models take a tent
 
 @dataclass(frozen=True)
 class SavedConversation:
-    """What it takes to go on with a conversation.
+    """A saved conversation.
 
     Attributes:
         model: files.fingerprint() of the model file; model_name: the file's name, for messages.
         cache_types: of K and V, names in CACHE_TYPES.
-        table: what the cache evicts by; None: nothing.
-        planned: what the table was planned for: n_prompt and n_later of eviction.plan.
+        table: eviction parameters; None: no eviction.
+        planned: n_prompt and n_later of eviction.plan for the table.
         n_ubatch: prompt tokens computed at a time.
         pending: tokens that were generated but are not in the cache yet.
         state: the sequence.

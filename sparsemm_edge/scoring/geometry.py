@@ -1,8 +1,8 @@
-"""From a box on a page to image tokens: which part of the page each image token is made from.
+"""Map boxes on a page to image tokens: the part of the page that each image token shows.
 
-One function per way of cutting an image up. They get what the image processor returned (grid sizes, tile
-counts, image sizes) and say for every image token of the prompt, in order, which rectangle of the page its
-patches show. Rectangles ignore the few pixels that a resize blurs over an edge.
+One function per way of splitting an image. Each takes what the image processor returned (grid sizes, tile
+counts, image sizes) and returns the rectangle of the page that each image token's patches show, in order.
+Rectangles ignore the few pixels that resizing blurs over an edge.
 """
 
 import math
@@ -29,10 +29,10 @@ class ImageLayout:
     """The image tokens of a prompt, in order.
 
     Attributes:
-        rects: float64 [n, 4], the left, top, right and bottom of what a token shows, in pixels of the page;
-            NaN for tokens that show nothing (row ends, class token). What shows padding lies off the page.
-        detail: bool [n], the tokens of the finest view of the page. A smaller copy of the whole page, which
-            some architectures put beside it, is not.
+        rects: float64 [n, 4], left, top, right and bottom of what a token shows, in pixels of the page; NaN
+            for tokens that show nothing (row ends, class token). Tokens of padding lie outside the page.
+        detail: bool [n], True for the most detailed view of the page, False for the downscaled copy that some
+            architectures add.
     """
 
     rects: npt.NDArray[np.float64]
@@ -42,11 +42,11 @@ class ImageLayout:
         return len(self.rects)
 
     def covered(self, box: Sequence[float], *, detail: bool = True) -> npt.NDArray[np.intp]:
-        """The tokens that show a part of a box, as indices into the image tokens, ascending.
+        """The image tokens that overlap a box, as ascending indices.
 
         Args:
             box: left, top, right, bottom in pixels of the page.
-            detail: look among the tokens of the finest view; False: among those of the smaller copy.
+            detail: search the most detailed view; False: the downscaled copy.
         """
         left, top, right, bottom = self.rects.T
         wide = np.minimum(right, box[2]) - np.maximum(left, box[0])
@@ -55,7 +55,7 @@ class ImageLayout:
 
 
 def join(*parts: tuple[Rects, bool]) -> ImageLayout:
-    """Groups of tokens (rects, detail) one after the other."""
+    """Concatenate groups of tokens (rects, detail)."""
     rects = np.concatenate([part.reshape(-1, 4) for part, _ in parts])
     return ImageLayout(rects, np.concatenate([np.full(part.size // 4, detail) for part, detail in parts]))
 
@@ -69,19 +69,19 @@ def cells(rows: Spans, columns: Spans) -> Rects:
 
 
 def even(n: int, length: float) -> Spans:
-    """A length cut into n equal parts."""
+    """A length split into n equal parts."""
     edges = np.arange(n + 1) * (length / n)
     return np.stack([edges[:-1], edges[1:]], axis=1)
 
 
 def patches(n_tiles: int, tile: int, patch: int) -> Spans:
-    """Where the patches of neighbouring tiles lie; what a tile has beyond its last patch is lost."""
+    """The spans of the patches of adjacent tiles; pixels beyond a tile's last patch are lost."""
     starts = (np.arange(n_tiles)[:, None] * tile + np.arange(tile // patch) * patch).ravel()
     return np.stack([starts, starts + patch], axis=1).astype(np.float64)
 
 
 def on_page(spans: Spans, offset: float, scale: float) -> Spans:
-    """Spans on a canvas as spans on the page, whose pixel x lies at `offset + scale * x`."""
+    """Convert spans on a canvas to spans on the page, whose pixel x lies at `offset + scale * x`."""
     return (spans - offset) / scale
 
 
@@ -98,11 +98,11 @@ def cropped_square(
     n_class_tokens: int,
     n_dropped: int,
 ) -> ImageLayout:
-    """One image of fixed size: padded, resized and cropped as the image processor says (LLaVA-1.5).
+    """One image of fixed size: padded, resized and cropped by the image processor (LLaVA-1.5).
 
     Args:
         page: its size.
-        pixels: the size that the processor made of it.
+        pixels: its size after processing.
         patch: pixels a side of the image encoder's patches.
         resize: the processor's `size`: {"shortest_edge": n} or {"height": h, "width": w}; None: no resizing.
         pad_to_square: pad before resizing.
@@ -110,7 +110,7 @@ def cropped_square(
         n_dropped: tokens that the model drops at the front.
 
     Raises:
-        SparseMMError: the image is not what these settings make of the page.
+        SparseMMError: these settings do not give an image of this size.
     """
     padded = (max(page), max(page)) if pad_to_square else page
     if resize is None:
@@ -148,15 +148,15 @@ def padded_tiles(
     patch: int,
     max_tiles: int | None = None,
 ) -> ImageLayout:
-    """A small copy of the page, then the page on a canvas of tiles, padded in the middle (anyres).
+    """A downscaled copy of the page, then the page centred on a canvas of tiles (anyres).
 
-    The rows and columns of patches in the padding are dropped, and every row ends in a token of its own.
+    Rows and columns of patches in the padding are dropped, and each row ends with a row-end token.
 
     Args:
         page: its size.
         canvas: the resolution that was chosen for it, a whole number of tiles.
         tile, patch: pixels a side.
-        max_tiles: LLaVA-OneVision shrinks what has more patches than so many tiles; None: nothing does.
+        max_tiles: LLaVA-OneVision downscales images with more patches than this many tiles; None: no limit.
     """
     side = tile // patch
     n_rows, n_columns = (edge // tile * side for edge in canvas)
@@ -203,7 +203,7 @@ def padded_tiles(
 
 
 def _interpolated(spans: Spans, n: int) -> Spans:
-    """What each of n tokens shows that are bilinear mixtures of neighbouring ones (corners not aligned)."""
+    """The spans of n tokens that interpolate adjacent ones bilinearly (align_corners=False)."""
     source = np.maximum((np.arange(n) + 0.5) * (len(spans) / n) - 0.5, 0)
     first = np.floor(source).astype(int)
     last = np.where(source > first, np.minimum(first + 1, len(spans) - 1), first)
@@ -214,7 +214,7 @@ def _interpolated(spans: Spans, n: int) -> Spans:
 
 
 def merged_patches(page: Size, grid: Size, *, merge: int) -> ImageLayout:
-    """The page stretched to `grid` patches, of which merge x merge become a token (Qwen-VL)."""
+    """The page resized to `grid` patches, merge x merge of which become one token (Qwen-VL)."""
     rows, columns = (even(grid[axis] // merge, page[axis]) for axis in range(2))
     return join((cells(rows, columns), True))
 
@@ -223,7 +223,7 @@ def merged_patches(page: Size, grid: Size, *, merge: int) -> ImageLayout:
 
 
 def stretched_tiles(page: Size, tiles: Size, side: int) -> ImageLayout:
-    """The page stretched to rows x columns of tiles, tile by tile; a small copy follows if they are several.
+    """The page resized to rows x columns of tiles, tile by tile; then a downscaled copy if there are several.
 
     Args:
         page: its size.
@@ -239,7 +239,7 @@ def stretched_tiles(page: Size, tiles: Size, side: int) -> ImageLayout:
 
 
 def tiling(page: Size, n_tiles: int) -> Size:
-    """The rows and columns of n tiles whose shape is nearest to the page's (InternVL)."""
+    """The rows and columns of n tiles with the aspect ratio closest to the page's (InternVL)."""
     ratio = page[1] / page[0]
     shapes = [(n_tiles // columns, columns) for columns in range(1, n_tiles + 1) if n_tiles % columns == 0]
     return min(shapes, key=lambda shape: abs(ratio - shape[1] / shape[0]))

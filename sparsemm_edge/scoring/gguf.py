@@ -1,4 +1,4 @@
-"""A GGUF model that tells what its heads attend to while llama.cpp answers."""
+"""Record what a GGUF model's heads attend to while llama.cpp answers."""
 
 from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import suppress
@@ -23,13 +23,13 @@ N_UBATCH = 256
 
 
 class GgufReader:
-    """Reads pages through llama.cpp, with the full cache and without flash attention. See Reader."""
+    """A Reader on llama.cpp, with the full cache and without flash attention."""
 
     def __init__(self, model: VisionModel, mmproj: Path, chat_template: str | None = None) -> None:
         """Args:
             model: loaded with its image encoder; must outlive this.
             mmproj: the image encoder's file.
-            chat_template: instead of the model's own.
+            chat_template: instead of the model's.
 
         Raises:
             SparseMMError: the model's heads cannot be scored.
@@ -45,7 +45,7 @@ class GgufReader:
         self._attention = StrongestPositions(self.n_layer, self.n_head)
 
     def read(self, question: str, page: Image.Image, max_new_tokens: int) -> Answer:
-        """The greedy answer to a question about a page, and what the heads attended to meanwhile.
+        """The greedy answer to a question about a page, and the strongest positions of each head.
 
         Raises:
             SparseMMError: the model has no chat template, or the page does not fit into its context.
@@ -81,7 +81,7 @@ class GgufReader:
         return Answer(tokens, np.stack(strongest), positions, layout)
 
     def _answer(self, prompt: Prompt, limit: int) -> tuple[list[int], list[npt.NDArray[np.int64]]]:
-        """The greedy answer, and for each of its tokens the strongest positions [n_layer, n_head]."""
+        """The greedy answer, and for each token the strongest positions [n_layer, n_head]."""
         tokens: list[int] = []
         strongest = []
         with start_session_with(
@@ -103,7 +103,7 @@ class GgufReader:
 
 
 def _image_chunks(prompt: Prompt) -> tuple[npt.NDArray[np.int64], list[Tile]]:
-    """Where in a prompt its image tokens are, and the chunks that they come in."""
+    """The positions of a prompt's image tokens, and their chunks."""
     positions, tiles, start = [], [], 0
     for part in prompt.parts:
         if isinstance(part, ImagePart):

@@ -1,4 +1,4 @@
-"""Do heads with high scores matter? Silence them, or as many others, and see what the model still reads."""
+"""Ablation: silence the heads with the highest scores, or random others, and measure reading accuracy."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -22,7 +22,7 @@ class Knockout:
     """Character accuracies, means over the pages, 0 to 1.
 
     Attributes:
-        n_heads: how many heads were silenced, of how many.
+        n_heads: number of silenced heads.
         n_pages: pages read, each time the same.
         none: with all heads.
         top: without the heads with the highest scores.
@@ -48,12 +48,12 @@ def knockout(
     max_new_tokens: int | None = None,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> Knockout:
-    """Read the same pages with all heads, without the top `share` of them, and without random others.
+    """Read the same pages with all heads, without the top `share`, and without random others.
 
-    The random heads are drawn from those that are not among the top, so that no draw silences one of these.
+    Random heads are drawn from outside the top.
 
     Args:
-        question: what is asked; None: what the source of the pages says.
+        question: the question; None: the page source's.
         share: of the query heads, above 0, at most 0.5.
         n_draws: random choices of heads, each from `seed` + its number.
 
@@ -87,7 +87,7 @@ def knockout(
 
 @contextmanager
 def silenced(model: VisionLanguageModel, heads: npt.NDArray[np.intp]) -> Iterator[None]:
-    """Within, these query heads add nothing to what the model says.
+    """Context manager in which these query heads contribute nothing.
 
     Args:
         heads: flat indices, layer * n_head + head.

@@ -1,7 +1,7 @@
-"""Loading a Hugging Face vision-language model, and its prompt: a question about one page.
+"""Load a Hugging Face vision-language model, and make its prompt: a question about one page.
 
-The parts of the checkpoint's processor are used one by one (tokenizer, image processor, chat template), since
-transformers builds some whole processors only where torchvision is there for their videos.
+Tokenizer, image processor and chat template are loaded one by one, since transformers builds some processors
+only with torchvision, for videos.
 """
 
 import inspect
@@ -34,13 +34,13 @@ DTYPES = {"auto": "auto", "float32": torch.float32, "float16": torch.float16, "b
 
 @dataclass(frozen=True)
 class ScoringPrompt:
-    """A question about one page, as the model gets it.
+    """The prompt of a question about one page.
 
     Attributes:
         inputs: arguments of the model's `generate`, on its device.
         n_tokens: length of the prompt.
         image_positions: int64 [n_image_tokens], where in the prompt the image tokens are.
-        layout: what part of the page each of them shows.
+        layout: the part of the page that each of them shows.
     """
 
     inputs: dict[str, torch.Tensor]
@@ -51,12 +51,12 @@ class ScoringPrompt:
 
 @dataclass(frozen=True)
 class View:
-    """An image as one architecture sees it.
+    """An image as processed for one architecture.
 
     Attributes:
-        text: what replaces the image token in the prompt.
+        text: replaces the image token in the prompt.
         layout: of the image tokens in `text`.
-        inputs: what the image processor made, without the tokens.
+        inputs: of the image processor.
     """
 
     text: str
@@ -65,7 +65,7 @@ class View:
 
 
 class VisionLanguageModel:
-    """A checkpoint, ready to answer questions about pages greedily.
+    """A loaded checkpoint that answers questions about pages greedily.
 
     Attributes:
         name: the checkpoint's folder or hub id.
@@ -100,7 +100,7 @@ class VisionLanguageModel:
         return [layer.self_attn for layer in self.decoder.layers]
 
     def question(self, text: str) -> str:
-        """The whole prompt for a question: the chat template's; the text itself if it has the image token."""
+        """The full prompt: from the chat template, or the question itself if it has the image token."""
         if self.image_token in text:
             return text
         if not self.chat_template:
@@ -123,10 +123,10 @@ class VisionLanguageModel:
         )
 
     def prompt(self, question: str, page: Image.Image) -> ScoringPrompt:
-        """The prompt that asks a question about a page.
+        """The prompt for a question about a page.
 
         Raises:
-            SparseMMError: prompt or processor do not go with the model.
+            SparseMMError: prompt or processor do not fit the model.
         """
         with _one_line(self.name, "make a prompt of a page"):
             return self._prompt(question, page)
@@ -163,7 +163,7 @@ class VisionLanguageModel:
         """The greedy answer's tokens, the end token included.
 
         Raises:
-            SparseMMError: the model cannot answer, for instance for want of memory.
+            SparseMMError: the model cannot answer, for example out of memory.
         """
         own = self.model.generation_config
         with _one_line(self.name, "answer"):
@@ -181,10 +181,10 @@ class VisionLanguageModel:
         return list(done[0, prompt.n_tokens :].tolist())
 
     def read(self, question: str, page: Image.Image, max_new_tokens: int) -> Answer:
-        """The greedy answer to a question about a page, and what the heads attended to meanwhile.
+        """The greedy answer to a question about a page, and the strongest positions of each head.
 
         Raises:
-            SparseMMError: prompt or processor do not go with the model, or it cannot answer.
+            SparseMMError: prompt or processor do not fit the model, or it cannot answer.
         """
         prompt = self.prompt(question, page)
         with strongest_positions(self.decoder, self.attentions, prompt.n_tokens) as taps:
@@ -201,13 +201,13 @@ class VisionLanguageModel:
         return len(self.tokenizer(text, add_special_tokens=False)["input_ids"])
 
     def _process(self, page: Image.Image, **options: Any) -> dict[str, Any]:
-        """What the image processor makes of a page; arrays as tensors."""
+        """Run the image processor on a page; arrays become tensors."""
         batch = self.image_processor([page], return_tensors="pt", **options)
         return dict(batch)
 
 
 def _first(*values: Any) -> Any:
-    """The first value that is not None; of a list of end tokens its first."""
+    """The first value that is not None; of a list of end tokens, its first."""
     value = next((value for value in values if value is not None), None)
     return value[0] if isinstance(value, list) else value
 
@@ -347,9 +347,9 @@ def load(name: str, *, device: str | None = None, dtype: str = "auto") -> Vision
     """Load a checkpoint.
 
     Args:
-        name: a folder, which is read without the network, or a hub id, which is downloaded if need be.
-        device: a torch device; "auto" shares the model out over all there are (needs accelerate); None: the
-            GPU if there is one, or the CPU.
+        name: a folder, read without the network, or a hub id, downloaded if needed.
+        device: a torch device; "auto" splits the model over all devices (needs accelerate); None: the GPU if
+            there is one, or the CPU.
         dtype: one of DTYPES; "auto" is the checkpoint's own.
 
     Raises:
@@ -393,10 +393,9 @@ _TEXT_FILES = (".json", ".jinja", ".txt")
 
 @contextmanager
 def _readable(name: str) -> Iterator[str]:
-    """A folder that transformers can read: the checkpoint's, or one of links to it.
+    """A folder that transformers can read: the checkpoint's, or one with links to it.
 
-    transformers takes every text file for plain UTF-8. One that is UTF-8 with a byte order mark, or UTF-16,
-    is written anew there, without the mark.
+    transformers expects UTF-8. Text files in UTF-16 or with a byte order mark are converted there.
     """
     folder = Path(name).expanduser().resolve()
     anew = {}
@@ -423,7 +422,7 @@ def _readable(name: str) -> Iterator[str]:
 
 
 def _check_all_there(name: str, model: Any, missing: Iterable[str]) -> None:
-    """Raise SparseMMError if weights of the text model are missing: transformers makes up random ones."""
+    """Raise SparseMMError if text-model weights are missing: transformers would use random ones."""
     decoder = model.get_decoder()
     where = next(prefix for prefix, module in model.named_modules() if module is decoder)
     lost = sorted(key for key in missing if key.startswith(f"{where}."))
@@ -450,7 +449,7 @@ def check_architecture(name: str, config: Any) -> None:
 
 
 def _is_local(name: str) -> bool:
-    """True for a folder, False for a hub id; SparseMMError for neither."""
+    """True for a folder, False for a hub id; SparseMMError for anything else."""
     path = Path(name).expanduser()
     if path.is_dir():
         if not (path / "config.json").is_file():
@@ -464,7 +463,7 @@ def _is_local(name: str) -> bool:
 
 
 def _checked_device(device: str | None) -> str:
-    """A device that can be used, or "auto" where accelerate is there; SparseMMError otherwise."""
+    """A usable device, or "auto" with accelerate installed; SparseMMError otherwise."""
     if device == "auto":
         try:
             import accelerate  # noqa: F401
@@ -512,9 +511,8 @@ def _chat_template(name: str, offline: dict[str, Any]) -> str | None:
 
 @contextmanager
 def _one_line(name: str, what: str) -> Iterator[None]:
-    """Whatever goes wrong with a checkpoint becomes one line: what could not be done, and why.
-
-    A damaged one fails anywhere in transformers, and some of its parts raise Exception itself.
+    """Turn any exception into a one-line error. Damaged checkpoints fail anywhere in transformers, sometimes
+    with a plain Exception.
     """
     try:
         yield

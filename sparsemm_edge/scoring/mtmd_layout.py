@@ -1,8 +1,8 @@
-"""From a box on a page to image tokens, as llama.cpp's mtmd (0c1e57098, tools/mtmd) lays images out.
+"""Map boxes on a page to image tokens as llama.cpp's mtmd (0c1e57098, tools/mtmd) lays images out.
 
-mtmd prepares images in its own way: where a checkpoint's image processor crops or stretches, it mostly keeps
-the shape of an image and pads it. What is chosen here again (the size of the canvas, the shape of the tiling)
-is compared with the tokens that mtmd made, so that another version of it is noticed and not scored wrongly.
+Where a checkpoint's image processor crops or stretches, mtmd mostly keeps the aspect ratio and pads. Canvas
+size and tiling are recomputed here and compared with the tokens that mtmd made, so that a change in mtmd is
+an error and not a wrong score.
 """
 
 import math
@@ -41,18 +41,18 @@ class Tile:
 
 @dataclass(frozen=True)
 class ImageEncoder:
-    """What an image encoder's file says about how images are laid out.
+    """Image layout parameters from an image encoder's file.
 
     Attributes:
         path: the file, for messages.
         kind: of the projector.
-        image_size, patch: pixels a side of a picture (or tile), and of a patch.
-        merge: patches a side that become one token.
-        pinpoints: sizes of canvas to choose from, as height and width; empty: none.
-        longest_edge: pixels of the longer side that an image is stretched to before it is cut (Idefics3).
+        image_size, patch: side of an image (or tile) and of a patch, in pixels.
+        merge: merge x merge patches become one token.
+        pinpoints: available canvas sizes, height and width; empty: none.
+        longest_edge: length of the longer side after resizing, before splitting (Idefics3).
         n_tiles: least and most tiles of an image (InternVL).
-        row_ends: whether a token stands between two rows (Pixtral).
-        token_limits: least and most tokens of an image, None where nobody says.
+        row_ends: whether rows are separated by a token (Pixtral).
+        token_limits: fewest and most tokens of an image; None if not set.
     """
 
     path: str
@@ -72,10 +72,10 @@ class ImageEncoder:
     ) -> "ImageEncoder":
         """Args:
             header: of the image encoder's GGUF file (mmproj).
-            token_limits: least and most tokens of an image, as the user asked for them.
+            token_limits: fewest and most tokens of an image, from the user.
 
         Raises:
-            SparseMMError: not known where this kind of encoder puts what it sees.
+            SparseMMError: the layout of this encoder type is not known.
         """
         name = str(header.path)
         kind = header.value("clip.projector_type", header.value(f"{_KEYS}projector_type"))
@@ -112,14 +112,14 @@ class ImageEncoder:
         )
 
     def layout(self, page: Size, tiles: Sequence[Tile]) -> ImageLayout:
-        """Which part of a page every image token of a prompt shows.
+        """The part of a page that each image token of a prompt shows.
 
         Args:
             page: its height and width.
             tiles: the image chunks of the prompt, in order.
 
         Raises:
-            SparseMMError: mtmd laid the page out in another way than is known here.
+            SparseMMError: mtmd used another layout than expected.
         """
         if self.kind in _MROPE:
             made = self._of_grid(page, (tiles[0].n_rows, tiles[0].n_columns))
@@ -143,12 +143,12 @@ class ImageEncoder:
 
     @property
     def _side(self) -> int:
-        """Tokens a side of a picture or tile."""
+        """Tokens per side of an image or tile."""
         return self.image_size // self.patch // self.merge
 
     @property
     def _token(self) -> int:
-        """Pixels a side of what becomes one token."""
+        """Side of the area of one token, in pixels."""
         return self.patch * self.merge
 
     def _of_grid(self, page: Size, grid: Size) -> ImageLayout:
@@ -156,7 +156,7 @@ class ImageEncoder:
         return join((_padded(page, canvas, self._token), True))
 
     def _pixtral(self, page: Size) -> ImageLayout:
-        """Rows of tokens, with a token between two rows in most files."""
+        """Rows of tokens, separated by a token in most files."""
         limits = [given or usual for given, usual in zip(self.token_limits, _PIXTRAL_TOKENS, strict=True)]
         least, most = (limit * self._token**2 for limit in limits)
         canvas = _whole_tokens(page, self._token, least, most)
@@ -167,7 +167,7 @@ class ImageEncoder:
         return join((grid, True))
 
     def _llava_next(self, page: Size) -> ImageLayout:
-        """Tiles of the canvas row by row, then a small copy of the page; the copy alone for small pages."""
+        """Tiles of the canvas row by row, then a downscaled copy; only the copy for small pages."""
         copy = self._copy(page)
         if max(page) <= self.image_size:
             return join((copy, True))
@@ -176,7 +176,7 @@ class ImageEncoder:
         return join((self._by_tile(fine), True), (copy, False))
 
     def _internvl(self, page: Size) -> ImageLayout:
-        """The same with every canvas that has a number of tiles within bounds."""
+        """The same with every canvas whose number of tiles is allowed."""
         copy = self._copy(page)
         if max(page) <= self.image_size:
             return join((copy, True))
@@ -190,7 +190,7 @@ class ImageEncoder:
         return join((self._by_tile(fine), True), (copy, False))
 
     def _idefics3(self, page: Size) -> ImageLayout:
-        """Tiles of the page, stretched to whole tiles, then a small copy."""
+        """Tiles of the page, resized to whole tiles, then a downscaled copy."""
         if not self.longest_edge or self.token_limits != (None, None):
             raise SparseMMError(
                 f"{self.path}: where its image tokens lie is known only for files with"
@@ -201,11 +201,11 @@ class ImageEncoder:
         return join((self._by_tile(fine), True), (self._copy(page), False))
 
     def _copy(self, page: Size) -> Rects:
-        """The page stretched to one tile."""
+        """The page resized to one tile."""
         return cells(even(self._side, page[0]), even(self._side, page[1]))
 
     def _by_tile(self, fine: Rects) -> Rects:
-        """The rects of a grid of tokens in the order of tiles, row by row in each."""
+        """The rects of a grid of tokens in tile order, row by row within each tile."""
         rows, columns = (length // self._side for length in fine.shape[:2])
         return fine.reshape(rows, self._side, columns, self._side, 4).swapaxes(1, 2)
 
@@ -214,7 +214,7 @@ class ImageEncoder:
 
 
 def _padded(page: Size, canvas: Size, token: int) -> Rects:
-    """The page as large as a canvas takes it, in the middle, cut into tokens: [n_rows, n_columns, 4]."""
+    """The page scaled to fit a canvas, centred, split into tokens: [n_rows, n_columns, 4]."""
     scale = min(np.float32(canvas[axis]) / np.float32(page[axis]) for axis in range(2))
     spans = []
     for axis in range(2):
@@ -225,13 +225,13 @@ def _padded(page: Size, canvas: Size, token: int) -> Rects:
 
 
 def _rows(length: int, token: int) -> Spans:
-    """Where whole tokens lie on a canvas of this length."""
+    """The spans of whole tokens on a canvas of this length."""
     starts = np.arange(length // token) * float(token)
     return np.stack([starts, starts + token], axis=1)
 
 
 def _whole_tokens(page: Size, token: int, least: int, most: int) -> Size:
-    """The size nearest to the page's that is whole tokens, within least and most pixels."""
+    """The size closest to the page's in whole tokens, within the pixel limits."""
     height, width = np.float32(page[0]), np.float32(page[1])
     rows, columns = (max(1, math.floor(float(side / np.float32(token)) + 0.5)) for side in (height, width))
     if rows * columns * token**2 > most:
@@ -244,7 +244,7 @@ def _whole_tokens(page: Size, token: int, least: int, most: int) -> Size:
 
 
 def _best_canvas(page: Size, canvases: Sequence[Size]) -> Size:
-    """The canvas on which most of the page's pixels find room; of several the one with least padding."""
+    """The canvas that keeps most of the page's pixels; of several, the one with least padding."""
 
     def fits(canvas: Size) -> tuple[int, int]:
         scale = min(np.float32(canvas[axis]) / np.float32(page[axis]) for axis in range(2))
@@ -256,7 +256,7 @@ def _best_canvas(page: Size, canvases: Sequence[Size]) -> Size:
 
 
 def _stretched_tiles(page: Size, tile: int, longest_edge: int) -> Size:
-    """Rows and columns of tiles of a page whose longer side is stretched to `longest_edge` (Idefics3)."""
+    """Rows and columns of tiles of a page whose longer side is resized to `longest_edge` (Idefics3)."""
     ratio = page[1] / page[0]
     if page[1] >= page[0]:
         height, width = int(longest_edge / ratio), longest_edge

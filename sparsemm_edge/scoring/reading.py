@@ -1,4 +1,4 @@
-"""What a page says, and how much of it an answer got right."""
+"""The text of a page, and the accuracy of an answer about it."""
 
 from sparsemm_edge.evaluation.metrics import character_error_rate
 from sparsemm_edge.pages import Page
@@ -6,7 +6,7 @@ from sparsemm_edge.pages.scenes import Scene, named
 
 
 def page_text(page: Page) -> str:
-    """The text of a page in reading order: its own, or its chunks with blanks between."""
+    """The text of a page in reading order: its own, or its chunks joined by spaces."""
     text = getattr(page, "text", None)
     return text if isinstance(text, str) else " ".join(chunk.text for chunk in page.chunks)
 
@@ -14,8 +14,8 @@ def page_text(page: Page) -> str:
 def reading_accuracy(answer: str, page: Page) -> float:
     """Character accuracy of an answer that should be the page's text: 1 - character error rate, at least 0.
 
-    White space does not count, since where a model breaks lines is its own affair. Of a scene it is the share
-    of the things asked for that the answer names.
+    White space is ignored, as models break lines in different places. For scenes: the fraction of requested
+    objects that the answer names.
     """
     if isinstance(page, Scene):
         return named(answer, page)

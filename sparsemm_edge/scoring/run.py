@@ -1,4 +1,4 @@
-"""Scoring a model on many pages: in one process or several, with what is done saved as it goes."""
+"""Score a model on many pages, in one or more processes, saving progress."""
 
 import functools
 import json
@@ -43,14 +43,14 @@ _FIRST_CHECK, _CHECK_EVERY = 20, 10  # pages
 
 @dataclass(frozen=True)
 class ScoringJob:
-    """What to score: everything that the scores depend on, and a worker needs.
+    """Everything that the scores depend on.
 
     Attributes:
         source: the model.
         data, n_pages, seed, size: as `open_pages` takes them.
-        question: what is asked about each page; None: what its source says.
-        max_new_tokens: where an answer is cut off; None: a little after what the page's own text takes.
-        until: stop at this rank correlation of the halves of the pages so far; above 1: never.
+        question: asked about each page; None: the page source's question.
+        max_new_tokens: most tokens of an answer; None: a little more than the page's text.
+        until: stop at this rank correlation between halves of the pages so far; above 1: never.
     """
 
     source: Source
@@ -66,7 +66,7 @@ class ScoringJob:
         return open_pages(self.data, self.n_pages, seed=self.seed, size=self.size)
 
     def key(self) -> dict[str, Any]:
-        """What two runs must have in common for one to go on where the other stopped."""
+        """What must be equal to resume a run."""
         pages = self.pages()
         return self.source.key() | {
             "data": pages.name,
@@ -77,12 +77,12 @@ class ScoringJob:
 
 @dataclass
 class ScoringResult:
-    """What scoring found out, beside the scores themselves.
+    """The result of scoring.
 
     Attributes:
         scores: as saved.
-        unread: names of the pages whose answer matches nothing on them.
-        warnings: what makes the scores doubtful, a line each.
+        unread: names of pages whose answer matches nothing on them.
+        warnings: reasons to doubt the scores, one line each.
     """
 
     scores: HeadScores
@@ -105,17 +105,17 @@ def score(
 ) -> ScoringResult:
     """Score a model's heads and write them to `out`.
 
-    What is done is saved to `<out>.partial` now and then, and removed at the end. The scores do not depend on
-    the number of processes, nor on interruptions: each page is scored alone, and the pages are summed in
-    their order, up to the first number of them at which the ranking has settled.
+    Progress is saved to `<out>.partial`, which is removed at the end. The scores do not depend on the number
+    of processes or on interruptions: each page is scored alone, and pages are summed in order, up to the
+    first number of pages at which the ranking has converged.
 
     Args:
         n_jobs: processes, each with the model in its own memory (the i-th takes GPU i if there are several).
-        resume: go on from `<out>.partial`.
-        force: replace `out`, and start anew if there is a partial result.
+        resume: continue from `<out>.partial`.
+        force: replace `out` and discard a partial result.
 
     Raises:
-        SparseMMError: the model cannot be scored, the pages cannot be read, or a file is in the way.
+        SparseMMError: the model cannot be scored, the pages cannot be read, or a file exists.
     """
     pages = job.pages()
     partial = out.with_name(out.name + ".partial")
@@ -186,7 +186,7 @@ def _results(job: ScoringJob, todo: list[int], n_jobs: int) -> Generator[_Result
 
 
 def _score_in_process(job: ScoringJob, n_jobs: int, rank: int, indices: Iterator[int]) -> Iterator[_Result]:
-    """Pages of one of several processes."""
+    """Score pages in a child process."""
     yield from _score_pages(job, indices, rank, n_jobs)
 
 
@@ -204,7 +204,7 @@ def _score_pages(
 
 
 class _Settled:
-    """Looks at the pages so far, in their order, every now and then: do their halves agree on the ranking?"""
+    """Checks at intervals whether two halves of the pages so far agree on the ranking."""
 
     def __init__(self, until: float, total: int) -> None:
         self._until = until
@@ -212,7 +212,7 @@ class _Settled:
         self._total = total
 
     def after(self, done: dict[int, dict[str, Any]], shape: dict[str, int]) -> int | None:
-        """The number of pages, from the first one, at which the ranking has settled, None if it has not."""
+        """The number of pages at which the ranking has converged; None if it has not."""
         while self._until <= 1 and self._next < self._total and all(i in done for i in range(self._next)):
             tables = _tables([done[i] for i in range(self._next)], shape)
             if tables.any() and convergence(tables)[-1]["spearman"] >= self._until:
@@ -277,13 +277,13 @@ def _read_partial(
 
 
 def _is_shape(found: Any) -> TypeGuard[dict[str, int]]:
-    """Whether this is the shape of a model, as _score_pages makes it."""
+    """Whether this is a model shape as _score_pages makes it."""
     names = ("n_layer", "n_head", "n_head_kv")
     return isinstance(found, dict) and all(_is_count(found.get(name), 1, _MOST_HEADS) for name in names)
 
 
 def _is_page(found: Any, shape: dict[str, int]) -> bool:
-    """Whether this is what a page says of a model of this shape, as _to_json makes it."""
+    """Whether this is a page's result for a model of this shape, as _to_json makes it."""
     if not (isinstance(found, dict) and isinstance(found.get("scores"), list)):
         return False
     return (

@@ -1,6 +1,6 @@
-"""What is scored: a checkpoint, which PyTorch runs, or GGUF files, which llama.cpp runs.
+"""Models to score: a checkpoint in PyTorch, or GGUF files in llama.cpp.
 
-Both are told in a few words, so that a process can be sent them and opens the model itself.
+Both are small descriptions, sent to processes that load the model themselves.
 """
 
 from collections.abc import Iterator
@@ -17,7 +17,7 @@ from sparsemm_edge.scoring.target_response import Reader
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A Hugging Face checkpoint. The one kind of source that needs torch and transformers.
+    """A Hugging Face checkpoint; needs torch and transformers.
 
     Attributes:
         name: folder or hub id.
@@ -30,20 +30,20 @@ class Checkpoint:
 
     @property
     def label(self) -> str:
-        """What scores call it."""
+        """Its name in score files."""
         return Path(self.name).resolve().name if Path(self.name).is_dir() else self.name
 
     def key(self) -> dict[str, Any]:
-        """What two runs must have in common for one to go on where the other stopped."""
+        """What must be equal to resume a run."""
         return {"model": self.name, "dtype": self.dtype}
 
     def provenance(self) -> dict[str, Any]:
-        """What scores say about how they were made."""
+        """How the scores were made, for score files."""
         return {"packages": _versions("torch", "transformers", "pillow", "numpy")}
 
     @contextmanager
     def reader(self, rank: int = 0, n_jobs: int = 1) -> Iterator[Reader]:
-        """The model; of the rank-th of several processes on its share of the GPUs, or of the cores."""
+        """Load the model; process `rank` of several uses its share of GPUs or cores."""
         with needs_torch():
             import torch
 
@@ -58,11 +58,11 @@ class Checkpoint:
 
 @dataclass(frozen=True)
 class GgufFiles:
-    """A text model and its image encoder as llama.cpp runs them.
+    """A text model and its image encoder for llama.cpp.
 
     Attributes:
         model, mmproj: GGUF files.
-        n_threads: None: the physical cores. n_threads_batch: those that read prompts; None: as many.
+        n_threads: None: the physical cores. n_threads_batch: threads for prompts; None: n_threads.
         n_gpu_layers: layers on the GPU, if llama.cpp was built for one; None: as llama.cpp does it.
         image_min_tokens, image_max_tokens: least and most tokens of an image, where its size decides.
         chat_template: instead of the model's own.
@@ -79,11 +79,11 @@ class GgufFiles:
 
     @property
     def label(self) -> str:
-        """What scores call it."""
+        """Its name in score files."""
         return self.model.stem
 
     def key(self) -> dict[str, Any]:
-        """What two runs must have in common for one to go on where the other stopped."""
+        """What must be equal to resume a run."""
         from sparsemm_edge.files import fingerprint
 
         return {
@@ -94,7 +94,7 @@ class GgufFiles:
         }
 
     def provenance(self) -> dict[str, Any]:
-        """What scores say about how they were made."""
+        """How the scores were made, for score files."""
         from sparsemm_edge.versions import LLAMA_CPP_COMMIT
 
         return {
@@ -106,7 +106,7 @@ class GgufFiles:
 
     @contextmanager
     def reader(self, rank: int = 0, n_jobs: int = 1) -> Iterator[Reader]:
-        """The model; of one of several processes with its share of the cores."""
+        """Load the model; each of several processes uses its share of the cores."""
         from sparsemm_edge.runtime import Loading, VisionModel
         from sparsemm_edge.scoring.gguf import GgufReader
 
@@ -125,7 +125,7 @@ Source = Checkpoint | GgufFiles
 
 
 def quantisation(path: Path) -> str:
-    """What llama.cpp calls the numbers of a GGUF file, such as Q4_0; "unknown" if it does not say."""
+    """The quantisation of a GGUF file, such as Q4_0; "unknown" if the file does not say."""
     from gguf.constants import LlamaFileType
 
     from sparsemm_edge.gguf_header import read_header

@@ -1,8 +1,8 @@
-"""Which position every head of a PyTorch model attends to most, for each token that the model says.
+"""The position that each head of a PyTorch model attends to most, for each generated token.
 
-Nothing of size prompt x prompt is ever held. While the model answers, each attention layer is computed as
-usual (sdpa), and beside it, for the last query alone, which position it attends to most. That is one number
-per head and token, and all that the scores need.
+Attention weights of size prompt x prompt are never stored. Each attention layer is computed as usual (sdpa),
+and the strongest position of the last query is computed beside it: one number per head and token, which is
+all that the scores need.
 """
 
 from collections.abc import Iterator, Sequence
@@ -23,7 +23,7 @@ class _Tap:
     """The strongest positions of one layer's heads, a tensor [n_head] for each forward pass.
 
     Attributes:
-        n_prompt: length of the prompt; None: not listening.
+        n_prompt: length of the prompt; None: not recording.
     """
 
     def __init__(self) -> None:
@@ -73,7 +73,7 @@ AttentionMaskInterface.register(_ATTENTION, sdpa_mask)
 
 @contextmanager
 def strongest_positions(decoder: Any, attentions: Sequence[Any], n_prompt: int) -> Iterator[list[_Tap]]:
-    """Within, the model remembers for every forward pass which position each head attends to most.
+    """Context manager that records each head's strongest position in every forward pass.
 
     Yields the taps of the layers; `table` reads them.
     """

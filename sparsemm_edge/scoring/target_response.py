@@ -1,6 +1,6 @@
 """The target response of every query head on one page: DESIGN section 3, "Head scores".
 
-What a head attends to comes from whoever reads the page: PyTorch (models.py) or llama.cpp (gguf.py).
+What heads attend to comes from PyTorch (models.py) or llama.cpp (gguf.py).
 """
 
 from collections.abc import Sequence
@@ -18,14 +18,14 @@ from sparsemm_edge.scoring.reading import page_text, reading_accuracy
 
 @dataclass(frozen=True)
 class Answer:
-    """A greedy answer to a question about a page, and what the heads attended to meanwhile.
+    """A greedy answer to a question about a page, and what the heads attended to.
 
     Attributes:
         tokens: its tokens, the end token included.
         strongest: int64 [n_tokens, n_layer, n_head], the position that the query which produced a token
             attended to most.
         image_positions: int64 [n_image_tokens], where in the prompt the image tokens are.
-        layout: what part of the page each of them shows.
+        layout: the part of the page that each of them shows.
     """
 
     tokens: list[int]
@@ -35,7 +35,7 @@ class Answer:
 
 
 class Reader(Protocol):
-    """A vision-language model that tells what its heads attend to while it answers.
+    """A vision-language model that records what its heads attend to while it answers.
 
     Attributes:
         n_layer, n_head, n_head_kv: of the text model.
@@ -60,7 +60,7 @@ class Reader(Protocol):
 
 @dataclass(frozen=True)
 class PageScores:
-    """What one page says about the heads.
+    """The scores from one page.
 
     Attributes:
         scores: float64 [n_layer, n_head], the sum of the target responses.
@@ -78,11 +78,11 @@ class PageScores:
 
 
 def unique_chunk(text: str, chunks: Sequence[Chunk]) -> Chunk | None:
-    """The one chunk that a token's text is found in, or None.
+    """The only chunk that contains a token's text, or None.
 
-    The text is looked up as it is, less the blanks around it, anywhere in a chunk: a piece of a word, a
-    single character and a punctuation mark count if one chunk alone has them. Blanks, special tokens and
-    halves of a multi-byte character are found nowhere.
+    The text is stripped and searched anywhere in a chunk: parts of words, single characters and punctuation
+    count if exactly one chunk contains them. White space, special tokens and parts of multi-byte characters
+    match nothing.
     """
     text = text.strip()
     found = [chunk for chunk in chunks if text and text in chunk.text]
@@ -90,18 +90,18 @@ def unique_chunk(text: str, chunks: Sequence[Chunk]) -> Chunk | None:
 
 
 def answer_limit(reader: Reader, page: Page) -> int:
-    """Tokens after which an answer about a page is cut off: what its text takes, a quarter more, and a few.
+    """Most tokens of an answer about a page: those of its text, a quarter more, and a few.
 
-    What a model says beyond that is no longer on the page: it repeats itself, or talks.
+    Longer answers repeat themselves or leave the page's text.
     """
     return reader.n_text_tokens(page_text(page)) * 5 // 4 + 24
 
 
 def score_page(reader: Reader, page: Page, question: str, max_new_tokens: int | None = None) -> PageScores:
-    """Ask for the text of a page and score every head by what it attends to while answering.
+    """Ask for the text of a page and score each head by what it attends to while answering.
 
     Args:
-        max_new_tokens: where an answer is cut off; None: `answer_limit`.
+        max_new_tokens: most tokens of the answer; None: `answer_limit`.
     """
     said = reader.read(question, page.image, max_new_tokens or answer_limit(reader, page))
     scores = np.zeros((reader.n_layer, reader.n_head))

@@ -464,7 +464,7 @@ LLAMA_WITHOUT_K = {key: value for key, value in attention_tensors().items() if "
         ({"keys": {"llama.block_count": (2**32 - 1, U32)}}, r"missing tensors: blk\.2\.attn_q\.weight"),
         ({"keys": {"llama.block_count": (0, U32)}}, "block_count is 0"),
         ({"keys": {"llama.block_count": ("2", STRING)}}, "block_count is '2'"),
-        ({"n_head_kv": 3}, "4 query heads cannot be shared out to 3 KV heads"),
+        ({"n_head_kv": 3}, "4 query heads cannot be divided among 3 KV heads"),
         ({"endianess": gguf.GGUFEndian.BIG}, "a big-endian GGUF file"),
         ({"n_layer": 3}, r"they are for 2 layers x 4 heads, the model has 3 layers x 4 heads \(2 KV heads\)"),
         ({"n_head": 8}, r"they are for 2 layers x 4 heads, the model has 2 layers x 8 heads \(2 KV heads\)"),

@@ -73,12 +73,12 @@ def test_what_mtmd_takes_for_an_image_is_text_in_a_question(answer: Any, page: P
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        ([], "what to ask is missing: give -p TEXT, -p - to read stdin, or -f FILE"),
+        ([], "no prompt: give -p TEXT, -p - to read stdin, or -f FILE"),
         (["-p", "x", "-f", "FILE"], "not both"),
         (["-f", "nowhere.txt"], "cannot read nowhere.txt"),
         (["-f", "FILE"], "not a text file"),
-        (["-p", "-"], "what to ask, on stdin,: not a text file"),
-        (["-p", "a\udcff"], "what to ask is not UTF-8"),
+        (["-p", "-"], "the prompt on stdin: not a text file"),
+        (["-p", "a\udcff"], "the prompt is not UTF-8"),
         (["-p", "x", "--system", "a\udcff"], "--system is not UTF-8"),
         (["-p", "x", "--system", "@nowhere.txt"], "cannot read nowhere.txt"),
         (["-p", "x", "--chat-template-kwargs", "{"], "--chat-template-kwargs: not a JSON object such as"),

@@ -267,7 +267,7 @@ def test_what_the_server_was_told_is_for_requests_that_say_nothing(llava: Vision
         ({"response_format": {"type": "xml"}}, "response_format 'xml'"),
         ({"response_format": {"type": "json_object", "schema": {"type": "thing"}}}, "Unrecognized schema"),
         ({"grammar": "root ::= nothing"}, "the grammar is broken"),
-        ({"stop": ""}, "a text to stop at is empty"),
+        ({"stop": ""}, "a stop text is empty"),
         ({"messages": [{"role": "user", "content": "x" * 2000}]}, "--n-ctx allows 1024"),
     ],
 )

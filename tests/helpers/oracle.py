@@ -1,7 +1,7 @@
 """The algorithm of DESIGN section 3 in plain PyTorch, on the Hugging Face model: what the patched llama.cpp
 must agree with.
 
-A prompt is read with the whole cache. Then, per layer and KV head, the last queries vote on the positions
+A prompt is read with the full cache. Then, per layer and KV head, the last queries vote on the positions
 before the window, and the head keeps the winners and the window. Nothing is removed here: decoding masks
 what a head has lost, so that positions, rotations and everything else stay those of the original model. What
 a head lost can leave a slot, which is attended beside the positions.

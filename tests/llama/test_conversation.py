@@ -134,7 +134,7 @@ def test_an_answer_that_is_cut_short_is_part_of_the_conversation(llava: VisionMo
 
 
 def test_a_short_first_question_does_not_make_all_heads_alike(llava: VisionModel) -> None:
-    """It fits into the budget, which is then shared out for what the chat can become."""
+    """It fits into the budget, which is then distributed for the length that the chat can reach."""
     budget = Eviction(policy="random", budget=64, window=8)
     with Conversation(llava, n_ctx=1024, eviction=budget) as conversation:
         said(conversation, "Hello")

@@ -1,6 +1,6 @@
 """Programs that know nothing of this package evict with a converted file, and answer as `generate` does.
 
-That they evict is seen by the text: with the whole cache it is another one.
+That they evict is seen by the text: with the full cache it is another one.
 """
 
 from __future__ import annotations
@@ -62,7 +62,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @cache
 def expected(folder: Path, name: str, question: str, template: str | None) -> str:
-    """What `generate` answers, which is not what it answers with the whole cache."""
+    """What `generate` answers, which is not what it answers with the full cache."""
     with VisionModel.load(folder / f"{name}.gguf", test_model(name).mmproj(), n_threads=1) as model:
         texts = []
         for eviction in (Eviction(), Eviction(enabled=False)):

@@ -175,7 +175,9 @@ def test_a_bound_below_the_window_is_refused(llava: VisionModel) -> None:
     assert context(llava) is None
     assert "at most 7 generated positions are held, less than the window of 8" in str(library.failure("no"))
     wanted: Any = dict(metadata=None, shape=llava.shape, n_prompt=200, model=llava.path)
-    with pytest.raises(SparseMMError, match="at most 31 generated positions"):
+    with pytest.raises(
+        SparseMMError, match="--kv-max-tail is 31: it must be at least the observation window, 32"
+    ):
         plan(Eviction(policy="uniform", budget=64, window=32, max_tail=31), **wanted)
     with pytest.raises(SparseMMError, match="only a cache that evicts"):
         plan(Eviction(enabled=False, max_tail=64), **wanted)

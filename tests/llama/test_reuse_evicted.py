@@ -155,7 +155,7 @@ def test_a_damaged_file_is_one_line_and_written_again(
 
     assert (again.tokens, n_again) == (first.tokens, n_first)
     (line,) = caplog.messages
-    assert line == f"warning: {path}: the kept sequence is damaged, or none; it is made anew"
+    assert line == f"warning: {path}: not a kept sequence, or a damaged one; it is made anew"
     assert path.read_bytes() == data and ask(QUESTION)[1] < n_first
 
 

@@ -128,7 +128,7 @@ def test_an_answer_follows_a_grammar(model: VisionModel, tmp_path: Path, sparsem
 
 def test_a_grammar_that_no_token_follows_is_an_error_and_no_crash(model: VisionModel) -> None:
     # llama.cpp never lets a token begin with a zero byte
-    with pytest.raises(SparseMMError, match="no token of this model goes on"):
+    with pytest.raises(SparseMMError, match="no token of this model satisfies the grammar"):
         text(model, grammar=r'root ::= "a\x00"')
 
 
@@ -150,7 +150,7 @@ def test_a_grammar_that_no_token_follows_is_an_error_and_no_crash(model: VisionM
         (["--frequency-penalty", "-inf"], "--frequency-penalty is -inf"),
         (["--seed", "-2"], "--seed is -2: it must be -1 to"),
         (["--seed", 2**32], "--seed is 4294967296"),
-        (["--stop", ""], "a text to stop at is empty"),
+        (["--stop", ""], "a stop text is empty"),
         (["--json-schema", "nowhere.json"], "cannot read nowhere.json"),
         (["--json-schema", '{"type": '], "the JSON schema is not JSON"),
         (["--json-schema", '{"type": "thing"}'], "Unrecognized schema"),

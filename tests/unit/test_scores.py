@@ -65,7 +65,7 @@ def test_saved_scores_read_back_unchanged(tmp_path: Path) -> None:
 def test_grouping_sums_neighbouring_query_heads() -> None:
     grouped = group_scores(np.array([[1.0, 2.0, 3.0, 4.0], [0.0, 0.0, 5.0, 5.0]]), n_head_kv=2)
     np.testing.assert_allclose(grouped, np.array([[3, 7], [0, 10]]) / 20)
-    with pytest.raises(SparseMMError, match="4 query heads cannot be shared out to 3 KV heads"):
+    with pytest.raises(SparseMMError, match="4 query heads cannot be divided among 3 KV heads"):
         group_scores(np.ones((2, 4)), n_head_kv=3)
 
 
