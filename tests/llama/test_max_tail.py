@@ -179,7 +179,7 @@ def test_a_bound_below_the_window_is_refused(llava: VisionModel) -> None:
         SparseMMError, match="--kv-max-tail is 31: it must be at least the observation window, 32"
     ):
         plan(Eviction(policy="uniform", budget=64, window=32, max_tail=31), **wanted)
-    with pytest.raises(SparseMMError, match="only a cache that evicts"):
+    with pytest.raises(SparseMMError, match="--kv-max-tail needs a cache that evicts"):
         plan(Eviction(enabled=False, max_tail=64), **wanted)
 
 
