@@ -20,7 +20,7 @@ _PIXTRAL_TOKENS = (8, 1024)  # least and most tokens of an image where nobody sa
 _INTERNVL_TILES = (1, 12)
 _IMG_BREAK = "v.token_embd.img_break"
 
-_MROPE = ("qwen2vl_merger", "qwen2.5vl_merger", "qwen3vl_merger")
+_MROPE = ("qwen2vl_merger", "qwen2.5vl_merger", "qwen3vl_merger", "glm4v", "paddleocr")
 SUPPORTED = ("mlp", *_MROPE, "pixtral", "internvl", "idefics3")
 """The kinds of projectors whose image tokens have a place on the image that is known here."""
 

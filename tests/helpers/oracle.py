@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +41,7 @@ class _Tap:
     Attributes:
         listening: remember the queries, keys and values of the next call.
         query, key, value: float32 [heads, tokens, head_dim], query and key after rotation.
+        scaling: of the product of a query and a key.
         keep: the prompt positions that each KV head still sees, bool [n_head_kv, n_prompt]; None: all.
         slots: what each KV head has for what it lost, None where it lost nothing.
     """
@@ -49,6 +51,7 @@ class _Tap:
         self.query = torch.empty(0)
         self.key = torch.empty(0)
         self.value = torch.empty(0)
+        self.scaling = 1.0
         self.keep: torch.Tensor | None = None
         self.slots: list[Slot | None] = [None] * n_head_kv
 
@@ -69,7 +72,7 @@ def _attention(
 ) -> tuple[torch.Tensor, None]:
     tap: _Tap = module.oracle_tap
     if tap.listening:
-        tap.query, tap.key, tap.value = query[0], key[0], value[0]
+        tap.query, tap.key, tap.value, tap.scaling = query[0], key[0], value[0], scaling
     group = query.shape[1] // key.shape[1]
     logits = query @ key.repeat_interleave(group, 1).transpose(2, 3) * scaling
     if attention_mask is not None:
@@ -131,6 +134,7 @@ class Prompt:
         embeds: float32 [1, n, n_embd].
         position_ids: int64 [1, n], or [3, 1, n] under M-RoPE.
         next_pos: position of the first generated token.
+        more: what else the decoder is given with these embeddings, such as deepstack's.
     """
 
     ids: np.ndarray
@@ -138,6 +142,7 @@ class Prompt:
     embeds: torch.Tensor
     position_ids: torch.Tensor
     next_pos: int
+    more: dict[str, Any] = field(default_factory=dict)
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -179,17 +184,27 @@ def leads(result: OracleResult, tokens: Sequence[int]) -> np.ndarray:
     return (logits.max(1) - logits[np.arange(len(tokens)), tokens]) / logits.std(1)
 
 
+@dataclass(frozen=True)
+class Grid:
+    """The embeddings of an image: float32 [n_rows * n_columns, n_embd], what deepstack adds behind them."""
+
+    embeds: np.ndarray
+    n_columns: int
+
+
 class Oracle:
     """The original of a test model, in float32."""
 
-    def __init__(self, hf_dir: Path) -> None:
-        model = AutoModelForImageTextToText.from_pretrained(
-            hf_dir, dtype=torch.float32, attn_implementation="eager"
-        ).eval()
+    def __init__(self, hf_dir: Path, kind: Any = AutoModelForImageTextToText) -> None:
+        """Args:
+        hf_dir: the checkpoint.
+        kind: class of transformers that loads it.
+        """
+        model = kind.from_pretrained(hf_dir, dtype=torch.float32, attn_implementation="eager").eval()
         self.model = model
         self.tokenizer: Any = AutoTokenizer.from_pretrained(hf_dir)
-        self.image_processor = AutoImageProcessor.from_pretrained(hf_dir)
-        self.decoder = model.model.language_model
+        inner = model.model
+        self.decoder = getattr(inner, "language_model", getattr(inner, "text_model", inner))
         self.decoder.config._attn_implementation = _ATTENTION
         config = self.decoder.config
         self.taps = [_Tap(config.num_key_value_heads) for _ in self.decoder.layers]
@@ -199,6 +214,12 @@ class Oracle:
         self.n_head: int = config.num_attention_heads
         self.n_head_kv: int = config.num_key_value_heads
         self.is_qwen = model.config.model_type == "qwen2_vl"
+        self.is_mrope = "mrope_section" in (config.rope_parameters or {})
+        self._hf_dir = hf_dir
+
+    @cached_property
+    def image_processor(self) -> Any:
+        return AutoImageProcessor.from_pretrained(self._hf_dir)
 
     # --- prompts
 
@@ -246,6 +267,47 @@ class Oracle:
             position_ids = torch.arange(ids.shape[1])[None]
         return Prompt(ids[0].numpy(), is_image[0].numpy(), embeds, position_ids, int(position_ids.max()) + 1)
 
+    @torch.no_grad()
+    def prompt_of(self, chunks: Sequence[np.ndarray | Grid]) -> Prompt:
+        """A prompt of chunks of text (token ids) and of images, whose embeddings are given.
+
+        Under M-RoPE an image is numbered as Qwen2-VL does it (transformers' get_rope_index): its rows and
+        columns count from where the text before it ended, and the text after it goes on behind the larger.
+        """
+        n_embd = self.decoder.config.hidden_size
+        ids, embeds, positions, deep = [], [], [], []
+        start = 0
+        for chunk in chunks:
+            if isinstance(chunk, Grid):
+                given = torch.from_numpy(chunk.embeds)
+                rows, columns = np.divmod(np.arange(len(given)), chunk.n_columns)
+                at = np.stack([np.zeros(len(given), np.int64), rows, columns])
+                if not self.is_mrope:
+                    at[:] = np.arange(len(given))
+                ids.append(np.full(len(given), -1))
+                embeds.append(given[:, :n_embd])
+                deep.append(given[:, n_embd:])
+            else:
+                ids.append(chunk)
+                embeds.append(self.decoder.embed_tokens(torch.from_numpy(chunk).long()))
+                at = np.broadcast_to(np.arange(len(chunk)), (3, len(chunk)))
+            positions.append(start + at)
+            start = int(positions[-1].max()) + 1
+        all_ids = np.concatenate(ids)
+        position_ids = torch.from_numpy(np.concatenate(positions, axis=1))[:, None]
+        more: dict[str, Any] = {}
+        if deep and deep[0].shape[1]:
+            more["visual_pos_masks"] = torch.from_numpy(all_ids < 0)[None]
+            more["deepstack_visual_embeds"] = list(torch.cat(deep).split(n_embd, dim=1))
+        return Prompt(
+            all_ids,
+            all_ids < 0,
+            torch.cat(embeds)[None],
+            position_ids if self.is_mrope else position_ids[0],
+            start,
+            more,
+        )
+
     # --- the algorithm
 
     @torch.no_grad()
@@ -285,6 +347,7 @@ class Oracle:
             position_ids=prompt.position_ids,
             past_key_values=cache,
             use_cache=True,
+            **prompt.more,
         ).last_hidden_state
         for tap in self.taps:
             tap.listening = False
@@ -315,7 +378,7 @@ class Oracle:
         tokens: list[int] = []
         logits = []
         for i in range(n_predict):
-            logits.append(self.model.lm_head(hidden[0, -1]).numpy())
+            logits.append(self._logits(hidden))
             tokens.append(int(logits[-1].argmax()))
             if i + 1 == n_predict:
                 break
@@ -323,7 +386,7 @@ class Oracle:
             position = torch.full((1, 1), prompt.next_pos + i)
             hidden = self.decoder(
                 inputs_embeds=self.decoder.embed_tokens(said),
-                position_ids=position.expand(3, 1, 1) if self.is_qwen else position,
+                position_ids=position.expand(3, 1, 1) if self.is_mrope else position,
                 past_key_values=cache,
                 use_cache=True,
             ).last_hidden_state
@@ -331,6 +394,11 @@ class Oracle:
         for tap in self.taps:
             tap.forget()
         return OracleResult(kept, scores, tokens, np.array(logits), slots)
+
+    def _logits(self, hidden: torch.Tensor) -> np.ndarray:
+        """Of the last position: float32 [n_vocab]."""
+        logits = self.model.lm_head(hidden[0, -1]) / getattr(self.decoder.config, "logits_scaling", 1)
+        return np.asarray(logits)
 
     def conversation(
         self,
@@ -475,14 +543,14 @@ def attention_of_the_last(query: torch.Tensor, key: torch.Tensor, n_voters: int)
     Returns:
         float32 [n_head, n_voters, n], rows sum to 1.
     """
-    return masked_logits(query, key, n_voters).softmax(-1)
+    return masked_logits(query, key, n_voters, query.shape[-1] ** -0.5).softmax(-1)
 
 
-def masked_logits(query: torch.Tensor, key: torch.Tensor, n_voters: int) -> torch.Tensor:
+def masked_logits(query: torch.Tensor, key: torch.Tensor, n_voters: int, scaling: float) -> torch.Tensor:
     """What attention_of_the_last takes the softmax of."""
     n = key.shape[1]
     key = key.repeat_interleave(query.shape[0] // key.shape[0], 0)
-    logits = query[:, -n_voters:] @ key.transpose(1, 2) / query.shape[-1] ** 0.5
+    logits = query[:, -n_voters:] @ key.transpose(1, 2) * scaling
     own = torch.arange(n - n_voters, n)
     return logits.masked_fill(torch.arange(n)[None] > own[:, None], -torch.inf)
 
@@ -497,8 +565,8 @@ def attention_on_held(tap: _Tap, held: Sequence[np.ndarray], n_voters: int) -> l
         For each head float32 [n_held + 1]; the last is the residual slot's, 0 if there is none.
     """
     group = tap.query.shape[0] // len(held)
-    logits = masked_logits(tap.query, tap.key, n_voters)
-    slots = slot_logits(tap.query[:, -n_voters:], tap.slots, tap.query.shape[-1] ** -0.5)
+    logits = masked_logits(tap.query, tap.key, n_voters, tap.scaling)
+    slots = slot_logits(tap.query[:, -n_voters:], tap.slots, tap.scaling)
     found = []
     for ih, positions in enumerate(held):
         heads = slice(ih * group, (ih + 1) * group)

@@ -17,6 +17,7 @@ KINDS: dict[str, dict[str, Any]] = {
     "llava-next": {"projector": "mlp", "image_grid_pinpoints": PINPOINTS},
     "pixtral": {},
     "internvl": {"projector.scale_factor": 2, "preproc_max_tiles": 6},
+    "paddleocr": {"image_min_pixels": 28 * 28 * 4, "image_max_pixels": 28 * 28 * 80},
     "idefics3": {"projector.scale_factor": 2, "preproc_image_size": 336},
 }
 
@@ -54,6 +55,10 @@ def write_mmproj(path: Path, kind: str, n_embd_text: int, **changes: Any) -> Pat
         tensors["mm.2.weight"] = weights(n_embd_text, n_embd_text)
         tensors["v.token_embd.img_break"] = weights(n_embd_text)
         tensors["v.pre_ln.weight"] = np.ones(N_EMBD, np.float32)
+    elif projector == "paddleocr":  # which merges 2 x 2 patches, whatever the file says
+        tensors |= _linear("mm.input_norm", np.ones(N_EMBD, np.float32))
+        tensors |= _linear("mm.1", weights(n_embd_text, 4 * N_EMBD))
+        tensors |= _linear("mm.2", weights(n_embd_text, n_embd_text))
     elif projector == "internvl":
         tensors["v.class_embd"] = weights(N_EMBD)
         tensors |= _linear("mm.model.mlp.0", np.ones(merged, np.float32))

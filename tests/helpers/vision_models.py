@@ -22,11 +22,14 @@ from sparsemm_edge.pages import Chunk, Page
 
 MARKS = ["<s>", "</s>", "<pad>"]
 IMAGE_TOKENS = {"qwen": "<|image_pad|>", "internvl": "<IMG_CONTEXT>"}
-OTHERS = ["<|vision_start|>", "<|vision_end|>", "<|video_pad|>", "<img>", "</img>", "<global-img>"]
+OTHERS = ["<|vision_start|>", "<|vision_end|>", "<|video_pad|>", "<img>", "</img>", "<global-img>", "\n\n"]
 OTHERS += [
     "<fake_token_around_image>",
     *(f"<row_{row}_col_{col}>" for row in range(1, 5) for col in range(1, 5)),
 ]
+# looked up by name in llama.cpp: [IMG_*] of Pixtral, <|IMAGE_*|> of PaddleOCR-VL, the rest of GLM-4V
+OTHERS += ["[IMG_BREAK]", "[IMG_END]", "<|IMAGE_START|>", "<|IMAGE_END|>", "<|endoftext|>", "<|user|>"]
+OTHERS += ["<|begin_of_image|>", "<|end_of_image|>", "[gMASK]", "<|observation|>"]
 
 TEXT = {
     "hidden_size": 64,
@@ -93,7 +96,9 @@ def _randomise(model: nn.Module, seed: int, tokenizer: Any) -> None:
                 parameter.mul_(4)
             if "embed_tokens" in name:
                 parameter.copy_(noise)
-            if name.startswith("lm_head"):
+            if name.endswith("q_norm.weight"):  # which undoes what is done to q_proj
+                parameter.mul_(4)
+            if name == "lm_head.weight":
                 said = [tokenizer.convert_tokens_to_ids(chr(code)) for code in range(33, 127)]
                 mask = torch.zeros(len(parameter), 1)
                 mask[said] = 8
@@ -295,10 +300,10 @@ ARCHITECTURES = {
 }
 
 
-def make(name: str, folder: Path, seed: int = 0) -> Path:
-    """Write the checkpoint `name` of ARCHITECTURES to `folder`."""
+def make(name: str | Architecture, folder: Path, seed: int = 0) -> Path:
+    """Write the checkpoint `name` of ARCHITECTURES, or one of an architecture, to `folder`."""
     transformers = importlib.import_module("transformers")
-    architecture = ARCHITECTURES[name]
+    architecture = name if isinstance(name, Architecture) else ARCHITECTURES[name]
     tokenizer = _tokenizer(architecture.image_token)
     ids = {token: tokenizer.convert_tokens_to_ids(token) for token in OTHERS}
     ids |= {"image": tokenizer.convert_tokens_to_ids(architecture.image_token), "size": len(tokenizer)}
