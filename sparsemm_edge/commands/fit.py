@@ -3,13 +3,16 @@
 import os
 import re
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from sparsemm_edge.commands import options
 from sparsemm_edge.errors import SparseMMError
 from sparsemm_edge.output import print_json, print_table
+
+if TYPE_CHECKING:
+    from sparsemm_edge.profiling.fit import Fit
 
 _UNITS = {"K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 
@@ -57,10 +60,10 @@ def fit(
     Example:
       sparsemm-edge fit llava.sparsemm.gguf --mmproj mmproj.gguf --image 1344x896 --memory 8G
     """
-    from sparsemm_edge.profiling.fit import Wish
+    from sparsemm_edge.profiling.fit import FitRequest
     from sparsemm_edge.profiling.fit import fit as estimate
 
-    wish = Wish(
+    request = FitRequest(
         model=model,
         mmproj=mmproj,
         image_sizes=tuple(_size(text) for text in image or []),
@@ -77,41 +80,38 @@ def fit(
         scores=scores,
         memory=None if memory is None else _bytes(memory),
     )
-    found = estimate(wish)
+    found = estimate(request)
     if as_json:
-        print_json(found)
+        print_json(found.to_dict())
     else:
         _show(found)
 
 
-def _show(found: dict[str, Any]) -> None:
+def _show(found: "Fit") -> None:
     def mib(n_bytes: int) -> str:
         value = n_bytes / 2**20
         return f"{value:,.1f}" if value < 100 else f"{value:,.0f}"
 
-    model, machine = found["model"], found["machine"]
-    images = f", images {' + '.join(map(str, found['image_tokens']))}" if found["image_tokens"] else ""
-    title = f"{model['name']}: prompt of {found['n_prompt']} positions{images}; context {found['n_ctx']}; MiB"
+    images = f", images {' + '.join(map(str, found.image_tokens))}" if found.image_tokens else ""
+    title = f"{found.model.name}: prompt of {found.n_prompt} positions{images}; context {found.n_ctx}; MiB"
     columns = ("setting", "weights", "vision", "compute", "K+V", "at peak", "total", "fits")
-    keys = ("weights", "vision", "compute", "kv", "kv_peak", "total")
-    rows = [
-        [row["name"], *(mib(row[key]) for key in keys), "yes" if row["fits"] else "no"]
-        for row in found["rows"]
-    ]
+    rows = []
+    for row in found.rows:
+        sizes = (row.weights, row.vision, row.compute, row.kv, row.kv_peak, row.total)
+        rows.append([row.name, *map(mib, sizes), "yes" if row.fits else "no"])
     print_table(title, columns, rows)
     print(
-        f"into {found['memory'] / 2**30:.1f} GiB; this machine has {machine['memory_bytes'] / 2**30:.1f} GiB,"
-        f" {machine['memory_available_bytes'] / 2**30:.1f} GiB available;"
-        f" the program itself takes {mib(found['rows'][0]['program'])} MiB"
+        f"into {found.memory / 2**30:.1f} GiB; this machine has {found.memory_total / 2**30:.1f} GiB,"
+        f" {found.memory_available / 2**30:.1f} GiB available;"
+        f" the program itself takes {mib(found.rows[0].program)} MiB"
     )
-    if found["largest_budget"] is None:
+    if found.largest is None or found.largest.budget is None:
         print("no budget fits")
-    elif found["largest_budget"] >= found["n_prompt"]:
+    elif found.largest.budget >= found.n_prompt:
         print("every budget fits, up to the whole prompt")
     else:
-        total = mib(found["largest_budget_bytes"])
-        print(f"the largest budget that fits: {found['largest_budget']} (total {total} MiB)")
-    print(f"head scores: {found['scores']}")
+        print(f"the largest budget that fits: {found.largest.budget} (total {mib(found.largest.total)} MiB)")
+    print(f"head scores: {found.scores}")
 
 
 def _size(text: str) -> tuple[int, int]:

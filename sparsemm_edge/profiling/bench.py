@@ -18,7 +18,7 @@ from sparsemm_edge.kv_layout import full_cache, row_bytes
 from sparsemm_edge.profiling import machine as this_machine
 from sparsemm_edge.profiling import shapes
 from sparsemm_edge.profiling.figures import ModelFigures, SettingFigures, Spread, spread
-from sparsemm_edge.profiling.jobs import Event, Setting, Task, full
+from sparsemm_edge.profiling.jobs import CacheSetting, Event, Task, full
 from sparsemm_edge.profiling.profile import check_some_ran, model_figures, run_and_say
 from sparsemm_edge.profiling.progress import Progress
 from sparsemm_edge.profiling.runs import run_interleaved
@@ -233,7 +233,7 @@ def bench(
     settings = [full(n_ubatch=n_ubatch)]
     if n_rounds:
         settings += [full(flash_attn=False, n_ubatch=n_ubatch), full("q8_0", n_ubatch=n_ubatch)]
-    settings += [Setting(budget, n_ubatch=n_ubatch) for budget in dict.fromkeys(budgets)]
+    settings += [CacheSetting(budget, n_ubatch=n_ubatch) for budget in dict.fromkeys(budgets)]
     task = Task(str(model), n_predict=_N_PREDICT, n_threads=n_threads, loading=loading or Loading())
     progress.doing("reading memory")
     bandwidth = this_machine.memory_bandwidth(n_threads)
@@ -266,7 +266,7 @@ def check_memory(needed: int) -> None:
 def _measure(
     task: Task,
     header: GGUFHeader,
-    settings: list[Setting],
+    settings: list[CacheSetting],
     n_rounds: int,
     bandwidth: float,
     progress: Progress,
@@ -408,7 +408,7 @@ def _allocated(figures: SettingFigures, length: Length) -> int:
     return sizes.kv_peak + sizes.compute + sizes.output + length.not_in_breakdown[figures.name]
 
 
-def _not_in_breakdown(header: GGUFHeader, setting: Setting, n_prompt: int) -> int:
+def _not_in_breakdown(header: GGUFHeader, setting: CacheSetting, n_prompt: int) -> int:
     """Bytes that a prompt of tokens takes besides llama.cpp's breakdown, on the CPU; may be negative.
 
     The compute buffer has an input for embeddings (f32), which tokens leave unwritten. ggml's CPU backend has

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from sparsemm_edge.profiling.jobs import Event, Setting
+from sparsemm_edge.profiling.jobs import CacheSetting, Event
 from sparsemm_edge.profiling.memory import MemoryTrace
 from sparsemm_edge.profiling.runs import Phase, Run
 from sparsemm_edge.runtime import KVStats
@@ -97,7 +97,7 @@ class SettingFigures:
         measured: None if it did not get that far.
     """
 
-    setting: Setting
+    setting: CacheSetting
     status: str
     reason: str
     phases: list[Phase]
@@ -162,7 +162,7 @@ class ModelFigures:
     weight_bytes: int
 
 
-def setting_figures(setting: Setting, run: Run) -> SettingFigures:
+def setting_figures(setting: CacheSetting, run: Run) -> SettingFigures:
     """The figures of one setting's run."""
     phases = run.phases()
     zero = phases[0].start if phases else 0.0

@@ -7,7 +7,7 @@ from sparsemm_edge.runtime.loading import Loading, Lora
 
 
 @dataclass(frozen=True)
-class Setting:
+class CacheSetting:
     """One way to run the model.
 
     Attributes:
@@ -34,9 +34,9 @@ class Setting:
         return self.budget is not None
 
 
-def full(cache_type: str = "f16", flash_attn: bool = True, n_ubatch: int | None = None) -> Setting:
+def full(cache_type: str = "f16", flash_attn: bool = True, n_ubatch: int | None = None) -> CacheSetting:
     """A full cache, as llama.cpp would run it if nothing else is said."""
-    return Setting(None, cache_type, flash_attn, n_ubatch)
+    return CacheSetting(None, cache_type, flash_attn, n_ubatch)
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from sparsemm_edge.profiling.figures import Breakdown, SettingFigures
-from sparsemm_edge.profiling.jobs import Setting
+from sparsemm_edge.profiling.jobs import CacheSetting
 from sparsemm_edge.profiling.runs import Phase
 
 _MIB = 2**20
@@ -165,7 +165,7 @@ class DecodeSpeed:
     """
 
     n_prompt: int
-    tps: dict[Setting, float]
+    tps: dict[CacheSetting, float]
     depth_0_tps: float
 
 

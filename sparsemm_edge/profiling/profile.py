@@ -12,7 +12,7 @@ from sparsemm_edge.pictures import open_picture
 from sparsemm_edge.profiling import machine as this_machine
 from sparsemm_edge.profiling import shapes
 from sparsemm_edge.profiling.figures import ModelFigures, SettingFigures, setting_figures
-from sparsemm_edge.profiling.jobs import Event, Setting, Task, full
+from sparsemm_edge.profiling.jobs import CacheSetting, Event, Task, full
 from sparsemm_edge.profiling.progress import Progress
 from sparsemm_edge.profiling.runs import run_setting
 from sparsemm_edge.runtime.eviction import Eviction
@@ -68,7 +68,7 @@ def profile(
         full(flash_attn=False, n_ubatch=n_ubatch),
         full("q8_0", n_ubatch=n_ubatch),
         full("q4_0", n_ubatch=n_ubatch),
-        *(Setting(budget, n_ubatch=n_ubatch) for budget in dict.fromkeys(budgets)),
+        *(CacheSetting(budget, n_ubatch=n_ubatch) for budget in dict.fromkeys(budgets)),
     ]
     given = None if task.scores is None else Path(task.scores)
     with shapes.scores_file(shape, metadata, given) as (path, source):
@@ -91,7 +91,7 @@ def model_figures(header: GGUFHeader) -> ModelFigures:
     )
 
 
-def run_and_say(task: Task, setting: Setting, progress: Progress) -> SettingFigures:
+def run_and_say(task: Task, setting: CacheSetting, progress: Progress) -> SettingFigures:
     """Run one setting; its figures, of which a line is said."""
 
     def listen(event: Event) -> None:

@@ -11,7 +11,7 @@ from contextlib import suppress
 from dataclasses import asdict, dataclass, field, replace
 from typing import IO, Any
 
-from sparsemm_edge.profiling.jobs import Event, Setting, Task
+from sparsemm_edge.profiling.jobs import CacheSetting, Event, Task
 from sparsemm_edge.profiling.memory import MemoryTrace, MemoryWatch
 
 _NO_MEMORY = ("insufficient memory", "failed to allocate", "bad_alloc", "out of memory", "Cannot allocate")
@@ -73,13 +73,13 @@ class Run:
         return phases
 
 
-def run_setting(task: Task, setting: Setting, listen: Listener | None = None) -> Run:
+def run_setting(task: Task, setting: CacheSetting, listen: Listener | None = None) -> Run:
     """Run one setting in a process of its own."""
     return _work({"task": asdict(task), "settings": [asdict(setting)], "n_rounds": 0}, listen)
 
 
 def run_interleaved(
-    task: Task, settings: list[Setting], n_rounds: int, listen: Listener | None = None
+    task: Task, settings: list[CacheSetting], n_rounds: int, listen: Listener | None = None
 ) -> Run:
     """Time settings interleaved, in one process (see worker.run_interleaved)."""
     job = {"task": asdict(task), "settings": [asdict(s) for s in settings], "n_rounds": n_rounds}

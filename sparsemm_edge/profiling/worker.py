@@ -20,7 +20,7 @@ import numpy as np
 
 from sparsemm_edge.errors import SparseMMError
 from sparsemm_edge.gguf_header import weight_bytes, weight_bytes_read
-from sparsemm_edge.profiling.jobs import Event, Setting, Task
+from sparsemm_edge.profiling.jobs import CacheSetting, Event, Task
 from sparsemm_edge.profiling.memory import anon_bytes
 from sparsemm_edge.runtime import Eviction, Prompt, Session, VisionModel, library
 from sparsemm_edge.runtime.first_token import FirstToken, Part
@@ -35,7 +35,7 @@ them fit into the room that an evicted cache has from the start."""
 Emit = Callable[[Event], None]
 
 
-def run(task: Task, setting: Setting, emit: Emit) -> None:
+def run(task: Task, setting: CacheSetting, emit: Emit) -> None:
     """Load, read the prompt, decode: the phases as they begin, then one result."""
 
     def phase(name: str) -> None:
@@ -90,7 +90,7 @@ def run(task: Task, setting: Setting, emit: Emit) -> None:
             )
 
 
-def run_interleaved(task: Task, settings: list[Setting], n_rounds: int, emit: Emit) -> None:
+def run_interleaved(task: Task, settings: list[CacheSetting], n_rounds: int, emit: Emit) -> None:
     """Time prompt and decoding of all settings, at most one full cache in memory at a time.
 
     The evicted contexts stay. Each full one comes, decodes interleaved with them and with a context of two
@@ -104,7 +104,7 @@ def run_interleaved(task: Task, settings: list[Setting], n_rounds: int, emit: Em
             with ExitStack() as stack:
                 held: dict[str, Session] = {}
 
-                def open_session(setting: Setting, stack: ExitStack, round_: int = round_) -> Session:
+                def open_session(setting: CacheSetting, stack: ExitStack, round_: int = round_) -> Session:
                     emit({"event": "phase", "name": f"round {round_ + 1}: prompt, {setting.name}"})
                     session = stack.enter_context(_start(model, prompt, task, setting, n_reply=n_reply))
                     session.read_prompt()
@@ -122,7 +122,7 @@ def run_interleaved(task: Task, settings: list[Setting], n_rounds: int, emit: Em
                 for setting in settings:
                     if setting.evicts:
                         held[setting.name] = open_session(setting, stack)
-                empty = Setting(flash_attn=False)
+                empty = CacheSetting(flash_attn=False)
                 held["depth 0"] = stack.enter_context(_start(model, two, short, empty, n_reply=n_reply))
                 held["depth 0"].read_prompt()
                 for setting in settings:
@@ -184,7 +184,7 @@ def _start(
     model: VisionModel,
     prompt: Prompt,
     task: Task,
-    setting: Setting,
+    setting: CacheSetting,
     *,
     n_reply: int,
     on_phase: Callable[[str], None] | None = None,
@@ -229,7 +229,7 @@ def main() -> int:
         events.flush()
 
     task = Task.from_json(job["task"])
-    settings = [Setting(**setting) for setting in job["settings"]]
+    settings = [CacheSetting(**setting) for setting in job["settings"]]
     try:
         if job["n_rounds"]:
             run_interleaved(task, settings, job["n_rounds"], emit)

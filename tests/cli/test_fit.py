@@ -16,7 +16,7 @@ from helpers.command_line import CommandLine
 from sparsemm_edge.errors import SparseMMError
 from sparsemm_edge.gguf_header import read_header, weight_bytes
 from sparsemm_edge.kv_layout import KVBytes, evicting_cache, full_cache
-from sparsemm_edge.profiling.fit import Wish, fit
+from sparsemm_edge.profiling.fit import Fit, FitRequest, FitRow, fit
 from sparsemm_edge.profiling.shapes import SHAPES, model_of_shape, scores_file
 from sparsemm_edge.runtime import Eviction, Prompt, VisionModel, library
 from sparsemm_edge.runtime.estimate import Estimate
@@ -212,10 +212,10 @@ def test_images_take_the_tokens_that_mtmd_gives_them(
 ) -> None:
     files = models(name)
 
-    found = fit(Wish(files.gguf(), files.mmproj(), (size,), n_text=10))
+    found = fit(FitRequest(files.gguf(), files.mmproj(), (size,), n_text=10))
 
-    assert found["image_tokens"] == [n_tokens]
-    assert found["n_prompt"] == n_tokens + 10
+    assert found.image_tokens == [n_tokens]
+    assert found.n_prompt == n_tokens + 10
     with (
         VisionModel.load(files.gguf(), files.mmproj(), n_threads=1) as model,
         model.tokenize(image_marker(), [Image.new("RGB", size)]) as prompt,
@@ -227,54 +227,53 @@ def test_images_take_the_tokens_that_mtmd_gives_them(
 def test_the_total_is_the_sum_of_what_is_at_the_peak(models: Callable[[str], Any]) -> None:
     files = models("llava")
 
-    found = fit(Wish(files.gguf(), files.mmproj(), ((112, 112),), n_text=300, budget=64))
+    found = fit(FitRequest(files.gguf(), files.mmproj(), ((112, 112),), n_text=300, budget=64))
 
-    assert [row["name"] for row in found["rows"]] == [
+    assert [row.name for row in found.rows] == [
         "full",
         "full, q8_0",
         "full, q4_0",
         "evicted, budget 64",
     ]
-    for row in found["rows"]:
-        parts = ("weights", "vision", "compute", "kv_peak", "program")
-        assert row["total"] == sum(row[part] for part in parts)
-        assert row["weights"] == weight_bytes(files.gguf())
-        assert row["vision"] > weight_bytes(files.mmproj())
-        assert row["fits"]
-    assert json.dumps(found)
+    for row in found.rows:
+        assert row.total == row.weights + row.vision + row.compute + row.kv_peak + row.program
+        assert row.weights == weight_bytes(files.gguf())
+        assert row.vision > weight_bytes(files.mmproj())
+        assert row.fits
+    assert json.loads(json.dumps(found.to_dict()))["rows"][-1]["fits"] is True
 
 
 def test_the_largest_budget_fits_and_the_next_does_not(small: VisionModel) -> None:
     n_text = 600
 
-    def evicted(budget: int, memory: int | None = None) -> dict[str, Any]:
-        return fit(Wish(small.path, n_text=n_text, n_predict=1, budget=budget, memory=memory))
+    def evicted(budget: int, memory: int | None = None) -> Fit:
+        return fit(FitRequest(small.path, n_text=n_text, n_predict=1, budget=budget, memory=memory))
 
     # between two budgets, both far from the ends
-    low, high = (evicted(budget)["rows"][-1]["total"] for budget in (150, 400))
+    low, high = (evicted(budget).rows[-1].total for budget in (150, 400))
     memory = (low + high) // 2
-    largest = evicted(64, memory)["largest_budget"]
+    largest = evicted(64, memory).to_dict()["largest_budget"]
 
     assert 150 < largest < 400
     # another call has another size of the program itself: compare without it
-    program = evicted(64)["rows"][-1]["program"]
+    program = evicted(64).rows[-1].program
     for budget, fits in ((largest - 10, True), (largest + 30, False)):
-        row = evicted(budget)["rows"][-1]
-        assert (row["total"] - row["program"] <= memory - program) == fits
+        row = evicted(budget).rows[-1]
+        assert (row.total - row.program <= memory - program) == fits
 
 
 def test_no_budget_fits_into_nothing(small: VisionModel) -> None:
-    found = fit(Wish(small.path, n_text=200, memory=2**20))
+    found = fit(FitRequest(small.path, n_text=200, memory=2**20))
 
-    assert found["largest_budget"] is None
-    assert not any(row["fits"] for row in found["rows"])
+    assert found.largest is None
+    assert not any(row.fits for row in found.rows)
 
 
 def test_a_prompt_that_does_not_fit_the_context_is_one_clear_line(small: VisionModel) -> None:
     with pytest.raises(SparseMMError, match=r"the prompt takes 500 positions .* --n-ctx allows 300"):
-        fit(Wish(small.path, n_text=500, n_ctx=300))
+        fit(FitRequest(small.path, n_text=500, n_ctx=300))
     with pytest.raises(SparseMMError, match="give its file with --mmproj"):
-        fit(Wish(small.path, image_sizes=((10, 10),)))
+        fit(FitRequest(small.path, image_sizes=((10, 10),)))
 
 
 def test_a_whole_prompt_at_once_never_holds_all_of_its_ffn(tmp_path: Path) -> None:
@@ -324,13 +323,11 @@ def test_the_table_names_the_machine_and_the_largest_budget(
 
 
 def test_a_bounded_tail_bounds_what_fit_says(small: VisionModel) -> None:
-    def evicted(n_predict: int, max_tail: int | None) -> dict[str, Any]:
-        row: dict[str, Any] = fit(
-            Wish(small.path, n_text=200, n_predict=n_predict, budget=64, max_tail=max_tail)
-        )["rows"][-1]
-        return row
+    def evicted(n_predict: int, max_tail: int | None) -> FitRow:
+        request = FitRequest(small.path, n_text=200, n_predict=n_predict, budget=64, max_tail=max_tail)
+        return fit(request).rows[-1]
 
-    assert evicted(300, 40)["kv"] == evicted(3000, 40)["kv"] < evicted(300, None)["kv"]
+    assert evicted(300, 40).kv == evicted(3000, 40).kv < evicted(300, None).kv
     with pytest.raises(SparseMMError, match=r"must be at least the observation window, 32"):
         evicted(300, 31)
 
@@ -341,13 +338,13 @@ def _no_output_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_k_and_v_may_have_different_numbers(small: VisionModel) -> None:
-    def row(**types: str) -> dict[str, Any]:
-        return dict(fit(Wish(small.path, n_text=200, budget=64, **types))["rows"][-1])  # type: ignore[arg-type]
+    def row(**types: str) -> FitRow:
+        return fit(FitRequest(small.path, n_text=200, budget=64, **types)).rows[-1]  # type: ignore[arg-type]
 
     both, neither = row(cache_type_k="q8_0", cache_type_v="q8_0"), row()
     k, v = row(cache_type_k="q8_0"), row(cache_type_v="q8_0")
-    assert k["kv"] == v["kv"] == (both["kv"] + neither["kv"]) / 2
-    assert [each["name"].removeprefix("evicted, budget 64") for each in (both, neither, k, v)] == [
+    assert k.kv == v.kv == (both.kv + neither.kv) / 2
+    assert [each.name.removeprefix("evicted, budget 64") for each in (both, neither, k, v)] == [
         ", q8_0",
         "",
         ", q8_0 and f16",

@@ -27,8 +27,8 @@ from sparsemm_edge.kv_layout import full_cache
 from sparsemm_edge.output import whole_numbers
 from sparsemm_edge.profiling import bench, plots, profile, profile_report, shapes
 from sparsemm_edge.profiling.figures import Spread, samples, setting_figures
-from sparsemm_edge.profiling.fit import Wish, fit
-from sparsemm_edge.profiling.jobs import Event, Setting, Task, full
+from sparsemm_edge.profiling.fit import FitRequest, fit
+from sparsemm_edge.profiling.jobs import CacheSetting, Event, Task, full
 from sparsemm_edge.profiling.memory import MemoryTrace, MemoryWatch
 from sparsemm_edge.profiling.progress import Progress
 from sparsemm_edge.profiling.runs import Run, run_setting
@@ -84,7 +84,7 @@ def test_profile_runs_every_setting_and_fit_says_the_same_bytes(llava_task: Task
     assert {setting["status"] for setting in settings.values()} == {"ok"}
     n_prompt = settings["full"]["n_prompt"]
     said = fit(
-        Wish(
+        FitRequest(
             Path(llava_task.model),
             Path(llava_task.mmproj or ""),
             ((112, 112),),
@@ -92,7 +92,7 @@ def test_profile_runs_every_setting_and_fit_says_the_same_bytes(llava_task: Task
             n_predict=llava_task.n_predict,
             budget=48,
         )
-    )
+    ).to_dict()
     assert said["n_prompt"] == n_prompt
     for row in said["rows"]:
         measured = settings[row["name"]]
@@ -144,7 +144,7 @@ def test_the_page_needs_nothing_but_itself(llava_task: Task, tmp_path: Path) -> 
 def test_a_setting_that_is_killed_is_reported_and_the_others_go_on(
     llava_task: Task, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def run_and_kill(task: Task, setting: Setting, listen: Callable[[Event], None]) -> Any:
+    def run_and_kill(task: Task, setting: CacheSetting, listen: Callable[[Event], None]) -> Any:
         def kill(event: Event) -> None:
             if setting.cache_type == "q8_0" and event.get("name") == "prompt":
                 os.kill(event["pid"], signal.SIGKILL)
