@@ -68,6 +68,16 @@ SUPPORTED_ARCHITECTURES = frozenset(
         "qwen3vlmoe",
     }
 )
+# Text architectures of other vision-language models, and why the evicting cache cannot serve them.
+REFUSED_ARCHITECTURES = {
+    "cogvlm": "image and text tokens have weights of their own, a prompt read layer by layer would mix them",
+    "deepseek2": "latent attention (MLA) has one K and V for all heads",
+    "deepseek2-ocr": "not tested: llama.cpp's own test of the architectures leaves it out",
+    "gemma3n": "a sliding window, and layers that share K and V",
+    "llama4": "attention in chunks",
+    "mistral4": "latent attention (MLA) has one K and V for all heads",
+    "step35": "a sliding window",
+}
 
 
 @dataclass(frozen=True)
@@ -216,11 +226,16 @@ def check_supported(header: GGUFHeader, shape: ModelShape) -> None:
     path, arch = header.path, shape.arch
     if arch not in SUPPORTED_ARCHITECTURES:
         supported = ", ".join(sorted(SUPPORTED_ARCHITECTURES))
-        raise SparseMMError(f"{path}: unsupported architecture {reprlib.repr(arch)}; supported: {supported}")
+        reason = f" ({REFUSED_ARCHITECTURES[arch]})" if arch in REFUSED_ARCHITECTURES else ""
+        raise SparseMMError(
+            f"{path}: unsupported architecture {reprlib.repr(arch)}{reason}; supported: {supported}"
+        )
     for key, what in (
         ("attention.sliding_window", "a sliding window"),
         ("attention.kv_lora_rank", "latent attention (MLA)"),
     ):
+        if arch == "phi3" and key == "attention.sliding_window":
+            continue  # which llama.cpp leaves out of account
         if np.any(header.value(f"{arch}.{key}", 0)):
             raise SparseMMError(f"{path}: unsupported model: it has {what} ({arch}.{key})")
     missing = list(islice(_missing_tensors(header, shape.n_layer), 4))

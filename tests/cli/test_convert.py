@@ -451,7 +451,10 @@ LLAMA_WITHOUT_K = {key: value for key, value in attention_tensors().items() if "
             "unsupported architecture 'mamba'; supported: glm4, glm4moe, granite, hunyuan_vl",
         ),
         ({"arch": "gemma3"}, "unsupported architecture 'gemma3'"),
-        ({"arch": "deepseek2"}, "unsupported architecture 'deepseek2'"),
+        (
+            {"arch": "deepseek2"},
+            r"'deepseek2' \(latent attention \(MLA\) has one K and V for all heads\); supported:",
+        ),
         ({"arch": "clip"}, r"this is an image encoder \(mmproj\)"),
         ({"keys": {"llama.attention.sliding_window": (4096, U32)}}, "it has a sliding window"),
         ({"keys": {"llama.attention.kv_lora_rank": (512, U32)}}, r"latent attention \(MLA\)"),

@@ -103,7 +103,7 @@ TEXT_MODELS = {
         "mlp",
         {"partial_rotary_factor": 0.5, "num_key_value_heads": 4, "intermediate_size": 256},
     ),
-    "phi3": TextModel("Phi3ForCausalLM", "phi3", "mlp"),
+    "phi3": TextModel("Phi3ForCausalLM", "phi3", "mlp", {"sliding_window": 4096}),  # wider than any prompt
     "qwen2-internvl": TextModel("Qwen2ForCausalLM", "qwen2", "internvl"),
     "qwen2moe": TextModel("Qwen2MoeForCausalLM", "qwen2_moe", "internvl", MOE),
     "qwen3-internvl": TextModel("Qwen3ForCausalLM", "qwen3", "internvl"),
