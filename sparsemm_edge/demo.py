@@ -12,10 +12,10 @@ from PIL import Image
 
 from sparsemm_edge.errors import SparseMMError
 from sparsemm_edge.evaluation.metrics import edit_distance
-from sparsemm_edge.kept_map import save_kept_map
 from sparsemm_edge.pages.grid import FIRST_TRAINING_SEED, READ_PROMPT, SIZE, grid_page, lookup_prompt
 from sparsemm_edge.pictures import open_picture
-from sparsemm_edge.plot import save_head_map
+from sparsemm_edge.reports.head_map import save_head_map
+from sparsemm_edge.reports.kept_map import save_kept_map
 
 if TYPE_CHECKING:
     from rich.text import Text

@@ -44,11 +44,13 @@ def bench(
       sparsemm-edge bench --shape llava-1.5-7b --layers 8 --n-prompt 640,2944 --budgets 64,256
       sparsemm-edge bench -m llava.sparsemm.gguf
     """
-    from sparsemm_edge.profiling import bench_report, report, shapes
+    from sparsemm_edge.profiling import shapes
     from sparsemm_edge.profiling.bench import bench as measure
     from sparsemm_edge.profiling.bench import check_memory
     from sparsemm_edge.profiling.machine import in_words
     from sparsemm_edge.profiling.progress import Progress
+    from sparsemm_edge.reports import bench as bench_report
+    from sparsemm_edge.reports import html
     from sparsemm_edge.runtime.loading import Loading
 
     lengths, wanted = whole_numbers("--n-prompt", n_prompt), whole_numbers("--budgets", budgets)
@@ -58,7 +60,7 @@ def bench(
         raise SparseMMError("--layers cuts a --shape, not a model file")
     if not lengths or not wanted:
         raise SparseMMError("--n-prompt and --budgets must each name at least one")
-    report.make_folder(out)
+    html.make_folder(out)
     with Progress() as progress:
         if shape is not None:
             wanted_shape = shapes.find_shape(shape, layers)

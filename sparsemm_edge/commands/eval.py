@@ -123,6 +123,7 @@ def evaluate(
     from sparsemm_edge.evaluation import datasets, report
     from sparsemm_edge.evaluation.run import EvalJob, Results, run
     from sparsemm_edge.evaluation.settings import settings_of
+    from sparsemm_edge.reports.evaluation import save_plot
     from sparsemm_edge.resources import usable_cores
 
     if (data is None) == (fidelity_only is None):
@@ -191,7 +192,7 @@ def evaluate(
     )
     report.save_json(found, out / "eval.json", about=about)
     if found.rows:
-        report.save_plot(
+        save_plot(
             found, out / "eval.png", title=f"{job.model.name}: {data_set.name}, {about['n_pages']} images"
         )
     if as_json:

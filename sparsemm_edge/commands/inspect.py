@@ -43,7 +43,7 @@ def inspect(
     report = to_dict(shape, metadata)
     saved = kv_bytes(shape, metadata)
     if plot:
-        from sparsemm_edge.plot import save_head_map
+        from sparsemm_edge.reports.head_map import save_head_map
 
         spec = metadata.spec
         save_head_map(

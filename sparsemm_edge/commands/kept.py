@@ -33,7 +33,7 @@ def kept(
     """
     from sparsemm_edge.errors import SparseMMError
     from sparsemm_edge.image_urls import open_image
-    from sparsemm_edge.kept_map import check_picture, save_kept_map
+    from sparsemm_edge.reports.kept_map import check_picture, save_kept_map
     from sparsemm_edge.runtime import start_session
 
     check_picture(out, view)

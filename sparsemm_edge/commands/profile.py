@@ -39,15 +39,16 @@ def profile(
       sparsemm-edge profile -m llava.sparsemm.gguf --mmproj mmproj.gguf --image page.png --budgets 64,256
     """
     from sparsemm_edge.image_urls import image_file
-    from sparsemm_edge.profiling import profile_report, report
     from sparsemm_edge.profiling.jobs import Task
     from sparsemm_edge.profiling.machine import in_words
     from sparsemm_edge.profiling.profile import profile as measure
     from sparsemm_edge.profiling.progress import Progress
+    from sparsemm_edge.reports import html
+    from sparsemm_edge.reports import profile as profile_report
 
     wanted = whole_numbers("--budgets", budgets)
     question, frame, loading = asked.text("What does the image show?"), framed.arguments(), loaded.loading()
-    report.make_folder(out)
+    html.make_folder(out)
     with TemporaryDirectory() as folder, Progress() as progress:
         task = Task(
             model=str(loaded.model),

@@ -34,7 +34,7 @@ def show(
     Example:
       sparsemm-edge scores show scores.json --plot scores.png
     """
-    from sparsemm_edge.plot import save_score_map
+    from sparsemm_edge.reports.head_map import save_score_map
     from sparsemm_edge.scores import HeadScores
 
     loaded = HeadScores.load(file)

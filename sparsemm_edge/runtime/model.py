@@ -19,7 +19,7 @@ from sparsemm_edge.errors import ContextFullError, SparseMMError, check_within
 from sparsemm_edge.files import fingerprint
 from sparsemm_edge.gguf_header import read_header, weight_bytes
 from sparsemm_edge.gguf_metadata import model_shape, sparsemm_metadata
-from sparsemm_edge.kept_map import ImageGrid
+from sparsemm_edge.image_grid import ImageGrid
 from sparsemm_edge.resources import usable_cores
 from sparsemm_edge.runtime import builtin_templates, chat_template, image_file, library
 from sparsemm_edge.runtime.chat_template import Turn

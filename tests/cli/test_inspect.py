@@ -15,7 +15,7 @@ from sparsemm_edge import SparseMMError
 from sparsemm_edge.budgets import BudgetSpec
 from sparsemm_edge.convert import convert
 from sparsemm_edge.gguf_metadata import SparseMMMetadata, read_metadata
-from sparsemm_edge.plot import save_head_map
+from sparsemm_edge.reports.head_map import save_head_map
 
 U32, STRING, ARRAY = GGUFValueType.UINT32, GGUFValueType.STRING, GGUFValueType.ARRAY
 SCORES = {"0-0": [0], "0-1": [1], "0-2": [2], "0-3": [3], "1-0": [40], "1-1": [5], "1-2": [6], "1-3": [7]}

@@ -25,13 +25,15 @@ from sparsemm_edge.gguf_header import read_header, weight_bytes
 from sparsemm_edge.gguf_metadata import model_shape, read_model_shape
 from sparsemm_edge.kv_layout import full_cache
 from sparsemm_edge.output import whole_numbers
-from sparsemm_edge.profiling import bench, plots, profile, profile_report, shapes
+from sparsemm_edge.profiling import bench, profile, shapes
 from sparsemm_edge.profiling.figures import Spread, samples, setting_figures
 from sparsemm_edge.profiling.fit import FitRequest, fit
 from sparsemm_edge.profiling.jobs import CacheSetting, Event, Task, full
 from sparsemm_edge.profiling.memory import MemoryTrace, MemoryWatch
 from sparsemm_edge.profiling.progress import Progress
 from sparsemm_edge.profiling.runs import Run, run_setting
+from sparsemm_edge.reports import profile as profile_report
+from sparsemm_edge.reports import profiling_plots
 from sparsemm_edge.runtime import Eviction, VisionModel
 from sparsemm_edge.runtime.first_token import FirstToken, Part
 from sparsemm_edge.runtime.session import start_session
@@ -212,7 +214,7 @@ def test_a_worker_that_cannot_start_is_a_failed_setting(
     assert (run.status, run.reason) == ("failed", "ended with exit code 3: no such luck")
     figures = setting_figures(full(), run)
     assert figures.phases == [] and figures.measured is None
-    assert plots.svg(plots.memory_over_time([figures]))
+    assert profiling_plots.svg(profiling_plots.memory_over_time([figures]))
 
 
 def test_a_worker_does_not_outlive_who_asked(small: Path) -> None:

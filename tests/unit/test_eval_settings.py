@@ -13,10 +13,11 @@ from PIL import Image
 
 from sparsemm_edge.budgets import BudgetSpec
 from sparsemm_edge.errors import SparseMMError
-from sparsemm_edge.evaluation.report import make_report, print_report, save_plot
+from sparsemm_edge.evaluation.report import make_report, print_report
 from sparsemm_edge.evaluation.run import Record
 from sparsemm_edge.evaluation.settings import Setting, labels, settings_of
 from sparsemm_edge.gguf_metadata import ModelShape
+from sparsemm_edge.reports.evaluation import save_plot
 
 SHAPE = ModelShape("llama", "x", n_layer=2, n_head=4, n_head_kv=4, n_embd_head_k=32, n_embd_head_v=32)
 OPTIONS: dict[str, Any] = {"windows": [8], "floor_ratios": [0.1], "water_fills": [True]}

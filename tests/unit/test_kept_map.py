@@ -11,7 +11,8 @@ import pytest
 from PIL import Image
 
 from sparsemm_edge.errors import SparseMMError
-from sparsemm_edge.kept_map import VIEWS, ImageGrid, kept_on_grid, save_kept_map
+from sparsemm_edge.image_grid import ImageGrid, kept_on_grid
+from sparsemm_edge.reports.kept_map import VIEWS, save_kept_map
 
 GRID = ImageGrid(start=5, n_rows=2, n_columns=3)
 
@@ -61,7 +62,7 @@ def test_the_colours_follow_what_was_kept(view: str, tmp_path: Path) -> None:
 
 
 def test_an_image_that_is_not_square_is_padded_as_the_model_sees_it() -> None:
-    from sparsemm_edge.kept_map import _as_seen
+    from sparsemm_edge.reports.kept_map import _as_seen
 
     wide = Image.new("RGB", (80, 40), "white")
     padded = _as_seen(wide, ImageGrid(0, 4, 4))

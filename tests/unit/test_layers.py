@@ -17,6 +17,7 @@ LAYERS = (
     ("cli",),
     ("commands",),
     ("demo", "server", "chat"),
+    ("reports",),
     ("convert", "inspection", "scoring", "profiling"),
     ("evaluation", "versions"),
     ("runtime",),

@@ -3,9 +3,9 @@
 from collections.abc import Sequence
 from pathlib import Path
 
-from sparsemm_edge.profiling import plots, profile_report, report
 from sparsemm_edge.profiling.bench import Bench, Length, Row
 from sparsemm_edge.profiling.machine import in_words
+from sparsemm_edge.reports import html, profile, profiling_plots
 
 _SCREEN = ("prompt", "budget", "decode", "full", "ratio", "limit", "K+V", "peak", "after", "prompt speed")
 _COLUMNS = (
@@ -25,7 +25,7 @@ _COLUMNS = (
 )
 
 
-def screen_table(found: Bench) -> report.Table:
+def screen_table(found: Bench) -> html.Table:
     """A row for each prompt length and budget, as wide as a terminal."""
     rows = [
         [
@@ -42,7 +42,7 @@ def screen_table(found: Bench) -> report.Table:
         ]
         for row in found.rows
     ]
-    return report.Table("", _SCREEN, rows)
+    return html.Table("", _SCREEN, rows)
 
 
 def sentences(found: Bench) -> list[str]:
@@ -51,7 +51,7 @@ def sentences(found: Bench) -> list[str]:
     bandwidth = found.machine["memory_bandwidth"] / 1e9
     for length in found.lengths:
         where = f"{length.n_prompt} positions"
-        said += [f"{where}, {line}." for line in profile_report.first_tokens(length.settings)]
+        said += [f"{where}, {line}." for line in profile.first_tokens(length.settings)]
         limits = length.limits
         if limits.weight_bytes_per_s is not None and limits.attention_share is not None:
             said.append(
@@ -99,36 +99,38 @@ def write(folder: Path, found: Bench) -> None:
     speeds = [speed for length in found.lengths if (speed := _decode_speed(length)) is not None]
     if speeds:
         pictures.append(
-            report.Picture(
+            html.Picture(
                 "decode",
                 "Decoding",
                 "Medians of tokens decoded interleaved. The distance from a full cache to the empty cache is"
                 " what attention costs: eviction cannot win back more.",
-                plots.decode_over_length(speeds) if len(speeds) > 1 else plots.decode_bars(speeds[0]),
+                profiling_plots.decode_over_length(speeds)
+                if len(speeds) > 1
+                else profiling_plots.decode_bars(speeds[0]),
             )
         )
     over = {f"{length.n_prompt} positions": length.settings for length in found.lengths}
     if any(figures.peak_over_weights for settings in over.values() for figures in settings):
         pictures.append(
-            report.Picture(
+            html.Picture(
                 "memory",
                 "Memory over the weights",
                 "Memory that no file backs, less what was there when the model was loaded. Dark: at the peak,"
                 " which is while the prompt is read. Light: after it, while decoding.",
-                plots.over_weights_bars(over),
+                profiling_plots.over_weights_bars(over),
             )
         )
     for length in found.lengths:
         title = f", {length.n_prompt} positions"
-        for picture in profile_report.pictures(length.settings, f"{length.n_prompt}-")[:2]:
-            pictures.append(report.Picture(picture.name, picture.title + title, picture.note, picture.figure))
+        for picture in profile.pictures(length.settings, f"{length.n_prompt}-")[:2]:
+            pictures.append(html.Picture(picture.name, picture.title + title, picture.note, picture.figure))
     rows = [_row(row) for row in found.rows]
-    tables = [report.Table("Against the full cache", _COLUMNS, rows, [True] * len(rows))]
+    tables = [html.Table("Against the full cache", _COLUMNS, rows, [True] * len(rows))]
     for length in found.lengths:
-        one = profile_report.table(length.settings)
+        one = profile.table(length.settings)
         title = f"Every setting in a process of its own, {length.n_prompt} positions"
-        tables.append(report.Table(title, one.columns, one.rows, one.stand_out))
-    report.write(
+        tables.append(html.Table(title, one.columns, one.rows, one.stand_out))
+    html.write(
         folder,
         "bench",
         found.to_dict(),
@@ -142,13 +144,13 @@ def write(folder: Path, found: Bench) -> None:
             "Prompts are random tokens. Speeds are of contexts that decode interleaved in one process, a few"
             " tokens each, so that what else the machine does slows all alike. Memory is of processes of"
             " their own.",
-            profile_report.READING_FIRST_TOKEN,
-            profile_report.READING_MEMORY,
+            profile.READING_FIRST_TOKEN,
+            profile.READING_MEMORY,
         ],
     )
 
 
-def _decode_speed(length: Length) -> plots.DecodeSpeed | None:
+def _decode_speed(length: Length) -> profiling_plots.DecodeSpeed | None:
     if length.depth_0_tps is None:
         return None
     tps = {
@@ -156,7 +158,7 @@ def _decode_speed(length: Length) -> plots.DecodeSpeed | None:
         for figures in length.settings
         if figures.name in length.decode_tps
     }
-    return plots.DecodeSpeed(length.n_prompt, tps, length.depth_0_tps)
+    return profiling_plots.DecodeSpeed(length.n_prompt, tps, length.depth_0_tps)
 
 
 def _row(row: Row) -> list[str]:

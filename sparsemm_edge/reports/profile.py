@@ -3,10 +3,10 @@
 from collections.abc import Sequence
 from pathlib import Path
 
-from sparsemm_edge.profiling import plots, report
 from sparsemm_edge.profiling.figures import SettingFigures
 from sparsemm_edge.profiling.machine import in_words
 from sparsemm_edge.profiling.profile import Profile
+from sparsemm_edge.reports import html, profiling_plots
 
 _SCREEN = ("setting", "K+V MiB", "K+V peak", "peak MiB", "prompt t/s", "decode t/s")
 _COLUMNS = (
@@ -34,14 +34,14 @@ READING_FIRST_TOKEN = (
 )
 
 
-def screen_table(settings: Sequence[SettingFigures]) -> report.Table:
+def screen_table(settings: Sequence[SettingFigures]) -> html.Table:
     """The columns of table() that fit a terminal."""
     whole = table(settings)
     picked = (0, 1, 2, 3, 6, 7)
-    return report.Table(whole.title, _SCREEN, [[row[index] for index in picked] for row in whole.rows])
+    return html.Table(whole.title, _SCREEN, [[row[index] for index in picked] for row in whole.rows])
 
 
-def table(settings: Sequence[SettingFigures]) -> report.Table:
+def table(settings: Sequence[SettingFigures]) -> html.Table:
     """A row for each setting; one that did not end well says so."""
     rows = []
     for setting in settings:
@@ -62,7 +62,7 @@ def table(settings: Sequence[SettingFigures]) -> report.Table:
                 f"{ms.median:.2f} ({ms.low:.2f} to {ms.high:.2f})",
             ]
         )
-    return report.Table("Every setting", _COLUMNS, rows, [setting.setting.evicts for setting in settings])
+    return html.Table("Every setting", _COLUMNS, rows, [setting.setting.evicts for setting in settings])
 
 
 def first_tokens(settings: Sequence[SettingFigures]) -> list[str]:
@@ -75,31 +75,31 @@ def first_tokens(settings: Sequence[SettingFigures]) -> list[str]:
     ]
 
 
-def pictures(settings: Sequence[SettingFigures], prefix: str = "") -> list[report.Picture]:
+def pictures(settings: Sequence[SettingFigures], prefix: str = "") -> list[html.Picture]:
     """Memory over time, what the peak consists of, and speed."""
     made = [
-        report.Picture(
+        html.Picture(
             f"{prefix}memory-over-time",
             "Memory over time",
             "Each setting in a process of its own, on one scale. Grey at the bottom: pages of mapped files,"
             " such as weights. Behind: the phases. The eviction runs layer by layer inside the last batch of"
             " the prompt; the mark is where it is done.",
-            plots.memory_over_time(settings),
+            profiling_plots.memory_over_time(settings),
         )
     ]
     if any(setting.done for setting in settings):
         made += [
-            report.Picture(
+            html.Picture(
                 f"{prefix}memory-peak",
                 "What the peak consists of",
                 "K and V and compute as llama.cpp allocated them, the rest as measured.",
-                plots.memory_bars(settings),
+                profiling_plots.memory_bars(settings),
             ),
-            report.Picture(
+            html.Picture(
                 f"{prefix}speed",
                 "Speed",
                 "Longer is faster. Decoding is the median of the tokens.",
-                plots.speed_bars(settings),
+                profiling_plots.speed_bars(settings),
             ),
         ]
     return made
@@ -109,7 +109,7 @@ def write(folder: Path, found: Profile) -> None:
     """Write profile.json, profile.html and the pictures into the folder."""
     settings = found.settings
     n_prompt = next(setting.done.n_prompt for setting in settings if setting.done)
-    report.write(
+    html.write(
         folder,
         "profile",
         found.to_dict(),

@@ -1,9 +1,7 @@
 """Plot which image positions the heads kept, over the image, beside the head map."""
 
-from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
@@ -11,45 +9,16 @@ from PIL import Image, ImageOps
 
 from sparsemm_edge.errors import SparseMMError
 from sparsemm_edge.files import atomic_path
+from sparsemm_edge.image_grid import ImageGrid, Kept, kept_on_grid
 
 if TYPE_CHECKING:
     from matplotlib.figure import SubFigure
-
-Kept = Sequence[Sequence[npt.NDArray[np.integer[Any]]]]
-"""kept[layer][head_kv]: the positions that a KV head holds, as indices of tokens in the sequence."""
 
 VIEWS = ("all", "layer", "head")
 
 _N_HEADS_DRAWN = 12
 _PAD_COLOUR = (122, 116, 104)  # what llama.cpp pads LLaVA's images with
 _COLOURS = ("#c9d2dc", "#ffe873", "#ff9a2e", "#ee2f45")  # none to most; black letters show on all of them
-
-
-@dataclass(frozen=True)
-class ImageGrid:
-    """The image tokens of a sequence, row by row from the top left.
-
-    Attributes:
-        start: index of the first image token in the sequence.
-        n_rows, n_columns: image tokens down and across.
-        padded: whether the image is padded to the shape of the grid (LLaVA) or stretched to it.
-    """
-
-    start: int
-    n_rows: int
-    n_columns: int
-    padded: bool = True
-
-
-def kept_on_grid(kept: Kept, grid: ImageGrid) -> npt.NDArray[np.bool_]:
-    """Which image tokens each KV head holds: [n_layer, n_head_kv, n_rows, n_columns]."""
-    n_tokens = grid.n_rows * grid.n_columns
-    held = np.zeros((len(kept), len(kept[0]), n_tokens), dtype=bool)
-    for layer, heads in enumerate(kept):
-        for head, positions in enumerate(heads):
-            cells = np.asarray(positions) - grid.start
-            held[layer, head, cells[(cells >= 0) & (cells < n_tokens)]] = True
-    return held.reshape(len(kept), len(kept[0]), grid.n_rows, grid.n_columns)
 
 
 def check_picture(path: Path, view: str) -> None:

@@ -1,0 +1,1 @@
+"""Plots (PNG) and HTML reports. Everything that is drawn is drawn here, with matplotlib."""
