@@ -2,6 +2,7 @@
 
 import os
 import re
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -18,7 +19,11 @@ _UNITS = {"K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 
 
 def fit(
-    model: Annotated[Path, typer.Argument(help="The text model, a GGUF file.", show_default=False)],
+    model: Annotated[Path | None, typer.Argument(help="The text model, a GGUF file.")] = None,
+    shape: Annotated[
+        str | None,
+        typer.Option(help="The shape of a published model instead, weights in Q4_0: see bench --shape."),
+    ] = None,
     mmproj: options.Mmproj = None,
     image: Annotated[
         list[str] | None,
@@ -57,14 +62,18 @@ def fit(
     image. Totals include the memory of all devices.
 
     \b
-    Example:
+    Examples:
       sparsemm-edge fit llava.sparsemm.gguf --mmproj mmproj.gguf --image 1344x896 --memory 8G
+      sparsemm-edge fit --shape qwen3-vl-8b --n-text 2944 --memory 8G
     """
+    from sparsemm_edge.profiling import shapes
     from sparsemm_edge.profiling.fit import FitRequest
     from sparsemm_edge.profiling.fit import fit as estimate
 
+    if (model is None) == (shape is None):
+        raise SparseMMError("fit needs a model: give one of MODEL.gguf and --shape NAME")
     request = FitRequest(
-        model=model,
+        model=model or Path(),
         mmproj=mmproj,
         image_sizes=tuple(_size(text) for text in image or []),
         n_text=n_text,
@@ -80,7 +89,11 @@ def fit(
         scores=scores,
         memory=None if memory is None else _bytes(memory),
     )
-    found = estimate(request)
+    if shape is None:
+        found = estimate(request)
+    else:
+        with shapes.header_of_shape(shape, shapes.find_shape(shape, None)) as header:
+            found = estimate(replace(request, model=header))
     if as_json:
         print_json(found.to_dict())
     else:

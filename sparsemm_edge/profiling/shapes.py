@@ -17,7 +17,12 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 from gguf import GGUFReader, GGUFWriter, TokenType
-from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType, GGUFValueType
+from gguf.constants import (
+    GGML_QUANT_SIZES,
+    GGUF_DEFAULT_ALIGNMENT,
+    GGMLQuantizationType,
+    GGUFValueType,
+)
 from gguf.quants import quantize
 
 from sparsemm_edge.errors import SparseMMError
@@ -256,6 +261,20 @@ def model_of_shape(
     return path
 
 
+@contextmanager
+def header_of_shape(name: str, shape: TextShape) -> Iterator[Path]:
+    """A GGUF file of this shape to compute memory from, as long as the `with` lasts.
+
+    Its weights are a hole in the file: they are counted, but take no room on the disk, and cannot be run.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / f"{name}.gguf"
+        _write(path, name, shape, None, lambda _: None, weights=False)
+        sizes = [path.stat().st_size, *map(_tensor_bytes, shape.tensors().values())]
+        os.truncate(path, sum(-(-size // GGUF_DEFAULT_ALIGNMENT) * GGUF_DEFAULT_ALIGNMENT for size in sizes))
+        yield path
+
+
 def find_vocabulary(name: str) -> Path | None:
     """llama.cpp's file of this vocabulary in the pinned source, if that was unpacked on this machine."""
     home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
@@ -300,9 +319,15 @@ def scores_file(
 
 
 def _write(
-    path: Path, name: str, shape: TextShape, vocab: Path | None, progress: Callable[[float], None]
+    path: Path,
+    name: str,
+    shape: TextShape,
+    vocab: Path | None,
+    progress: Callable[[float], None],
+    *,
+    weights: bool = True,
 ) -> None:
-    """Write the file, one tensor in memory at a time."""
+    """Write the file, one tensor in memory at a time; without weights it ends after the list of tensors."""
     writer = GGUFWriter(path, shape.arch)
     writer.add_name(f"{name}, {shape.n_layer} layers, random weights")
     writer.add_block_count(shape.n_layer)
@@ -334,6 +359,8 @@ def _write(
         writer.write_header_to_file()
         writer.write_kv_data_to_file()
         writer.write_ti_data_to_file()
+        if not weights:
+            return
         written, total = 0, shape.weight_bytes()
         for data in _data(tensors):
             writer.write_tensor_data(data)

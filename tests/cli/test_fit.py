@@ -17,7 +17,7 @@ from sparsemm_edge.errors import SparseMMError
 from sparsemm_edge.gguf_header import read_header, weight_bytes
 from sparsemm_edge.kv_layout import KVBytes, evicting_cache, full_cache
 from sparsemm_edge.profiling.fit import Fit, FitRequest, FitRow, fit
-from sparsemm_edge.profiling.shapes import SHAPES, model_of_shape, scores_file
+from sparsemm_edge.profiling.shapes import SHAPES, header_of_shape, model_of_shape, scores_file
 from sparsemm_edge.runtime import Eviction, Prompt, VisionModel, library
 from sparsemm_edge.runtime.estimate import Estimate
 from sparsemm_edge.runtime.eviction import HeadBudgetTable, plan
@@ -305,6 +305,26 @@ def test_mistakes_are_named_in_one_line(
     sparsemm: CommandLine,
 ) -> None:
     assert message in sparsemm("fit", small.path, *options).refusal
+
+
+def test_a_shape_without_weights_takes_what_the_model_takes(
+    small: VisionModel, sparsemm: CommandLine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And no room on the disk."""
+    monkeypatch.setitem(SHAPES, "small", SMALL)
+    room = ("--n-text", 300, "--memory", "8G", "--json")
+    found, expected = (
+        sparsemm("fit", *which, *room).report for which in (("--shape", "small"), (small.path,))
+    )
+    for row, of_file in zip(found["rows"], expected["rows"], strict=True):
+        assert {**row, "program": 0, "total": 0} == {**of_file, "program": 0, "total": 0}
+    with header_of_shape("small", SMALL) as path:
+        assert path.stat().st_blocks * 512 < path.stat().st_size / 2
+
+
+@pytest.mark.parametrize("arguments", [(), ("x.gguf", "--shape", "qwen3-vl-8b")])
+def test_a_model_or_a_shape_must_be_given(arguments: tuple[str, ...], sparsemm: CommandLine) -> None:
+    assert "give one of MODEL.gguf and --shape NAME" in sparsemm("fit", *arguments).refusal
 
 
 def test_the_command_prints_one_json_object(small: VisionModel, sparsemm: CommandLine) -> None:
