@@ -24,6 +24,7 @@ from PIL import Image
 from pydantic import Field
 from starlette.exceptions import HTTPException
 
+from sparsemm_edge.closing import Closing
 from sparsemm_edge.errors import ContextFullError, SparseMMError
 from sparsemm_edge.image_urls import open_image
 from sparsemm_edge.runtime import Cancelled, Conversation, GenerationStats, Sampling
@@ -104,7 +105,7 @@ class _Done:
         }
 
 
-class Slot:
+class Slot(Closing):
     """The server's one conversation, for which requests queue.
 
     A request that continues the conversation computes only its new turns; any other starts a new one. Close
@@ -137,12 +138,6 @@ class Slot:
         self.stop()
         self._thread.shutdown(cancel_futures=True)
         self._conversation.close()
-
-    def __enter__(self) -> "Slot":
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
 
     def job(self, request: ChatRequest) -> _Job:
         """Parse a request.

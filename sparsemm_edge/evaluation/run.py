@@ -6,7 +6,6 @@ from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from itertools import groupby
 from pathlib import Path
-from types import TracebackType
 from typing import Any, TextIO
 
 import numpy as np
@@ -14,6 +13,7 @@ import numpy.typing as npt
 from gguf.constants import GGML_QUANT_SIZES
 
 from sparsemm_edge.budgets import FULL, POOL_KERNEL
+from sparsemm_edge.closing import Closing
 from sparsemm_edge.errors import SparseMMError
 from sparsemm_edge.evaluation import fidelity, metrics
 from sparsemm_edge.evaluation.datasets import DataSet, Question
@@ -171,7 +171,7 @@ class _Reading:
     prefix_of: tuple[str, int] = ("", 0)
 
 
-class Evaluator:
+class Evaluator(Closing):
     """Answers questions with different settings. Close it or use it in a `with`."""
 
     def __init__(self, job: EvalJob) -> None:
@@ -187,14 +187,6 @@ class Evaluator:
 
     def close(self) -> None:
         self._model.close()
-
-    def __enter__(self) -> "Evaluator":
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
 
     def check(self, settings: Sequence[Setting]) -> None:
         """Raise SparseMMError if a setting does not work with this model."""

@@ -5,10 +5,9 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from sparsemm_edge.errors import SparseMMError
 from sparsemm_edge.evaluation.report import BASELINE, Report, Row
 from sparsemm_edge.evaluation.settings import Setting, method_of
-from sparsemm_edge.files import atomic_path
+from sparsemm_edge.reports import check_png, new_figure, save_png
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -37,17 +36,12 @@ def save_plot(report: Report, path: Path, *, title: str) -> None:
     Raises:
         SparseMMError: the name does not end in .png, or the file cannot be written.
     """
-    if path.suffix.lower() != ".png":
-        raise SparseMMError(f"the plot is a PNG picture: {path} must end in .png")
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
+    check_png(path, "the plot")
     threads = report.threads
     if all(len(ways) == 1 for ways in threads):
         threads = [[way for ways in threads for way in ways]]
     n_rows, n_columns = len(threads), max(1, *(len(ways) for ways in threads))
-    figure = Figure(figsize=(1 + 4.6 * n_columns, 0.6 + 4.2 * n_rows), layout="constrained")
-    FigureCanvasAgg(figure)
+    figure = new_figure(1 + 4.6 * n_columns, 0.6 + 4.2 * n_rows)
     grid = figure.subplots(n_rows, n_columns, squeeze=False, sharey="row" if len(threads) > 1 else False)
     for axes_of_thread, ways in zip(grid, threads, strict=True):
         for axes, way in zip(axes_of_thread, ways, strict=False):
@@ -56,8 +50,7 @@ def save_plot(report: Report, path: Path, *, title: str) -> None:
             axes.set_visible(False)
     grid[0][0].legend(fontsize=8)
     figure.suptitle(title, fontsize=10)
-    with atomic_path(path) as part:
-        figure.savefig(part, format="png", dpi=120)
+    save_png(figure, path)
 
 
 def _draw(axes: "Axes", rows: list[Row]) -> None:

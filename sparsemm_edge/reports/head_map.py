@@ -6,8 +6,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from sparsemm_edge.errors import SparseMMError
-from sparsemm_edge.files import atomic_path
+from sparsemm_edge.reports import check_png, new_figure, save_png
 
 
 def save_head_map(table: npt.NDArray[np.integer[Any]], path: Path, *, title: str) -> None:
@@ -32,8 +31,7 @@ def save_head_map(table: npt.NDArray[np.integer[Any]], path: Path, *, title: str
     bar = figure.colorbar(image, ax=axes, ticks=ticks, format=FuncFormatter(lambda value, _: f"{value:.0f}"))
     bar.minorticks_off()
     bar.set_label("positions")
-    with atomic_path(path) as part:
-        figure.savefig(part, format="png", dpi=120)
+    save_png(figure, path)
 
 
 def save_score_map(table: npt.NDArray[np.floating[Any]], path: Path, *, title: str) -> None:
@@ -55,23 +53,17 @@ def save_score_map(table: npt.NDArray[np.floating[Any]], path: Path, *, title: s
     figure, axes, image = _map(table / table.sum(), path, title, "head", PowerNorm(0.5, vmin=0))
     bar = figure.colorbar(image, ax=axes, format=PercentFormatter(xmax=1))
     bar.set_label("share of the score")
-    with atomic_path(path) as part:
-        figure.savefig(part, format="png", dpi=120)
+    save_png(figure, path)
 
 
 def _map(table: npt.NDArray[Any], path: Path, title: str, across: str, norm: Any) -> tuple[Any, Any, Any]:
     """Figure, axes and image of a table of layers x heads."""
-    if path.suffix.lower() != ".png":
-        raise SparseMMError(f"the head map is a PNG picture: {path} must end in .png")
-    # matplotlib takes half a second to import; no pyplot, so no display and no global state.
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-    from matplotlib.ticker import MaxNLocator
+    check_png(path, "the head map")
+    from matplotlib.ticker import MaxNLocator  # takes half a second
 
     n_layer, n_heads = table.shape
     width, height = 4 + 0.19 * n_heads, 2.2 + 0.17 * n_layer
-    figure = Figure(figsize=(min(width, 12), min(height, 12)), layout="constrained")
-    FigureCanvasAgg(figure)
+    figure = new_figure(min(width, 12), min(height, 12))
     axes = figure.add_subplot()
     image = axes.imshow(table, aspect="auto", cmap="viridis", norm=norm)
     axes.set_title(title, fontsize=10, wrap=True)

@@ -12,6 +12,7 @@ from matplotlib.figure import Figure
 
 from sparsemm_edge.errors import SparseMMError
 from sparsemm_edge.files import atomic_path
+from sparsemm_edge.reports import save_png
 from sparsemm_edge.reports.profiling_plots import svg
 
 _TEMPLATES = Environment(
@@ -95,8 +96,7 @@ def write(
     with atomic_path(folder / f"{name}.json") as part:
         part.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
     for picture in pictures:
-        with atomic_path(folder / f"{picture.name}.png") as part:
-            picture.figure.savefig(part, format="png", dpi=160)
+        save_png(picture.figure, folder / f"{picture.name}.png", dpi=160)
     with atomic_path(folder / f"{name}.html") as part:
         part.write_text(
             _TEMPLATES.get_template("report.html.jinja").render(

@@ -8,8 +8,8 @@ import numpy.typing as npt
 from PIL import Image, ImageOps
 
 from sparsemm_edge.errors import SparseMMError
-from sparsemm_edge.files import atomic_path
 from sparsemm_edge.image_grid import ImageGrid, Kept, kept_on_grid
+from sparsemm_edge.reports import check_png, new_figure, save_png
 
 if TYPE_CHECKING:
     from matplotlib.figure import SubFigure
@@ -25,8 +25,7 @@ def check_picture(path: Path, view: str) -> None:
     """Raise SparseMMError for an unknown view or a file that is not a PNG."""
     if view not in VIEWS:
         raise SparseMMError(f"unknown view {view!r} of what was kept: expected one of {', '.join(VIEWS)}")
-    if path.suffix.lower() != ".png":
-        raise SparseMMError(f"the map of kept positions is a PNG picture: {path} must end in .png")
+    check_png(path, "the map of kept positions")
 
 
 def save_kept_map(
@@ -54,11 +53,8 @@ def save_kept_map(
         SparseMMError: an unknown view, the name does not end in .png, or the file cannot be written.
     """
     check_picture(path, view)
-    # no pyplot, so no display and no global state
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.cm import ScalarMappable
     from matplotlib.colors import LinearSegmentedColormap, Normalize
-    from matplotlib.figure import Figure
     from matplotlib.ticker import MaxNLocator
 
     held = kept_on_grid(kept, grid)
@@ -69,8 +65,7 @@ def save_kept_map(
     side = 4.6 if len(panels) == 1 else 2.2
     height = side * min(max(grid.n_rows / grid.n_columns, 0.25), 2.5)
     width = side * n_columns + 0.9
-    figure = Figure(figsize=(width + 4.3, max(height * n_rows, 2.6) + 1.1), layout="constrained")
-    FigureCanvasAgg(figure)
+    figure = new_figure(width + 4.3, max(height * n_rows, 2.6) + 1.1)
     left: SubFigure
     right: SubFigure
     left, right = figure.subfigures(1, 2, width_ratios=(width, 4.3))  # type: ignore[misc]
@@ -100,8 +95,7 @@ def save_kept_map(
     for ticks in (heads.xaxis, heads.yaxis):
         ticks.set_major_locator(MaxNLocator(integer=True, steps=[1, 2, 4, 5, 10]))
     right.colorbar(table, ax=heads, label=f"of {grid.n_rows * grid.n_columns}")
-    with atomic_path(path) as part:
-        figure.savefig(part, format="png", dpi=120)
+    save_png(figure, path)
 
 
 def _panels(held: npt.NDArray[np.bool_], view: str) -> list[tuple[str, npt.NDArray[np.int64]]]:

@@ -7,7 +7,6 @@ from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 import numpy as np
@@ -15,6 +14,7 @@ import numpy.typing as npt
 from PIL import Image
 
 from sparsemm_edge import defaults
+from sparsemm_edge.closing import Closing
 from sparsemm_edge.defaults import MAX_POSITIONS
 from sparsemm_edge.errors import ContextFullError, SparseMMError, check_within
 from sparsemm_edge.gguf_header import weight_bytes_read
@@ -91,7 +91,7 @@ class _Asked:
     first_token: FirstToken  # its total and its last part are not known yet
 
 
-class Conversation:
+class Conversation(Closing):
     """A multi-turn conversation. Close it or use it in a `with`: it owns llama.cpp memory.
 
         with Conversation(model, n_ctx=4096) as conversation:
@@ -180,14 +180,6 @@ class Conversation:
             self._session.close()
             self._session = None
         self._pending, self._resumed, self._asked, self.last_stats = (), None, None, None
-
-    def __enter__(self) -> "Conversation":
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
 
     @property
     def session(self) -> Session | None:

@@ -3,10 +3,10 @@
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from types import TracebackType
 
 from PIL import Image
 
+from sparsemm_edge.closing import Closing
 from sparsemm_edge.gguf_header import GGUFHeader
 from sparsemm_edge.runtime import library
 from sparsemm_edge.runtime.eviction import HeadBudgetTable
@@ -16,7 +16,7 @@ from sparsemm_edge.runtime.prompt import image_marker, tokenize_with_images
 from sparsemm_edge.runtime.session import cache_type
 
 
-class Estimate:
+class Estimate(Closing):
     """A model loaded without weights, and its image encoder with weights.
 
     Close it, or use it in a `with`: it owns memory of llama.cpp.
@@ -64,14 +64,6 @@ class Estimate:
         if self._model:
             llama.llama_model_free(self._model)
             self._model = None
-
-    def __enter__(self) -> "Estimate":
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
 
     def image_tokens(self, sizes: Sequence[tuple[int, int]]) -> list[int]:
         """KV cache positions of images of these (width, height) in pixels.

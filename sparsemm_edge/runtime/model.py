@@ -7,13 +7,13 @@ import time
 from collections.abc import Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
+from sparsemm_edge.closing import Closing
 from sparsemm_edge.defaults import MAX_THREADS
 from sparsemm_edge.errors import ContextFullError, SparseMMError, check_within
 from sparsemm_edge.files import fingerprint
@@ -38,7 +38,7 @@ from sparsemm_edge.runtime.prompt import (
 from sparsemm_edge.runtime.sampler import Sampler, Sampling
 
 
-class VisionModel:
+class VisionModel(Closing):
     """A text model with, or without, its image encoder.
 
         with VisionModel.load("model.sparsemm.gguf", "mmproj.gguf") as model:
@@ -127,14 +127,6 @@ class VisionModel:
         if self.pointer:
             llama.llama_model_free(self.pointer)
             self.pointer = 0
-
-    def __enter__(self) -> "VisionModel":
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
 
     def chat_prompt(
         self,

@@ -8,12 +8,12 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from types import TracebackType
 
 import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
+from sparsemm_edge.closing import Closing
 from sparsemm_edge.errors import SparseMMError
 from sparsemm_edge.files import check_text
 from sparsemm_edge.pictures import open_picture
@@ -54,7 +54,7 @@ class ImagePart:
     key: ImageKey | None = None
 
 
-class Prompt:
+class Prompt(Closing):
     """A tokenised prompt. Close it or use it in a `with`: it owns llama.cpp memory.
 
     Attributes:
@@ -98,14 +98,6 @@ class Prompt:
             mtmd.mtmd_input_chunks_free(self._chunks)
             self._chunks = None
             self.parts = ()
-
-    def __enter__(self) -> "Prompt":
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
 
 
 def tokenize_text(vocab: int, text: str, *, first: bool = True) -> Prompt:

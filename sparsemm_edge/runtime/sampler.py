@@ -9,12 +9,12 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
-from types import TracebackType
 from typing import IO, Any
 
 import numpy as np
 import numpy.typing as npt
 
+from sparsemm_edge.closing import Closing
 from sparsemm_edge.errors import SparseMMError, check_within
 from sparsemm_edge.runtime import library
 from sparsemm_edge.runtime.library import llama
@@ -92,7 +92,7 @@ class Sampling:
             raise SparseMMError(f"the JSON schema cannot be turned into a grammar: {reason[:200]}") from error
 
 
-class Sampler:
+class Sampler(Closing):
     """Samples tokens one by one. Close it or use it in a `with`: it owns llama.cpp memory."""
 
     def __init__(self, sampling: Sampling, vocab: int, said: Sequence[int] = ()) -> None:
@@ -134,14 +134,6 @@ class Sampler:
             if sampler:
                 llama.llama_sampler_free(sampler)
         self._chain = self._grammar = None
-
-    def __enter__(self) -> "Sampler":
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
 
     def sample(self, logits: npt.NDArray[np.float32]) -> int:
         """Sample the next token from logits [n_vocab].

@@ -4,13 +4,13 @@ import ctypes
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from types import TracebackType
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
 
+from sparsemm_edge.closing import Closing
 from sparsemm_edge.defaults import MAX_POSITIONS
 from sparsemm_edge.errors import SparseMMError, check_within
 from sparsemm_edge.gguf_header import weight_bytes_read
@@ -96,7 +96,7 @@ class Cancelled(Exception):
     """The caller cancelled a prompt; the session is unchanged."""
 
 
-class Session:
+class Session(Closing):
     """A context, sized to its first prompt. Close it or use it in a `with`: it owns llama.cpp memory.
 
     Attributes:
@@ -171,14 +171,6 @@ class Session:
         if self._context:
             llama.llama_free(self._context)
             self._context = None
-
-    def __enter__(self) -> "Session":
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
 
     @property
     def context(self) -> int:
