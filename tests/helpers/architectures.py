@@ -18,6 +18,7 @@ from pathlib import Path
 from tempfile import mkdtemp
 from typing import Any
 
+import torch
 from safetensors.torch import load_file, save_file
 
 from helpers import vision_models
@@ -29,8 +30,9 @@ from make_test_models import _CONVERT, llama_cpp_source
 # they one of sentencepiece, which some converters ask for
 _VOCABULARY = """
 import gguf
+from conversion.internlm import InternLM2Model
 from conversion.phi import Phi3MiniModel
-Phi3MiniModel.set_vocab = TextModel._set_vocab_sentencepiece = TextModel._set_vocab_gpt2
+InternLM2Model.set_vocab = Phi3MiniModel.set_vocab = TextModel._set_vocab_sentencepiece = TextModel._set_vocab_gpt2
 add_token_list = gguf.GGUFWriter.add_token_list
 def with_merges(self, tokens):
     add_token_list(self, tokens)
@@ -58,12 +60,15 @@ class TextModel:
         config: model_type there.
         mmproj: one of tiny_mmproj.KINDS.
         settings: what the configuration has beside vision_models.TEXT.
+        published: what config.json says instead in checkpoints of the architecture, whose class is not in
+            transformers but computes the same.
     """
 
     model: str
     config: str
     mmproj: str
     settings: dict[str, Any] = field(default_factory=dict)
+    published: dict[str, Any] = field(default_factory=dict)
 
     def make(self, folder: Path) -> Path:
         transformers = importlib.import_module("transformers")
@@ -93,6 +98,34 @@ TEXT_MODELS = {
             "attention_multiplier": 0.2,
             "residual_multiplier": 0.7,
             "logits_scaling": 3.0,
+        },
+    ),
+    # the dense text model of HunyuanOCR, without its positions of rows and columns
+    "hunyuan_vl": TextModel(
+        "HunYuanDenseV1ForCausalLM",
+        "hunyuan_v1_dense",
+        "mlp",
+        {"eod_token_id": 1},
+        {"architectures": ["HunYuanVLForConditionalGeneration"]},
+    ),
+    "internlm2": TextModel(
+        "LlamaForCausalLM", "llama", "internvl", {}, {"architectures": ["InternLM2ForCausalLM"]}
+    ),
+    "minicpm": TextModel(
+        "GraniteForCausalLM",
+        "granite",
+        "mlp",
+        {
+            "embedding_multiplier": 2.0,
+            "attention_multiplier": TEXT["head_dim"] ** -0.5,
+            "residual_multiplier": 1.2 / TEXT["num_hidden_layers"] ** 0.5,
+            "logits_scaling": TEXT["hidden_size"] / 32,
+        },
+        {
+            "architectures": ["MiniCPMForCausalLM"],
+            "scale_emb": 2.0,
+            "scale_depth": 1.2,
+            "dim_model_base": 32,
         },
     ),
     "llama-smolvlm": TextModel("LlamaForCausalLM", "llama", "idefics3"),
@@ -257,15 +290,49 @@ class Made:
     mmproj: Path
 
 
-def _as_published(hf: Path, folder: Path) -> Path:
-    """A checkpoint of Qwen3-VL-MoE whose experts are input by output, as published."""
+def _as_published(name: str, hf: Path, folder: Path) -> Path:
+    """A checkpoint as its architecture is published, where transformers saves it in another way."""
+    published = TEXT_MODELS[name].published if name in TEXT_MODELS else {}
+    if not published and name != "qwen3-vl-moe":
+        return hf
     shutil.copytree(hf, folder)
+    config = json.loads((hf / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | published))
     tensors = load_file(hf / "model.safetensors")
-    for name in tensors:
-        if name.endswith(("experts.gate_up_proj", "experts.down_proj")):
-            tensors[name] = tensors[name].transpose(1, 2).contiguous()
+    if name == "qwen3-vl-moe":  # experts are input by output
+        for key in tensors:
+            if key.endswith(("experts.gate_up_proj", "experts.down_proj")):
+                tensors[key] = tensors[key].transpose(1, 2).contiguous()
+    if name == "internlm2":
+        tensors = _internlm2(tensors)
     save_file(tensors, folder / "model.safetensors", {"format": "pt"})
     return folder
+
+
+def _internlm2(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """LLaMA's tensors by InternLM2's names, the queries of a group with their key and value in one."""
+    names = {
+        "self_attn.o_proj": "attention.wo",
+        "mlp.gate_proj": "feed_forward.w1",
+        "mlp.up_proj": "feed_forward.w3",
+        "mlp.down_proj": "feed_forward.w2",
+        "input_layernorm": "attention_norm",
+        "post_attention_layernorm": "ffn_norm",
+        "embed_tokens": "tok_embeddings",
+        "lm_head": "output",
+    }
+    found = {}
+    for key, tensor in tensors.items():
+        if ".q_proj." in key:
+            of_layer = [tensors[key.replace("q_proj", part)] for part in ("q_proj", "k_proj", "v_proj")]
+            groups = [part.reshape(TEXT["num_key_value_heads"], -1, part.shape[1]) for part in of_layer]
+            key = key.replace("self_attn.q_proj", "attention.wqkv")
+            found[key] = torch.cat(groups, dim=1).reshape(-1, tensor.shape[1])
+        elif not any(part in key for part in (".k_proj.", ".v_proj.")):
+            for ours, theirs in names.items():
+                key = key.replace(ours, theirs)
+            found[key] = tensor.clone()
+    return found
 
 
 @cache
@@ -280,9 +347,7 @@ def _all() -> dict[str, Made]:
     for name, make in MODELS.items():
         folder = Path(mkdtemp(prefix=f"{name}-"))
         files = Made(make(folder / "hf"), folder / "model.gguf", folder / "mmproj.gguf")
-        source = files.hf
-        if name == "qwen3-vl-moe":
-            source = _as_published(files.hf, folder / "published")
+        source = _as_published(name, files.hf, folder / "published")
         checkpoint = [str(source), "--outtype", "f32", "--outfile"]
         jobs.append([*checkpoint, str(files.text)])
         if name in WRITTEN:
