@@ -15,17 +15,18 @@ def bench(
     shape: Annotated[
         str | None,
         typer.Option(
-            help="Random weights of a real model's shape instead: llava-1.5-7b, llava-1.5-13b, llava-next-7b,"
-            " llava-next-mistral-7b, qwen2-vl-2b, qwen2-vl-7b, qwen2.5-vl-3b, qwen2.5-vl-7b, qwen3-vl-2b,"
-            " qwen3-vl-4b, qwen3-vl-8b, internvl3.5-8b, glm-4.1v-9b or smolvlm2-2.2b."
+            help="Instead of a model, random weights of this shape: llava-1.5-7b, llava-1.5-13b,"
+            " llava-next-7b, llava-next-mistral-7b, qwen2-vl-2b, qwen2-vl-7b, qwen2.5-vl-3b,"
+            " qwen2.5-vl-7b, qwen3-vl-2b, qwen3-vl-4b, qwen3-vl-8b, internvl3.5-8b, glm-4.1v-9b or"
+            " smolvlm2-2.2b."
         ),
     ] = None,
-    layers: Annotated[int | None, typer.Option(help="Cut the shape to so many layers.")] = None,
+    layers: Annotated[int | None, typer.Option(help="Use only this many layers of the shape.")] = None,
     n_prompt: Annotated[str, typer.Option(help="Prompt lengths in positions.")] = "640,2944",
     budgets: Annotated[str, typer.Option(help="Budgets to evict to.")] = "64,256",
     scores: options.Scores = None,
     rounds: Annotated[
-        int, typer.Option(help="How often each setting reads each prompt, interleaved; 0: memory alone.")
+        int, typer.Option(help="Interleaved runs of each setting and prompt; 0: only memory.")
     ] = 2,
     n_ubatch: options.NUbatch = None,
     threads: options.Threads = None,
@@ -34,10 +35,10 @@ def bench(
     out: Annotated[Path, typer.Option(help="Folder of the report.")] = Path("sparsemm-bench"),
     as_json: options.AsJson = False,
 ) -> None:
-    """What would I gain here? Speed and memory over prompt lengths and budgets, against the full cache.
+    """Benchmark speed and memory over prompt lengths and budgets, against the full cache.
 
-    A shape is made once, as a file of random Q4_0 weights in the user cache. Writes bench.json, bench.html,
-    which needs no network, and the pictures into a folder.
+    A shape becomes a file of random Q4_0 weights in the user cache. Writes bench.json, a self-contained
+    bench.html and PNG pictures into a folder.
 
     \b
     Examples:

@@ -1,6 +1,6 @@
-"""Options that several commands have, each with one name and one help text, and the groups that they come in.
+"""Options shared by several commands, and groups of them.
 
-A command takes a group as one parameter; @grouped makes its options the command's own:
+A command takes a group as one parameter, which @grouped expands into options:
 
     @grouped
     def generate(loaded: options.ModelOptions, n_predict: ... = 256) -> None:
@@ -117,7 +117,7 @@ Force = Annotated[bool, typer.Option("--force", help="Replace the file to write 
 
 @dataclass(frozen=True)
 class ModelOptions:
-    """The model, and how llama.cpp loads it."""
+    """The model and how it is loaded."""
 
     model: Model
     mmproj: Mmproj = None
@@ -188,7 +188,7 @@ class ModelOptions:
 
 @dataclass(frozen=True)
 class ImageCacheOptions:
-    """What is kept of images in files."""
+    """The image cache on disk."""
 
     image_cache: Annotated[
         Path | None,
@@ -202,12 +202,12 @@ class ImageCacheOptions:
     ] = IMAGE_CACHE_SIZE
 
     def arguments(self) -> dict[str, Any]:
-        """What Loading is told of it."""
+        """Arguments of Loading."""
         folder = self.image_cache
         if folder is not None and folder.name.isdecimal() and not folder.exists():
             raise SparseMMError(
-                f"--image-cache is {folder}: it names a folder; how many MiB of images stay in memory is said"
-                " with --image-memory"
+                f"--image-cache is {folder}: expected a folder; the MiB of images kept in memory are set with"
+                " --image-memory"
             )
         return {
             "image_cache": None if folder is None else str(folder),
@@ -217,7 +217,7 @@ class ImageCacheOptions:
 
 @dataclass(frozen=True)
 class CacheOptions:
-    """How prompts are computed, and the number types of the cache."""
+    """Batch size of prompts and data types of the cache."""
 
     n_ubatch: NUbatch = None
     cache_type_k: CacheTypeK = "f16"
@@ -226,7 +226,7 @@ class CacheOptions:
 
 @dataclass(frozen=True)
 class QuestionOptions:
-    """What is asked."""
+    """The prompt."""
 
     prompt: Annotated[
         str | None, typer.Option("--prompt", "-p", help="The prompt; - reads it from stdin.")
@@ -236,7 +236,7 @@ class QuestionOptions:
     )
 
     def text(self, default: str | None = None) -> str:
-        """The question; without the line end that a file or a pipe ends with."""
+        """The prompt, without a final line end from a file or pipe."""
         if self.prompt is not None and self.file is not None:
             raise SparseMMError("give the prompt with -p or with -f, not both")
         if self.file is not None:
@@ -252,7 +252,7 @@ class QuestionOptions:
 
 @dataclass(frozen=True)
 class TemplateOptions:
-    """What is written around a question."""
+    """System message and chat template."""
 
     system: Annotated[str | None, typer.Option(help="System message: text, or @FILE.")] = None
     chat_template: ChatTemplate = None
@@ -262,7 +262,7 @@ class TemplateOptions:
     ] = None
 
     def arguments(self) -> "Frame":
-        """What generate() and others are told of it."""
+        """Arguments of generate() and others."""
         from sparsemm_edge.runtime.chat_template import read_template_options
 
         system, options = self.system, self.chat_template_kwargs
@@ -294,7 +294,7 @@ class Frame(TypedDict):
 
 @dataclass(frozen=True)
 class EvictionOptions:
-    """How the cache evicts."""
+    """Eviction."""
 
     budget: Budget = None
     policy: Policy = None
@@ -322,7 +322,7 @@ class EvictionOptions:
 
 @dataclass(frozen=True)
 class SamplingOptions:
-    """How an answer is sampled, and what it must look like. The defaults are runtime.Sampling's."""
+    """Sampling, stop texts and grammar. The defaults are those of runtime.Sampling."""
 
     temp: Annotated[float, typer.Option(help="Temperature; 0 is greedy.")] = 0.0
     seed: Annotated[int, typer.Option("--seed", "-s", help="Seed for sampling; -1: a new one each time.")] = 0
@@ -374,7 +374,7 @@ class SamplingOptions:
 
 @dataclass(frozen=True)
 class ReuseOptions(ImageCacheOptions):
-    """What is kept of images in files, evicted sequences too."""
+    """The image cache on disk, with evicted sequences."""
 
     reuse_evicted: Annotated[
         bool,
@@ -423,12 +423,12 @@ NUMBERS: dict[str, tuple[float, float]] = {
     "until": (0, 2),
     "window": (1, 1024),
 }
-"""What every option that is a number may be, from and to, in all commands: beyond it something crashes, wraps
-round or takes all memory. What is narrower is refused where it is known."""
+"""The range of every numeric option, in all commands. Outside it something crashes, overflows or takes all
+memory. Narrower limits are checked where they are known."""
 
 
 def checked(command: Callable[..., None]) -> Callable[..., None]:
-    """Let a command refuse numbers that are not within NUMBERS."""
+    """Make a command reject numbers outside NUMBERS."""
 
     @functools.wraps(command)
     def run(**given: Any) -> None:
@@ -445,7 +445,7 @@ def _without_last_line_end(text: str) -> str:
 
 
 def grouped(command: Callable[..., None]) -> Callable[..., None]:
-    """Let typer see the options of a command's groups in place of the groups.
+    """Replace a command's groups by their options, for typer.
 
     A group is a parameter whose type is a dataclass of options.
     """

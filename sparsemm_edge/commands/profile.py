@@ -30,9 +30,9 @@ def profile(
     out: Annotated[Path, typer.Option(help="Folder of the report.")] = Path("sparsemm-profile"),
     as_json: options.AsJson = False,
 ) -> None:
-    """Where memory and time go: the full cache, quantised ones and evicted ones, a process each.
+    """Measure memory and time of full, quantised and evicted caches, each in its own process.
 
-    Writes profile.json, profile.html, which needs no network, and the pictures into a folder.
+    Writes profile.json, a self-contained profile.html and PNG pictures into a folder.
 
     \b
     Example:

@@ -81,11 +81,11 @@ def score(
     ] = False,
     as_json: options.AsJson = False,
 ) -> None:
-    """Score the attention heads of a vision-language model: which of them look at what is being read.
+    """Score the attention heads of a vision-language model by how much they look at what is being read.
 
     A GGUF file is scored as llama.cpp runs it, without torch. So are checkpoints of LLaVA-1.5, LLaVA-NeXT,
     LLaVA-OneVision, Qwen2-VL, Qwen2.5-VL, Qwen3-VL, InternVL, Idefics3 and SmolVLM, with torch; a folder is
-    read without the network. What is done is saved beside the output now and then.
+    read without the network. Progress is saved beside the output.
 
     \b
     Examples:
@@ -153,7 +153,7 @@ def score(
 def run(
     job: "ScoringJob", out: Path, *, n_jobs: int = 1, resume: bool = False, force: bool = False
 ) -> "ScoringResult":
-    """scoring.run.score with a bar, its warnings, and how long it may take once the first page is read."""
+    """scoring.run.score with a progress bar, warnings and an estimate of the time after the first page."""
     from sparsemm_edge.scoring.run import score as score_heads
 
     with progress_bar("reading pages") as shown:

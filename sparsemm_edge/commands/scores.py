@@ -28,7 +28,7 @@ def show(
     plot: Annotated[Path | None, typer.Option(help="Draw the scores: layers x heads (PNG).")] = None,
     as_json: options.AsJson = False,
 ) -> None:
-    """How concentrated head scores are, and which heads have the highest.
+    """Show how concentrated head scores are, and the top heads.
 
     \b
     Example:
@@ -51,7 +51,7 @@ def show(
 
 @scores.command()
 def compare(file: ScoresFile, other: ScoresFile, as_json: options.AsJson = False) -> None:
-    """How alike two files rank the heads of one model: rank correlation, top heads in common, differences.
+    """Compare two score files of one model: rank correlation, common top heads, differences.
 
     \b
     Example:
@@ -122,9 +122,9 @@ def knockout(
     dtype: Annotated[str, typer.Option(help="As for score.")] = "auto",
     as_json: options.AsJson = False,
 ) -> None:
-    """Do the top heads matter? Read pages with all heads, without the top ones, without random others.
+    """Measure reading accuracy with all heads, without the top heads, and without random others.
 
-    The random heads are drawn from those outside the top. Pages of another seed than those that were scored.
+    Random heads are drawn from outside the top. The pages have another seed than those scored.
 
     \b
     Example:
@@ -238,7 +238,7 @@ def print_figures(scores: "HeadScores") -> None:
 
 
 def print_convergence(scores: "HeadScores") -> None:
-    """How the ranking settled, if the file says."""
+    """Print the convergence of the ranking, if the file has it."""
     steps = scores.provenance.get("convergence")
     if not isinstance(steps, list) or not steps:
         return

@@ -1,1 +1,1 @@
-"""What eviction gives on this machine: memory and speed, measured side by side, and what fits."""
+"""Measure memory and speed with and without eviction on this machine, and compute what fits."""

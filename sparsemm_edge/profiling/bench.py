@@ -1,7 +1,7 @@
-"""What eviction would give here: prompt and decode speed and memory over prompt lengths and budgets.
+"""Benchmark: prompt speed, decoding speed and memory over prompt lengths and budgets.
 
-Every setting is run twice over: in a process of its own, which tells its memory, and interleaved with the
-others in one process, which tells the speeds that are compared.
+Each setting runs twice: in its own process, to measure memory, and interleaved with the others in one
+process, to compare speeds.
 """
 
 from collections.abc import Callable, Sequence
@@ -32,11 +32,11 @@ _EMPTY = "depth 0"
 
 @dataclass(frozen=True)
 class Interleaved:
-    """What one setting decoded interleaved with a full one.
+    """Decoding speed of one setting, interleaved with a full one.
 
     Attributes:
-        tps: tokens a second, the median over the tokens.
-        ratio: over the turns, how much faster than the full one.
+        tps: tokens per second, median over tokens.
+        ratio: speed-up over the full one, over turns.
     """
 
     tps: float
@@ -45,13 +45,13 @@ class Interleaved:
 
 @dataclass(frozen=True)
 class Limits:
-    """What decoding waits for. What was not measured is None.
+    """What limits decoding. None: not measured.
 
     Attributes:
-        weight_bytes: read for a token.
-        weight_bytes_per_s: the rate of it at depth 0.
-        bandwidth_share: that rate over what memory was measured to give.
-        attention_share: the share of a token's time that is not there at depth 0, by setting.
+        weight_bytes: read per token.
+        weight_bytes_per_s: their read rate at depth 0.
+        bandwidth_share: that rate over the measured memory bandwidth.
+        attention_share: fraction of a token's time beyond that at depth 0, by setting.
     """
 
     weight_bytes: int
@@ -62,19 +62,19 @@ class Limits:
 
 @dataclass(frozen=True)
 class Length:
-    """What was measured at one prompt length.
+    """Results at one prompt length.
 
     Attributes:
         n_prompt: positions.
-        settings: each in a process of its own.
-        n_rounds: how often each was run interleaved with the others; 0: none was.
-        interleaved_status, interleaved_reason: how that ended, see Run.
+        settings: each in its own process.
+        n_rounds: interleaved runs of each setting; 0: none.
+        interleaved_status, interleaved_reason: their outcome, see Run.
         prompt_ms, decode_ms: by setting.
-        decode_tps: tokens a second, by setting.
-        depth_0_tps: those of an empty cache.
-        against: for each full setting what was decoded interleaved with it, by setting.
+        decode_tps: tokens per second, by setting.
+        depth_0_tps: with an empty cache.
+        against: for each full setting, the settings interleaved with it.
         not_in_breakdown: by setting, see _not_in_breakdown.
-        limits: what decoding waits for.
+        limits: what limits decoding.
     """
 
     n_prompt: int
@@ -100,28 +100,28 @@ class Length:
 class Row:
     """One prompt length and budget against the full f16 cache at its better flash-attention setting.
 
-    Speeds are tokens a second. Bytes are those of the runs in processes of their own. What was not measured,
-    because a setting could not run, is None.
+    Speeds are tokens per second. Bytes are from the runs in separate processes. None: not measured, because a
+    setting could not run.
 
     Attributes:
         n_prompt, budget, status: of the evicted setting.
         decode_tps, decode_tps_full, decode_tps_depth_0: in the same turns.
-        full_setting: the better full setting at decoding.
-        decode_ratio: evicted over full; decode_ratio_low, decode_ratio_high: the quartiles of the turns.
-        decode_limit_ratio: depth 0 over full, which is what eviction can give at most.
-        decode_limit_share: how much of that is there.
+        full_setting: the faster full setting at decoding.
+        decode_ratio: evicted over full; decode_ratio_low, decode_ratio_high: quartiles over turns.
+        decode_limit_ratio: depth 0 over full, the upper bound of eviction.
+        decode_limit_share: fraction of that bound.
         decode_tps_full_flash_attn, decode_tps_full_no_flash_attn, decode_tps_full_q8_0: of the full settings.
-        prompt_tps, prompt_tps_full: the latter of the better setting.
+        prompt_tps, prompt_tps_full: the latter of the faster setting.
         kv_bytes, kv_bytes_peak: K and V after the reply, and at their peak.
-        kv_bytes_full: of the same positions unevicted.
+        kv_bytes_full: of the same positions in a full cache.
         rss_peak, rss_peak_full: the latter of the smaller setting.
-        anon_peak, anon_peak_full: what no file backs, likewise.
-        peak_over_weights, peak_over_weights_full: the same less what was there when the model was loaded.
+        anon_peak, anon_peak_full: anonymous memory, likewise.
+        peak_over_weights, peak_over_weights_full: anonymous memory beyond that of the loaded model.
         after_over_weights, after_over_weights_full: likewise after the last token.
-        memory_setting: the full setting that takes least.
-        memory_difference: anon_peak (or rss_peak) less that setting's.
-        memory_difference_allocated: the same of K and V at their peak and compute buffers, as llama.cpp says,
-            and of what it does not say (_not_in_breakdown), which should explain it.
+        memory_setting: the smallest full setting.
+        memory_difference: anon_peak (or rss_peak) minus that setting's.
+        memory_difference_allocated: the same for K and V at their peak and compute buffers, as llama.cpp
+            reports them, and for what it does not report (_not_in_breakdown).
         status_full: of each full setting.
     """
 
@@ -161,10 +161,10 @@ class Row:
 
 @dataclass(frozen=True)
 class Bench:
-    """What `bench` measures.
+    """The results of bench().
 
     Attributes:
-        machine: see machine.machine, with `n_threads`, and `memory_bandwidth` in bytes a second.
+        machine: see machine.machine, with `n_threads`, and `memory_bandwidth` in bytes per second.
         model: the model.
         scores: where the head scores come from.
         rows: for each prompt length and budget.
@@ -178,7 +178,7 @@ class Bench:
     lengths: list[Length]
 
     def to_dict(self) -> dict[str, Any]:
-        """As bench.json has it."""
+        """The content of bench.json."""
         return {
             "machine": self.machine,
             "model": asdict(self.model),
@@ -206,16 +206,16 @@ def bench(
         model: a GGUF file.
         n_prompts: prompt lengths in positions.
         budgets: mean head budgets in positions.
-        progress: told what goes on.
-        scores: head scores; None: those in the file, or ones like the published.
-        n_rounds: how often each setting reads each prompt interleaved with the others; 0: memory alone is
-            measured, of the full f16 cache with flash attention, which takes the least, and of evicted ones.
+        progress: shows progress.
+        scores: head scores; None: those of the model file, or the published distribution.
+        n_rounds: interleaved runs of each setting and prompt; 0: measure only memory, of the full f16 cache
+            with flash attention, which needs least, and of evicted ones.
         n_threads: None: the physical cores.
         n_ubatch: prompt tokens computed at a time in every setting; None: 512.
-        loading: how the model is loaded; None: as llama.cpp does it.
+        loading: how the model is loaded; None: llama.cpp's defaults.
 
     Raises:
-        SparseMMError: a model that cannot be evicted, not enough memory, or not one setting could run.
+        SparseMMError: an unsupported model, not enough memory, or no setting could run.
     """
     header = read_header(model)
     shape, metadata = model_shape(header), sparsemm_metadata(header)
@@ -254,7 +254,7 @@ def bench(
 
 
 def check_memory(needed: int) -> None:
-    """Raise SparseMMError if this many bytes of weights and full cache are more than there is."""
+    """Raise SparseMMError if weights and full cache do not fit into memory."""
     available = machine_memory()[1]
     if needed > available:
         raise SparseMMError(
@@ -271,7 +271,7 @@ def _measure(
     bandwidth: float,
     progress: Progress,
 ) -> Length:
-    """One prompt length: every setting in its own process, then those that ran interleaved."""
+    """Measure one prompt length: each setting in its own process, then interleaved."""
     progress.done(f"prompt of {task.n_prompt} positions")
     found = [run_and_say(task, setting, progress) for setting in settings]
     check_some_ran(found)
@@ -318,7 +318,7 @@ def _measure(
 
 
 def _interleaved(turns: Sequence[Event], against: str) -> dict[str, Interleaved]:
-    """What was decoded interleaved with one full setting, by setting."""
+    """Decoding speeds interleaved with one full setting, by setting."""
     tokens: dict[str, list[float]] = {}
     by_turn: dict[tuple[int, int], dict[str, float]] = {}
     for event in turns:
@@ -409,10 +409,10 @@ def _allocated(figures: SettingFigures, length: Length) -> int:
 
 
 def _not_in_breakdown(header: GGUFHeader, setting: CacheSetting, n_prompt: int) -> int:
-    """Bytes that a prompt of tokens takes besides llama.cpp's breakdown, on the CPU; may be negative.
+    """Bytes that a text prompt needs beyond llama.cpp's breakdown, on the CPU; may be negative.
 
-    The compute buffer has an input for embeddings (f32), which tokens leave unwritten. ggml's CPU backend has
-    a buffer beside it for the largest activation of a product with quantised weights, as q8_0 (ggml-cpu.c,
+    The compute buffer has an input for embeddings (f32) that text prompts do not write. ggml's CPU backend
+    has another buffer for the largest activation of a product with quantised weights, as q8_0 (ggml-cpu.c,
     ggml_graph_plan).
     """
     arch = header.value("general.architecture")

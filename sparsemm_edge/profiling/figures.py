@@ -1,4 +1,4 @@
-"""What a run's events and samples come to: typed figures, which to_dict() makes ready for JSON."""
+"""Results of runs, from their events and memory samples."""
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -27,14 +27,14 @@ class Spread:
 
 @dataclass(frozen=True)
 class Breakdown:
-    """Bytes by what they are for, as llama.cpp allocated them; K and V exact, the others as logged.
+    """Allocated bytes by purpose; K and V are exact, the others as llama.cpp logged them.
 
     Attributes:
-        weights_mapped: in the model file, which the system can drop and read again.
-        weights_copied: rearranged for this processor, or on a GPU.
+        weights_mapped: of the mapped model file.
+        weights_copied: repacked for this processor, or on a GPU.
         compute, output: buffers of the context.
         vision_compute, vision_weights: of the image encoder.
-        kv_peak, kv_now: K and V when they were largest, and after the reply.
+        kv_peak, kv_now: K and V at their peak, and after the reply.
     """
 
     weights_mapped: int
@@ -49,17 +49,17 @@ class Breakdown:
 
 @dataclass(frozen=True)
 class Measured:
-    """What a run that got to its end tells.
+    """Results of a complete run.
 
     Attributes:
         n_prompt, n_predict: positions of the prompt, tokens decoded after it.
         load_ms, image_ms, prompt_ms: loading, image encoder, text model reading the prompt.
-        prompt_tps, decode_tps: tokens a second; of decoding the median's.
-        first_token: what the time to the first token consists of.
-        read_bytes_per_s: how fast decoding read weights, K and V.
-        decode_ms: of a token.
-        kv: what the cache takes.
-        breakdown: what memory is for.
+        prompt_tps, decode_tps: tokens per second; for decoding from the median.
+        first_token: the parts of the time to the first token.
+        read_bytes_per_s: memory bandwidth of decoding (weights, K and V).
+        decode_ms: per token.
+        kv: statistics of the cache.
+        breakdown: memory by purpose.
         buffers: as llama.cpp logged them: backend, content, n_bytes.
     """
 
@@ -83,18 +83,18 @@ class Measured:
 
 @dataclass(frozen=True)
 class SettingFigures:
-    """One setting: what it was, how it ended, what it took.
+    """The results of one setting.
 
     Attributes:
-        setting: what was run.
+        setting: the setting.
         status, reason: see Run.
         phases: in seconds since phase `load` began.
         rss_peak: the largest resident size in bytes.
-        anon_peak, file_peak, pss_peak, footprint_peak: the largest of MemoryTrace's; None where not known.
-        anon_loaded: what no file backs when the model was loaded, before the context was made.
-        anon_after: the same after the last token.
+        anon_peak, file_peak, pss_peak, footprint_peak: the largest of MemoryTrace's; None if not known.
+        anon_loaded: anonymous memory with the model loaded, before the context.
+        anon_after: anonymous memory after the last token.
         memory: over time, see samples.
-        measured: None if it did not get that far.
+        measured: None if the run is incomplete.
     """
 
     setting: CacheSetting
@@ -117,12 +117,12 @@ class SettingFigures:
 
     @property
     def done(self) -> Measured | None:
-        """The figures, if it ended well."""
+        """The results, if the run succeeded."""
         return self.measured if self.status == "ok" else None
 
     @property
     def peak_over_weights(self) -> int | None:
-        """What no file backs at the peak, less what was there when the model was loaded."""
+        """Peak anonymous memory, beyond that of the loaded model."""
         return (
             None if self.anon_peak is None or self.anon_loaded is None else self.anon_peak - self.anon_loaded
         )
@@ -137,7 +137,7 @@ class SettingFigures:
         )
 
     def to_dict(self) -> dict[str, Any]:
-        """As JSON has it: one object, the setting's and the measured figures among the others."""
+        """For JSON, as one flat object."""
         own = {name: value for name, value in vars(self).items() if name not in ("setting", "measured")}
         return {
             "name": self.name,
@@ -152,7 +152,7 @@ class SettingFigures:
 
 @dataclass(frozen=True)
 class ModelFigures:
-    """What was measured: the model's name, file name, shape, and the bytes of its weights."""
+    """The model: name, file name, shape, and bytes of its weights."""
 
     name: str
     file: str
@@ -233,10 +233,10 @@ def spread(values: Sequence[float]) -> Spread:
 
 
 def samples(trace: MemoryTrace, zero: float, end: float) -> dict[str, list[Any]]:
-    """The trace from 0 to `end` as lists of at most _N_SAMPLES entries, each the largest of some samples.
+    """The trace from 0 to `end` as lists of at most _N_SAMPLES entries, each a maximum over samples.
 
-    `t` is in seconds since `zero`, the others in bytes; what the system does not tell is left out. The sample
-    before 0 is what there was at 0: between 0 and a near end there may be none.
+    `t` is in seconds since `zero`, the others in bytes; unknown quantities are left out. The last sample
+    before 0 counts as that at 0.
     """
     begin, stop = np.searchsorted(np.array(trace.t) - zero, (0, end))
     begin = max(0, begin - 1)

@@ -34,7 +34,7 @@ class FitRequest:
         max_tail: most generated positions per head of the evicting cache; None: no limit.
         n_ubatch: prompt tokens computed at a time; None: 512.
         n_gpu_layers: see Loading; buffer sizes depend on the number of devices.
-        scores: head scores file; None: those in the file, or ones like the published.
+        scores: head scores file; None: those of the model file, or the published distribution.
         memory: bytes to fit into; None: this machine's.
     """
 
@@ -215,7 +215,7 @@ def fit(request: FitRequest) -> Fit:
 
 
 def _largest(evicted: Callable[[int], FitRow], least: int, most: int) -> FitRow | None:
-    """The row of the largest budget from least to most that fits; None if not even the least does."""
+    """The row of the largest budget from least to most that fits; None if none does."""
     if least > most or not (best := evicted(least)).fits:
         return None
     low, high = least, most + 1  # low fits, high may not

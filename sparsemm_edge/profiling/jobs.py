@@ -1,4 +1,4 @@
-"""What a worker process is asked to do, and what it says while it does it."""
+"""Jobs of worker processes, and the events that they send."""
 
 from dataclasses import dataclass, field
 from typing import Any
@@ -8,12 +8,12 @@ from sparsemm_edge.runtime.loading import Loading, Lora
 
 @dataclass(frozen=True)
 class CacheSetting:
-    """One way to run the model.
+    """A cache configuration to measure.
 
     Attributes:
         budget: mean head budget in positions; None keeps the full cache.
         cache_type: of K and V.
-        flash_attn: whether attention is fused; an evicting cache always has it.
+        flash_attn: an evicting cache always uses it.
         n_ubatch: prompt tokens computed at a time; None: 512.
     """
 
@@ -35,25 +35,25 @@ class CacheSetting:
 
 
 def full(cache_type: str = "f16", flash_attn: bool = True, n_ubatch: int | None = None) -> CacheSetting:
-    """A full cache, as llama.cpp would run it if nothing else is said."""
+    """A full cache."""
     return CacheSetting(None, cache_type, flash_attn, n_ubatch)
 
 
 @dataclass(frozen=True)
 class Task:
-    """A prompt for a model, and how much to decode after it.
+    """A model, a prompt and the number of tokens to decode.
 
     Attributes:
         model, mmproj: GGUF files.
         images: files.
-        prompt: what the user asks; None: n_prompt random tokens instead.
-        system, chat_template, template_options: what is written around it, see VisionModel.generate.
+        prompt: the user's message; None: n_prompt random tokens.
+        system, chat_template, template_options: see Conversation.
         n_prompt: see prompt.
         n_predict: tokens to decode; the end of the answer does not stop it.
         n_threads: None: the physical cores.
         scores: head scores file; None: those in the model file.
         policy, window, vote, residual: of an evicting cache; None: the file's.
-        max_tail: most generated positions that a head of an evicting cache holds; None: all.
+        max_tail: most generated positions per head of an evicting cache; None: no limit.
         loading: how the model is loaded.
     """
 
@@ -77,7 +77,7 @@ class Task:
 
     @classmethod
     def from_json(cls, content: dict[str, Any]) -> "Task":
-        """The task whose dataclasses.asdict went through JSON."""
+        """Restore a task from JSON of dataclasses.asdict."""
         loading = content["loading"]
         loras = tuple(Lora(**lora) for lora in loading["loras"])
         given = {"images": tuple(content["images"]), "loading": Loading(**{**loading, "loras": loras})}
@@ -85,4 +85,4 @@ class Task:
 
 
 Event = dict[str, Any]
-"""What a worker says: `event` is phase, kv, result, turn or failed; `t` is its time.monotonic."""
+"""An event of a worker: `event` is phase, kv, result, turn or failed; `t` is its time.monotonic."""

@@ -1,4 +1,4 @@
-"""The machine in general terms, and how fast it reads memory, which is what decoding waits for."""
+"""A summary of the machine, and its memory bandwidth, which limits decoding."""
 
 import platform
 import sys
@@ -18,7 +18,7 @@ _INSTRUCTION_SETS = {"avx512f": "AVX-512", "avx2": "AVX2", "avx": "AVX", "sve": 
 
 
 def machine() -> dict[str, Any]:
-    """Cores, instruction set, memory and system: enough to place a figure, no more than that."""
+    """Cores, instruction set, memory and system."""
     total, available = machine_memory()
     return {
         "cores": usable_cores(),
@@ -39,7 +39,7 @@ def in_words(machine: dict[str, Any]) -> str:
 
 
 def instruction_set() -> str | None:
-    """The widest vector instructions, as far as the system tells."""
+    """The widest vector instructions that the system reports."""
     if platform.machine() in ("arm64", "aarch64") and sys.platform == "darwin":
         return "NEON"
     try:
@@ -56,7 +56,7 @@ def instruction_set() -> str | None:
 
 
 def memory_bandwidth(n_threads: int) -> float:
-    """Bytes a second that n_threads read from memory together: the best pass over large arrays of a while."""
+    """Memory bandwidth of n_threads in bytes per second: the best of several passes over large arrays."""
     arrays = [np.ones(_BYTES // 4, dtype=np.float32) for _ in range(n_threads)]
     best = 0.0
     with ThreadPoolExecutor(n_threads) as pool:

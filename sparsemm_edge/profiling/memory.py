@@ -1,4 +1,4 @@
-"""How much memory a process takes, watched from outside, so that what a killed process took is known too."""
+"""Sample the memory of a process from outside, which also works for a killed process."""
 
 import ctypes
 import os
@@ -18,16 +18,16 @@ _STATUS = {"VmHWM": "peak", "VmRSS": "rss", "RssAnon": "anon", "RssFile": "file"
 
 @dataclass
 class MemoryTrace:
-    """What a process took over time. All lists are of the same length; None where it is not known.
+    """Memory of a process over time. All lists have the same length; None: not known.
 
     Attributes:
         t: seconds of time.monotonic.
         rss: resident bytes.
-        anon: of them, those that no file backs: what the process really costs. Linux.
-        file: of them, those of mapped files, such as weights; dropped when memory is short. Linux.
-        pss: resident bytes, shared pages counted in proportion; sampled less often. Linux.
-        footprint: what macOS counts against the process.
-        rss_peak: the largest resident size, on Linux until the last sample, else the largest sample.
+        anon: anonymous memory among them, which cannot be dropped. Linux.
+        file: mapped files among them, such as weights; dropped when memory is short. Linux.
+        pss: proportional set size; sampled less often. Linux.
+        footprint: physical footprint. macOS.
+        rss_peak: the largest resident size; except on Linux the largest sample.
     """
 
     t: list[float] = field(default_factory=list)
@@ -44,7 +44,7 @@ class MemoryTrace:
 
 
 class MemoryWatch:
-    """Samples a process in a thread, from `with` to its end.
+    """Samples a process in a thread, for the duration of a `with`.
 
     with MemoryWatch(pid) as watch:
         ...
@@ -96,7 +96,7 @@ class MemoryWatch:
 
 
 def anon_bytes() -> int | None:
-    """What this process takes now that no file backs; None where it is not known (but on Linux)."""
+    """Anonymous memory of this process in bytes; None except on Linux."""
     return _linux_status(os.getpid()).get("anon") if sys.platform == "linux" else None
 
 
@@ -118,7 +118,7 @@ def _linux_pss(pid: int) -> int | None:
 
 
 def _macos_footprint(pid: int) -> int | None:
-    """The physical footprint, as in Activity Monitor: anonymous memory and what the GPU holds for us."""
+    """The physical footprint, as in Activity Monitor: anonymous and GPU memory."""
     # struct rusage_info_v0 of <sys/resource.h>: a uuid of 16 bytes, then 64-bit numbers; the seventh after
     # user and system time, two kinds of wakeups, pageins and wired size, resident size is the footprint
     info = (ctypes.c_uint64 * 12)()

@@ -1,4 +1,4 @@
-"""One real model and prompt, run with the full cache and with eviction, a process each."""
+"""Run one model and prompt with the full cache and with eviction, each in its own process."""
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
@@ -20,13 +20,13 @@ from sparsemm_edge.runtime.eviction import Eviction
 
 @dataclass(frozen=True)
 class Profile:
-    """What `profile` measures.
+    """The results of profile().
 
     Attributes:
         machine: see machine.machine.
         model: the model.
         scores: where the head scores come from.
-        settings: every setting, the full cache first.
+        settings: all settings, the full cache first.
     """
 
     machine: dict[str, Any]
@@ -35,7 +35,7 @@ class Profile:
     settings: list[SettingFigures]
 
     def to_dict(self) -> dict[str, Any]:
-        """As profile.json has it."""
+        """The content of profile.json."""
         settings = [setting.to_dict() for setting in self.settings]
         return vars(self) | {"model": asdict(self.model), "settings": settings}
 
@@ -48,12 +48,11 @@ def profile(
     Args:
         task: model, prompt, how much to decode.
         budgets: mean head budgets to evict to; empty: the file's, or the default.
-        progress: told what goes on.
-        n_ubatch: prompt tokens computed at a time in every setting; None: llama.cpp's default for the full
-            cache, the whole prompt where it is evicted.
+        progress: shows progress.
+        n_ubatch: prompt tokens computed at a time in every setting; None: 512.
 
     Raises:
-        SparseMMError: a model that cannot be evicted, or not one setting could run.
+        SparseMMError: an unsupported model, or no setting could run.
     """
     header = read_header(Path(task.model))
     shape, metadata = model_shape(header), sparsemm_metadata(header)
@@ -79,7 +78,7 @@ def profile(
 
 
 def model_figures(header: GGUFHeader) -> ModelFigures:
-    """What is told of a model file."""
+    """The model of a file."""
     shape = model_shape(header)
     return ModelFigures(
         name=shape.name,
@@ -92,7 +91,7 @@ def model_figures(header: GGUFHeader) -> ModelFigures:
 
 
 def run_and_say(task: Task, setting: CacheSetting, progress: Progress) -> SettingFigures:
-    """Run one setting; its figures, of which a line is said."""
+    """Run one setting, and print a line about it."""
 
     def listen(event: Event) -> None:
         if event["event"] == "phase":
@@ -112,6 +111,6 @@ def run_and_say(task: Task, setting: CacheSetting, progress: Progress) -> Settin
 
 
 def check_some_ran(settings: Sequence[SettingFigures]) -> None:
-    """Raise SparseMMError with the first reason if no setting ended well."""
+    """Raise SparseMMError with the first reason if every setting failed."""
     if not any(setting.status == "ok" for setting in settings):
         raise SparseMMError(f"no setting could be run; {settings[0].name}: {settings[0].reason}")

@@ -1,4 +1,4 @@
-"""What long work says on stderr while it lasts."""
+"""Progress messages on stderr."""
 
 import sys
 from types import TracebackType
@@ -8,7 +8,7 @@ from rich.status import Status
 
 
 class Progress:
-    """One line that tells what is being done, on a terminal; lines of what is done, everywhere."""
+    """A status line, on terminals only, and a line for each finished step."""
 
     def __init__(self) -> None:
         self._console = Console(file=sys.stderr, highlight=False)

@@ -1,4 +1,4 @@
-"""Starting workers and listening to them: one process a setting, watched from outside."""
+"""Start worker processes, read their events and sample their memory."""
 
 import json
 import signal
@@ -30,16 +30,15 @@ class Phase:
 
 @dataclass
 class Run:
-    """What one worker did.
+    """A finished worker process.
 
     Attributes:
-        status: "ok"; "killed": ended from outside, as a system does when memory runs out; "out of memory":
-            llama.cpp was refused memory; "failed": for another reason.
+        status: "ok"; "killed": by the system, as when memory runs out; "out of memory": an allocation failed;
+            "failed": any other reason.
         reason: one line, "" if ok.
-        start: time.monotonic when it was started.
-        end: the same when it had ended.
-        events: all that it said.
-        memory: what it took.
+        start, end: time.monotonic at its start and end.
+        events: all that it sent.
+        memory: its samples.
     """
 
     status: str
@@ -51,11 +50,11 @@ class Run:
 
     @property
     def result(self) -> Event | None:
-        """The event with the figures; None if it did not get there."""
+        """The event with the results; None if the run is incomplete."""
         return next((event for event in self.events if event["event"] == "result"), None)
 
     def phases(self) -> list["Phase"]:
-        """The phases in order, in seconds since the process was started."""
+        """The phases in order, in seconds since the start of the process."""
         begun = [event for event in self.events if event["event"] == "phase"]
         ends = [event["t"] for event in begun[1:]] + [self.end] * bool(begun)
         following = [event["name"] for event in begun[1:]] + [""] * bool(begun)
@@ -74,7 +73,7 @@ class Run:
 
 
 def run_setting(task: Task, setting: CacheSetting, listen: Listener | None = None) -> Run:
-    """Run one setting in a process of its own."""
+    """Run one setting in its own process."""
     return _work({"task": asdict(task), "settings": [asdict(setting)], "n_rounds": 0}, listen)
 
 

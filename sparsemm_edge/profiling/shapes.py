@@ -1,6 +1,6 @@
-"""Real shapes with random weights: what a model would take and how fast it would be, without the model.
+"""Models of real shapes with random weights, to measure memory and speed without the real model.
 
-Speed and memory depend on a model's shape and its number format, not on what its weights say.
+Speed and memory depend on a model's shape and data type, not on the values of its weights.
 """
 
 import os
@@ -48,17 +48,17 @@ class TextShape:
     Attributes:
         arch: architecture, as llama.cpp calls it.
         n_layer, n_embd, n_head, n_head_kv, n_ff, n_vocab: as in the GGUF keys.
-        n_ctx: the context it was trained for.
+        n_ctx: its training context.
         rope_base: of the rotary positions.
         rms_eps: of the norms.
         tied: whether the output matrix is the token embeddings.
         vocab: the vocabulary of llama.cpp's models/ggml-vocab-<vocab>.gguf.
         qkv_bias: whether the query, key and value projections have biases.
         rope_sections: of M-RoPE: time, height, width, unused; empty without.
-        n_embd_head: numbers in one key of one head; None: n_embd / n_head.
-        rotary_factor: the share of them that is rotated.
+        n_embd_head: size of one key of one head; None: n_embd / n_head.
+        rotary_factor: fraction of it that is rotated.
         qk_norm: whether queries and keys are normed.
-        n_deepstack: layers that get features of the image encoder added.
+        n_deepstack: layers that add features of the image encoder.
     """
 
     arch: str
@@ -85,7 +85,7 @@ class TextShape:
         return self.n_embd_head or self.n_embd // self.n_head
 
     def model_shape(self, name: str) -> ModelShape:
-        """The part of it that the KV cache depends on."""
+        """The parts that determine the KV cache."""
         return ModelShape(
             self.arch, name, self.n_layer, self.n_head, self.n_head_kv, self.head_dim, self.head_dim
         )
@@ -206,7 +206,7 @@ SHAPES: dict[str, TextShape] = {
 
 
 def find_shape(name: str, n_layer: int | None) -> TextShape:
-    """The shape of this name, cut to n_layer layers.
+    """The shape of this name, with only n_layer layers.
 
     Raises:
         SparseMMError: no such shape, or not so many layers.
@@ -230,13 +230,13 @@ def cache_dir() -> Path:
 def model_of_shape(
     name: str, shape: TextShape, folder: Path, progress: Callable[[float], None] | None = None
 ) -> Path:
-    """A GGUF file of this shape, Q4_0, made in the folder if it is not there yet.
+    """A GGUF file of this shape, Q4_0, created in the folder if it does not exist.
 
     Args:
         name: what to call it.
         shape: its shape.
         folder: see cache_dir.
-        progress: told the share that is written, 0 to 1.
+        progress: called with the fraction written.
 
     Raises:
         SparseMMError: the disk has no room for it.
@@ -263,9 +263,9 @@ def model_of_shape(
 
 @contextmanager
 def header_of_shape(name: str, shape: TextShape) -> Iterator[Path]:
-    """A GGUF file of this shape to compute memory from, as long as the `with` lasts.
+    """A temporary GGUF file of this shape, to compute memory from.
 
-    Its weights are a hole in the file: they are counted, but take no room on the disk, and cannot be run.
+    Its weights are a hole in a sparse file, so it cannot be run.
     """
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / f"{name}.gguf"
@@ -276,7 +276,7 @@ def header_of_shape(name: str, shape: TextShape) -> Iterator[Path]:
 
 
 def find_vocabulary(name: str) -> Path | None:
-    """llama.cpp's file of this vocabulary in the pinned source, if that was unpacked on this machine."""
+    """llama.cpp's file of this vocabulary, if the pinned source is unpacked on this machine."""
     home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
     sources = [Path(stated) for stated in (os.environ.get("SPARSEMM_LLAMA_CPP_SOURCE"),) if stated]
     sources += sorted((home / "sparsemm-edge" / "source").glob("*/vendor/llama.cpp"))
@@ -285,7 +285,7 @@ def find_vocabulary(name: str) -> Path | None:
 
 
 def head_scores(shape: ModelShape) -> tuple[HeadScores, str]:
-    """Head scores for a model whose own are not known, and in a few words where they come from."""
+    """Head scores for a model without its own, and a description of their source."""
     if PUBLISHED_SCORES.is_file() and (shape.n_head, shape.n_head_kv) == (32, 32):
         published = HeadScores.load(PUBLISHED_SCORES)
         if shape.n_layer <= published.n_layer:
@@ -303,9 +303,9 @@ def head_scores(shape: ModelShape) -> tuple[HeadScores, str]:
 def scores_file(
     shape: ModelShape, metadata: SparseMMMetadata | None, given: Path | None
 ) -> Iterator[tuple[Path | None, str]]:
-    """The head scores to evict by: a file, None for those in the model file; and where they come from.
+    """A file of head scores, None for those in the model file; and a description of their source.
 
-    A model without scores of its own gets those of head_scores, in a file that lasts as long as the `with`.
+    A model without scores gets those of head_scores, in a temporary file.
     """
     if given is not None:
         yield given, str(given)
@@ -327,7 +327,7 @@ def _write(
     *,
     weights: bool = True,
 ) -> None:
-    """Write the file, one tensor in memory at a time; without weights it ends after the list of tensors."""
+    """Write the file, with one tensor in memory at a time; without weights, only the header."""
     writer = GGUFWriter(path, shape.arch)
     writer.add_name(f"{name}, {shape.n_layer} layers, random weights")
     writer.add_block_count(shape.n_layer)
@@ -371,7 +371,7 @@ def _write(
 
 
 def _data(tensors: dict[str, tuple[int, ...]]) -> Iterator[npt.NDArray[Any]]:
-    """The data of the tensors in their order: norms of one, biases of zero, matrices of random rows."""
+    """Yield tensor data in order: ones for norms, zeros for biases, random rows for matrices."""
     rng = np.random.default_rng(_SEED)
     rows: dict[int, npt.NDArray[np.uint8]] = {}  # by length
     for name, dims in tensors.items():

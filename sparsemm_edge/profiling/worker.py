@@ -1,7 +1,7 @@
 """A process that runs one setting, or times several interleaved: python -m sparsemm_edge.profiling.worker.
 
-It reads one JSON line on stdin, the job, and writes events as JSON lines on stdout. When stdin ends, the one
-who asked is gone, and so is the worker.
+It reads a job as one JSON line on stdin and writes events as JSON lines on stdout. It exits when stdin is
+closed, that is when its parent is gone.
 """
 
 import json
@@ -36,7 +36,7 @@ Emit = Callable[[Event], None]
 
 
 def run(task: Task, setting: CacheSetting, emit: Emit) -> None:
-    """Load, read the prompt, decode: the phases as they begin, then one result."""
+    """Load, compute the prompt, decode: emits each phase as it begins, then one result."""
 
     def phase(name: str) -> None:
         emit({"event": "phase", "name": name, "anon": anon_bytes()})
@@ -91,11 +91,10 @@ def run(task: Task, setting: CacheSetting, emit: Emit) -> None:
 
 
 def run_interleaved(task: Task, settings: list[CacheSetting], n_rounds: int, emit: Emit) -> None:
-    """Time prompt and decoding of all settings, at most one full cache in memory at a time.
+    """Time prompt and decoding of all settings, with at most one full cache in memory.
 
-    The evicted contexts stay. Each full one comes, decodes interleaved with them and with a context of two
-    tokens (what decoding costs at depth 0), and goes. Each turn is an event with the milliseconds of its
-    tokens.
+    Each full context in turn decodes interleaved with all evicted ones and with a context of two tokens (the
+    cost of decoding at depth 0). Each turn is an event with the milliseconds of its tokens.
     """
     n_reply = N_TURNS * N_PER_TURN
     short = Task(task.model, n_prompt=2, loading=task.loading)
@@ -242,7 +241,7 @@ def main() -> int:
 
 
 def _read_line() -> str:
-    """One line of stdin, and nothing after it: stdin's buffer must not swallow what follows."""
+    """One line of stdin, unbuffered, so that nothing after it is consumed."""
     line = b""
     while not line.endswith(b"\n"):
         byte = os.read(0, 1)

@@ -1,4 +1,4 @@
-"""What `bench` shows: the table and the limits on the screen, and the report folder."""
+"""The output of `bench`: table and sentences on the screen, and the report folder."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -26,7 +26,7 @@ _COLUMNS = (
 
 
 def screen_table(found: Bench) -> html.Table:
-    """A row for each prompt length and budget, as wide as a terminal."""
+    """One row per prompt length and budget, for a terminal."""
     rows = [
         [
             str(row.n_prompt),
@@ -46,7 +46,7 @@ def screen_table(found: Bench) -> html.Table:
 
 
 def sentences(found: Bench) -> list[str]:
-    """What limits decoding, and how far eviction gets, in words: some lines for each prompt length."""
+    """Sentences about what limits decoding and what eviction gains, for each prompt length."""
     said = []
     bandwidth = found.machine["memory_bandwidth"] / 1e9
     for length in found.lengths:
@@ -102,8 +102,8 @@ def write(folder: Path, found: Bench) -> None:
             html.Picture(
                 "decode",
                 "Decoding",
-                "Medians of tokens decoded interleaved. The distance from a full cache to the empty cache is"
-                " what attention costs: eviction cannot win back more.",
+                "Medians over interleaved decoding. The distance between a full and the empty cache is the"
+                " cost of attention, the most that eviction can save.",
                 profiling_plots.decode_over_length(speeds)
                 if len(speeds) > 1
                 else profiling_plots.decode_bars(speeds[0]),
@@ -115,8 +115,8 @@ def write(folder: Path, found: Bench) -> None:
             html.Picture(
                 "memory",
                 "Memory over the weights",
-                "Memory that no file backs, less what was there when the model was loaded. Dark: at the peak,"
-                " which is while the prompt is read. Light: after it, while decoding.",
+                "Anonymous memory beyond that of the loaded model. Dark: at the peak, while the prompt is"
+                " computed. Light: afterwards, while decoding.",
                 profiling_plots.over_weights_bars(over),
             )
         )
@@ -128,7 +128,7 @@ def write(folder: Path, found: Bench) -> None:
     tables = [html.Table("Against the full cache", _COLUMNS, rows, [True] * len(rows))]
     for length in found.lengths:
         one = profile.table(length.settings)
-        title = f"Every setting in a process of its own, {length.n_prompt} positions"
+        title = f"Each setting in its own process, {length.n_prompt} positions"
         tables.append(html.Table(title, one.columns, one.rows, one.stand_out))
     html.write(
         folder,
@@ -142,8 +142,7 @@ def write(folder: Path, found: Bench) -> None:
         notes=[
             *sentences(found),
             "Prompts are random tokens. Speeds are of contexts that decode interleaved in one process, a few"
-            " tokens each, so that what else the machine does slows all alike. Memory is of processes of"
-            " their own.",
+            " tokens each, so that other load slows all of them alike. Memory is of separate processes.",
             profile.READING_FIRST_TOKEN,
             profile.READING_MEMORY,
         ],

@@ -99,7 +99,7 @@ def save_kept_map(
 
 
 def _panels(held: npt.NDArray[np.bool_], view: str) -> list[tuple[str, npt.NDArray[np.int64]]]:
-    """The pictures of a view: a name, and how many heads keep each image token, [n_rows, n_columns]."""
+    """The panels of a view: name, and number of heads that keep each image token, [n_rows, n_columns]."""
     n_layer, n_head_kv = held.shape[:2]
     if view == "all":
         counts = held.sum(axis=(0, 1))
@@ -120,7 +120,7 @@ def _panels(held: npt.NDArray[np.bool_], view: str) -> list[tuple[str, npt.NDArr
 
 
 def _as_seen(image: Image.Image, grid: ImageGrid) -> npt.NDArray[np.float64]:
-    """The image in the shape in which the model sees it: grey, 0 to 1, whole pixels for each image token."""
+    """The image as the model sees it: grey, 0 to 1, whole pixels for each image token."""
     scale = max(1, round(max(image.size) / max(grid.n_rows, grid.n_columns)))
     size = grid.n_columns * scale, grid.n_rows * scale
     image = image.convert("RGB")

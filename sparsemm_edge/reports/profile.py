@@ -1,4 +1,4 @@
-"""What `profile` shows: the table on the screen and the report folder."""
+"""The output of `profile`: the table on the screen and the report folder."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -42,7 +42,7 @@ def screen_table(settings: Sequence[SettingFigures]) -> html.Table:
 
 
 def table(settings: Sequence[SettingFigures]) -> html.Table:
-    """A row for each setting; one that did not end well says so."""
+    """One row per setting, also for failed ones."""
     rows = []
     for setting in settings:
         memory = [_mib(setting.rss_peak), _mib(setting.anon_peak)]
@@ -66,7 +66,7 @@ def table(settings: Sequence[SettingFigures]) -> html.Table:
 
 
 def first_tokens(settings: Sequence[SettingFigures]) -> list[str]:
-    """What the time to the first token consists of: a line for the full f16 cache and each evicted one."""
+    """The parts of the time to the first token: one line for the full f16 cache and each evicted one."""
     return [
         f"{setting.name}: {done.first_token.in_words(done.read_bytes_per_s)}"
         for setting in settings
@@ -81,9 +81,9 @@ def pictures(settings: Sequence[SettingFigures], prefix: str = "") -> list[html.
         html.Picture(
             f"{prefix}memory-over-time",
             "Memory over time",
-            "Each setting in a process of its own, on one scale. Grey at the bottom: pages of mapped files,"
-            " such as weights. Behind: the phases. The eviction runs layer by layer inside the last batch of"
-            " the prompt; the mark is where it is done.",
+            "Each setting in its own process, on one scale. Grey at the bottom: pages of mapped files,"
+            " such as weights. Background: the phases. The eviction runs layer by layer inside the last batch"
+            " of the prompt; the mark is where it is done.",
             profiling_plots.memory_over_time(settings),
         )
     ]
@@ -122,14 +122,14 @@ def write(folder: Path, found: Profile) -> None:
             *first_tokens(settings),
             READING_FIRST_TOKEN,
             READING_MEMORY,
-            "One process a setting, one after the other, the same prompt, greedy decoding. Time on a machine"
-            " that also does other work is noisy; bench measures speed interleaved.",
+            "One process per setting, one after the other, the same prompt, greedy decoding. Time on a"
+            " machine that also does other work is noisy; bench measures speed interleaved.",
         ],
     )
 
 
 def _cards(settings: Sequence[SettingFigures]) -> list[tuple[str, str]]:
-    """The evicted setting of the largest budget against the full cache at its better setting."""
+    """The evicted setting with the largest budget, against the faster full setting."""
     done = [(setting, setting.done) for setting in settings if setting.done is not None]
     full = [(s, d) for s, d in done if not s.setting.evicts and s.setting.cache_type == "f16"]
     evicted = [(s, d) for s, d in done if s.setting.evicts]

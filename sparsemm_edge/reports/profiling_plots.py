@@ -1,4 +1,4 @@
-"""Pictures of what was measured. Narrow, so that they can be read on a small screen."""
+"""Plots of profile and bench, narrow enough for a small screen."""
 
 import io
 from collections.abc import Mapping, Sequence
@@ -36,7 +36,7 @@ _PHASES = {
 
 
 def memory_over_time(settings: Sequence[SettingFigures]) -> Figure:
-    """Resident memory of each setting's process, its phases behind it; a row each, on the same axes."""
+    """Resident memory of each setting's process over its phases; one row each, on the same axes."""
     figure = _figure(0.7 + 1.15 * len(settings))
     rows = figure.subplots(len(settings), 1, sharex=True, sharey=True, squeeze=False)[:, 0]
     top = max(1, *(setting.rss_peak / _MIB for setting in settings)) * 1.32
@@ -66,7 +66,7 @@ def memory_over_time(settings: Sequence[SettingFigures]) -> Figure:
 
 
 def memory_bars(settings: Sequence[SettingFigures]) -> Figure:
-    """What each setting's largest resident size consists of: stacked bars."""
+    """The parts of each setting's peak resident size, as stacked bars."""
     done = [(setting, setting.done) for setting in settings if setting.done is not None]
     figure = _figure(1.25 + 0.42 * len(done))
     axes = figure.add_subplot()
@@ -90,7 +90,7 @@ def memory_bars(settings: Sequence[SettingFigures]) -> Figure:
 
 
 def over_weights_bars(groups: Mapping[str, Sequence[SettingFigures]]) -> Figure:
-    """Memory over the weights: a bar for each setting of each group, at the peak and after the prompt.
+    """Memory beyond the weights: one bar per setting and group, at the peak and after the prompt.
 
     What was not measured is left out.
     """
@@ -121,7 +121,7 @@ def over_weights_bars(groups: Mapping[str, Sequence[SettingFigures]]) -> Figure:
 
 
 def memory_parts(setting: SettingFigures, sizes: Breakdown) -> dict[str, int]:
-    """Bytes of a setting's largest resident size by what they are for; `other` is what nobody named."""
+    """A setting's peak resident size by purpose, in bytes; `other` is the unexplained rest."""
     parts = {
         # the pages of the file that were in memory, and those of libraries
         "weights in the file": setting.file_peak or sizes.weights_mapped,
@@ -134,7 +134,7 @@ def memory_parts(setting: SettingFigures, sizes: Breakdown) -> dict[str, int]:
 
 
 def speed_bars(settings: Sequence[SettingFigures]) -> Figure:
-    """Tokens a second while reading the prompt and while decoding."""
+    """Tokens per second for the prompt and for decoding."""
     done = [(setting, setting.done) for setting in settings if setting.done is not None]
     figure = _figure(0.95 + 0.34 * len(done))
     left, right = figure.subplots(1, 2, sharey=True)
@@ -160,8 +160,8 @@ class DecodeSpeed:
 
     Attributes:
         n_prompt: positions.
-        tps: tokens a second by setting.
-        depth_0_tps: those of an empty cache.
+        tps: tokens per second by setting.
+        depth_0_tps: with an empty cache.
     """
 
     n_prompt: int

@@ -19,7 +19,7 @@ from sparsemm_edge.runtime.session import cache_type
 class Estimate(Closing):
     """A model loaded without weights, and its image encoder with weights.
 
-    Close it, or use it in a `with`: it owns memory of llama.cpp.
+    Close it or use it in a `with`: it owns llama.cpp memory.
     """
 
     def __init__(self, header: GGUFHeader, mmproj: Path | None, n_gpu_layers: int | None = None) -> None:
