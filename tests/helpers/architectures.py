@@ -32,7 +32,8 @@ _VOCABULARY = """
 import gguf
 from conversion.internlm import InternLM2Model
 from conversion.phi import Phi3MiniModel
-InternLM2Model.set_vocab = Phi3MiniModel.set_vocab = TextModel._set_vocab_sentencepiece = TextModel._set_vocab_gpt2
+TextModel._set_vocab_sentencepiece = TextModel._set_vocab_gpt2
+InternLM2Model.set_vocab = Phi3MiniModel.set_vocab = TextModel._set_vocab_gpt2
 add_token_list = gguf.GGUFWriter.add_token_list
 def with_merges(self, tokens):
     add_token_list(self, tokens)
