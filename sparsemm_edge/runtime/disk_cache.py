@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import TypeVar
 
 from sparsemm_edge.errors import SparseMMError
-from sparsemm_edge.files import atomic_path
 
 _T = TypeVar("_T")
 _log = logging.getLogger(__name__)  # Python prints warnings on stderr, a line each, if nobody says otherwise
@@ -91,14 +90,3 @@ class DiskCache:
             with suppress(OSError):
                 path.unlink(missing_ok=True)
             total -= size
-
-
-def write_bytes(path: Path, *parts: bytes | memoryview) -> None:
-    """Write a file, all of it or nothing.
-
-    Raises:
-        SparseMMError: it cannot be written.
-    """
-    with atomic_path(path) as part, part.open("wb") as file:
-        for each in parts:
-            file.write(each)

@@ -1,7 +1,5 @@
 """Saved conversations: one line of JSON with what they fit, then llama.cpp's state."""
 
-import hashlib
-import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,13 +7,16 @@ from typing import Any
 
 import numpy as np
 
-from sparsemm_edge.errors import SparseMMError
-from sparsemm_edge.files import atomic_path
+from sparsemm_edge.runtime.data_file import DataFile
 from sparsemm_edge.runtime.eviction import HeadBudgetTable
 from sparsemm_edge.runtime.session import SessionState
 
-_FORMAT, _VERSION = "sparsemm-edge/session", 2
-_MAX_HEADER = 2**24  # bytes: the head budgets of the largest models take a tenth of a percent of it
+_FILE = DataFile(
+    "sparsemm-edge/session",
+    2,
+    "saved conversation",
+    (" (generate --save-session writes one)", ": save it again"),
+)
 
 
 @dataclass(frozen=True)
@@ -50,8 +51,6 @@ def write(path: Path, saved: SavedConversation) -> None:
     """
     table = saved.table
     header = {
-        "format": _FORMAT,
-        "version": _VERSION,
         "model": saved.model,
         "model_name": saved.model_name,
         "cache_types": saved.cache_types,
@@ -70,12 +69,8 @@ def write(path: Path, saved: SavedConversation) -> None:
         "pending": saved.pending,
         "n_past": saved.state.n_past,
         "n_tokens": saved.state.n_tokens,
-        "n_bytes": len(saved.state.data),
-        "sha256": hashlib.sha256(saved.state.data.data).hexdigest(),
     }
-    with atomic_path(path) as part, part.open("wb") as file:
-        file.write(json.dumps(header).encode() + b"\n")
-        file.write(saved.state.data.data)
+    _FILE.write(path, header, saved.state.data)
 
 
 def read(path: Path) -> SavedConversation:
@@ -84,31 +79,13 @@ def read(path: Path) -> SavedConversation:
     Raises:
         SparseMMError: the file cannot be read, is of another kind, or is damaged.
     """
-    try:
-        with path.open("rb") as file:
-            line = file.readline(_MAX_HEADER)
-            data = np.frombuffer(file.read(), dtype=np.uint8).copy()
-    except OSError as error:
-        raise SparseMMError(f"cannot read {path}: {error.strerror or error}") from error
-    try:
-        header = json.loads(line)
-        kind, version = header["format"], header["version"]
-    except (ValueError, TypeError, KeyError, RecursionError):
-        kind = version = None
-    if kind != _FORMAT:
-        raise SparseMMError(f"{path}: not a saved conversation (generate --save-session writes one)")
-    if version != _VERSION:
-        raise SparseMMError(f"{path}: a saved conversation of version {version!r}, this reads {_VERSION}")
-    if len(data) != header.get("n_bytes"):
-        raise _damaged(path, f"its state has {len(data)} bytes, expected {header.get('n_bytes')}")
-    if hashlib.sha256(data).hexdigest() != header.get("sha256"):
-        raise _damaged(path, "its state has changed since it was saved")
+    header, data = _FILE.read(path)
 
     def field(key: str, convert: Callable[[Any], Any]) -> Any:
         try:
             return convert(header[key])
         except (KeyError, TypeError, ValueError, OverflowError) as error:
-            raise _damaged(path, f"{key!r} in its first line is missing or has a wrong value") from error
+            raise _FILE.damaged(path, f"{key!r} in its first line is missing or has a wrong value") from error
 
     return SavedConversation(
         model=field("model", str),
@@ -120,10 +97,6 @@ def read(path: Path) -> SavedConversation:
         pending=field("pending", lambda tokens: tuple(map(_natural, tokens))),
         state=SessionState(field("n_past", _natural), field("n_tokens", _natural), data),
     )
-
-
-def _damaged(path: Path, reason: str) -> SparseMMError:
-    return SparseMMError(f"{path}: the saved conversation is damaged, {reason}: save it again")
 
 
 def _natural(value: Any, least: int = 0) -> int:

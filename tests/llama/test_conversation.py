@@ -211,7 +211,7 @@ def test_a_session_that_does_not_fit_is_refused_in_one_line(
     half.write_bytes(content[: len(content) // 2])
     flipped.write_bytes(content[:-100] + bytes([content[-100] ^ 1]) + content[-99:])
     assert f" bytes, expected {n_bytes}: save it again" in refusal(half)
-    assert "damaged, its state has changed since it was saved: save it again" in refusal(flipped)
+    assert "damaged, it has changed since it was saved: save it again" in refusal(flipped)
     for key, value, message in (
         ("version", 1, "a saved conversation of version 1, this reads 2"),
         ("n_past", "x", "damaged, 'n_past' in its first line is missing or has a wrong value"),

@@ -185,10 +185,16 @@ def test_what_another_encoder_or_another_size_made_is_not_taken(ask: Callable[..
 @pytest.mark.parametrize(
     ("damage", "reason"),
     [
-        (lambda data: data[:-1], "64 x 128 numbers were expected"),
-        (lambda data: data[:-1] + bytes([data[-1] ^ 1]), "its checksum differs"),
+        (lambda data: data[:-1], "is damaged, it has 32767 bytes, expected 32768"),
+        (lambda data: data[:-1] + bytes([data[-1] ^ 1]), "is damaged, it has changed since it was saved"),
         (lambda data: data.replace(b'"n_tokens": 64', b'"n_tokens": 32'), "64 x 128 numbers were expected"),
-        (lambda data: data.replace(b'"version": 1', b'"version": 9'), "not a kept image of this version"),
+        (
+            lambda data: data.replace(b'"version": 2', b'"version": 9'),
+            "a kept image of version 9, this reads 2",
+        ),
+            lambda data: data.replace(b'"version": 2', b'"version": 9'),
+            "a kept image of version 9, this reads 2",
+        ),
         (lambda data: b"", "not a kept image"),
         (lambda data: b"\xff" * 5000, "not a kept image"),
         (lambda data: b"[" * 10000, "not a kept image"),

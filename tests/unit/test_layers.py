@@ -31,7 +31,7 @@ RUNTIME = (
     ("model",),
     ("chat_template", "prompt", "loading", "sampler", "attention"),
     ("builtin_templates", "image_file", "image_store", "process", "first_token"),
-    ("disk_cache",),
+    ("disk_cache", "data_file"),
     ("library",),
     ("eviction",),
 )
