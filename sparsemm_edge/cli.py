@@ -95,7 +95,7 @@ def main() -> None:
         _refuse(f"{message} ({error.ctx.command_path} --help)" if error.ctx else message)
     except typer.Abort:
         sys.exit(1)
-    except OSError as error:  # of what is read and written elsewhere, errors say more
+    except OSError as error:  # other file errors are reported where they happen
         where = f"{error.filename}" if error.filename is not None else "the output"
         _leave_stdout()
         _refuse(f"cannot use {where}: {error.strerror or error}")

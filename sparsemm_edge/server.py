@@ -195,7 +195,7 @@ class Slot(Closing):
     def _answer(self, job: _Job, gone: Callable[[], bool]) -> Iterator[str | _Done]:
         """answer(), in the slot's thread."""
         conversation, identities = self._conversation, [said.identity for said in job.said]
-        history, self._history = self._history, None  # until it is known what is held
+        history, self._history = self._history, None  # unknown until the answer has ended
         go_on = job.go_on and history is not None and identities[:-1] == history
         options: dict[str, Any] = {
             "n_predict": job.n_predict,
@@ -390,4 +390,4 @@ def _error(message: str, code: str | None = None, status: int = 400) -> Response
 
 
 def _gone() -> Response:
-    return Response(status_code=499)  # as nginx calls a client that left; nobody reads it
+    return Response(status_code=499)  # nginx's code for a client that left

@@ -31,7 +31,7 @@ def evaluate(
         Path | None, typer.Option(help="Instead of --data: a folder of images, no answers needed.")
     ] = None,
     prompt: Annotated[
-        str, typer.Option("--prompt", "-p", help="With --fidelity-only: what is asked about each image.")
+        str, typer.Option("--prompt", "-p", help="With --fidelity-only: the question about each image.")
     ] = "Describe the image in detail.",
     images: Annotated[
         Path | None, typer.Option(help="Folder of the data set's images [default: as published].")
@@ -49,12 +49,12 @@ def evaluate(
     policies: Annotated[
         str,
         typer.Option(
-            help="Of sparsemm, uniform, pyramid, random; paper, snapkv, pyramidkv: sparsemm, uniform and"
+            help="sparsemm, uniform, pyramid, random; paper, snapkv, pyramidkv: sparsemm, uniform and"
             " pyramid as they were published; full: the full cache in f16, q8_0 and q4_0."
         ),
     ] = "sparsemm,uniform,pyramid,random,paper,snapkv,full",
     votes: Annotated[
-        str, typer.Option(help="What ranks positions: mixkv, or snapkv, the window's attention alone.")
+        str, typer.Option(help="Votes: mixkv, or snapkv, which uses the window's attention alone.")
     ] = "mixkv",
     residual: Annotated[
         str,
@@ -65,8 +65,8 @@ def evaluate(
     later: Annotated[
         str,
         typer.Option(
-            help="What later questions evict: again, anything once more; keep, nothing; image, nothing, nor"
-            " does the first one: the image is evicted before it."
+            help="What later questions evict: again, anything; keep, nothing; image: no question evicts, the"
+            " image is evicted before the first one."
         ),
     ] = "again",
     turns: Annotated[int, typer.Option(help="Most consecutive questions about an image over one cache.")] = 4,

@@ -25,17 +25,15 @@ from sparsemm_edge.files import check_text, decode_text, read_text
 if TYPE_CHECKING:
     from sparsemm_edge.runtime import Eviction, Loading, Sampling, VisionModel
 
-Model = Annotated[Path, typer.Option("--model", "-m", help="The text model, a GGUF file.")]
-Mmproj = Annotated[Path | None, typer.Option(help="Its image encoder, a GGUF file.")]
+Model = Annotated[Path, typer.Option("--model", "-m", help="Text model, a GGUF file.")]
+Mmproj = Annotated[Path | None, typer.Option(help="Image encoder (mmproj), a GGUF file.")]
 Images = Annotated[
     list[str] | None,
-    typer.Option(
-        metavar="FILE", help="Image that the question is about, or its URL; may be given several times."
-    ),
+    typer.Option(metavar="FILE", help="Image file or URL; may be given several times."),
 ]
 ChatTemplate = Annotated[
     str | None,
-    typer.Option(help="Instead of the model's own: one of llama.cpp's by name, jinja text, or a file of it."),
+    typer.Option(help="Chat template: a llama.cpp name, jinja text or a file of it [default: the model's]."),
 ]
 
 # How llama.cpp runs.
@@ -43,18 +41,18 @@ Threads = Annotated[
     int | None, typer.Option("--threads", "-t", help="Threads [default: the physical cores].")
 ]
 ThreadsBatch = Annotated[
-    int | None, typer.Option("--threads-batch", "-tb", help="Threads that read prompts [default: --threads].")
+    int | None, typer.Option("--threads-batch", "-tb", help="Threads for prompts [default: --threads].")
 ]
 NGpuLayers = Annotated[
     int | None,
     typer.Option(
-        "--n-gpu-layers", "-ngl", help="Layers on the GPU of a build that has one; -1: all [default: all]."
+        "--n-gpu-layers", "-ngl", help="Layers on the GPU, if llama.cpp has one; -1: all [default: all]."
     ),
 ]
 Verbose = Annotated[bool, typer.Option("--verbose", help="Show llama.cpp's log.")]
 NCtx = Annotated[
     int | None,
-    typer.Option("--n-ctx", "-c", help="Most positions of prompt and reply [default: what they need]."),
+    typer.Option("--n-ctx", "-c", help="Context size in positions [default: as prompt and reply need]."),
 ]
 CacheTypeK = Annotated[
     str, typer.Option("--cache-type-k", "-ctk", help="Data type of K: f16, f32, bf16, q8_0 or q4_0.")
@@ -70,7 +68,7 @@ NUbatch = Annotated[
     typer.Option("--n-ubatch", "-ub", help="Prompt tokens computed at a time [default: 512]."),
 ]
 
-# How it evicts; what is not given is the model file's.
+# Eviction; the defaults are the model file's.
 Budget = Annotated[int | None, typer.Option(help="Mean positions per KV head [default: the file's].")]
 Policy = Annotated[
     str | None, typer.Option(help="sparsemm, uniform, pyramid, random or full [default: the file's].")
@@ -138,7 +136,8 @@ class ModelOptions:
         ),
     ] = None
     image_min_tokens: Annotated[
-        int | None, typer.Option(help="Least tokens of an image, where its size decides (Qwen-VL).")
+        int | None,
+        typer.Option(help="Fewest tokens of an image, for models with dynamic resolution (Qwen-VL)."),
     ] = None
     image_max_tokens: Annotated[int | None, typer.Option(help="Most tokens of an image, likewise.")] = None
     mmap: Annotated[bool, typer.Option("--mmap/--no-mmap", help="Memory-map the model file, or read it.")] = (

@@ -57,7 +57,7 @@ def score(
     threads_batch: options.ThreadsBatch = None,
     n_gpu_layers: options.NGpuLayers = None,
     image_min_tokens: Annotated[
-        int | None, typer.Option(help="Least tokens of an image, where its size decides (Qwen-VL).")
+        int | None, typer.Option(help="Fewest tokens of an image, for dynamic resolution (Qwen-VL).")
     ] = None,
     image_max_tokens: Annotated[int | None, typer.Option(help="Most tokens of an image, likewise.")] = None,
     chat_template: options.ChatTemplate = None,

@@ -88,7 +88,7 @@ def serve(
                 app = make_app(slot, loaded.model.stem)
                 at = f"{f'[{host}]' if ':' in host else host}:{listening.getsockname()[1]}"
                 config = uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=2)
-                listening.listen()  # whoever reads this may ask
+                listening.listen()  # before the line below, so that its readers can connect
                 print(f"serving {loaded.model.name} at http://{at}/v1", flush=True)
                 server = uvicorn.Server(config)
                 on_exit = server.handle_exit

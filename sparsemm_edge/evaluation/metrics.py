@@ -159,7 +159,7 @@ def _relaxed(answer: str, accepted: str) -> bool:
     if found is None or wanted is None:
         return answer.lower() == accepted.lower()
     scales = {1.0}
-    if answer.endswith("%") != accepted.endswith("%"):  # what has the sign may be meant in hundredths, too
+    if answer.endswith("%") != accepted.endswith("%"):  # a number with the sign may also be in hundredths
         scales.add(100.0 if accepted.endswith("%") else 0.01)
     return any(abs(found * scale - wanted) <= _RELATIVE_TOLERANCE * abs(wanted) for scale in scales)
 

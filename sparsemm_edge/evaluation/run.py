@@ -319,7 +319,7 @@ class Evaluator(Closing):
         self, session: Session, reading: _Reading, setting: Setting, asked: Asked, tokens: list[int]
     ) -> None:
         """Append a question to the answer before it, `tokens`."""
-        # what ends a turn is in the question's text; what was cut off is not in the cache yet
+        # the question's text has the end of the turn; the last token of a cut answer is not in the cache yet
         pending = [] if self._model.ends_turn(tokens[-1]) else tokens[-1:]
         appended = np.concatenate([np.array(pending, np.int32), self._appended(reading, asked)])
         n_tokens = session.n_tokens + len(appended)

@@ -362,7 +362,7 @@ def _row(length: Length, budget: int) -> Row:
         return figures.rss_peak if figures.anon_peak is None else figures.anon_peak
 
     small = min(ran, key=measured, default=None)
-    less = None if done is None else small  # what it is compared with
+    less = None if done is None else small  # to compare with
     return Row(
         n_prompt=length.n_prompt,
         budget=budget,

@@ -131,5 +131,5 @@ def _as_seen(image: Image.Image, grid: ImageGrid) -> npt.NDArray[np.float64]:
 def _coloured(page: npt.NDArray[np.float64], colours: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
     """The page [height, width] in the colours [n_rows, n_columns, 3] of its tokens: [height, width, 3]."""
     scale = page.shape[0] // colours.shape[0]
-    # what is dark on the page stays bright enough to tell colours apart
+    # dark areas stay bright enough to distinguish colours
     return (0.3 + 0.7 * page)[..., None] * colours.repeat(scale, axis=0).repeat(scale, axis=1)

@@ -387,7 +387,7 @@ class Conversation(Closing):
         if table is not None:
             votes = (table.window, table.pool_kernel, table.vote, table.residual)
             evicts = (table.head_budgets.tolist(), *votes, table.max_tail)
-        # what it was computed with, but for the end of the prompt, which a context's n_ubatch also depends on
+        # as requested: a context's own n_ubatch also depends on the rest of the prompt
         n_ubatch = self._n_ubatch or N_UBATCH
         known = (model.fingerprint, library.version(), parts, self._types, n_ubatch, evicts)
         return hashlib.sha256(repr(known).encode()).hexdigest()

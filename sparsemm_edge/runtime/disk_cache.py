@@ -11,7 +11,7 @@ from typing import TypeVar
 from sparsemm_edge.errors import SparseMMError
 
 _T = TypeVar("_T")
-_log = logging.getLogger(__name__)  # Python prints warnings on stderr, a line each, if nobody says otherwise
+_log = logging.getLogger(__name__)  # by default Python prints warnings on stderr
 
 SUFFIXES = (".image", ".sequence")
 """How the cache's files end. No other file of the folder is counted, read or removed."""

@@ -57,7 +57,7 @@ class GgufReader:
                 return reading.result()
             except BaseException:
                 self._attention.stop.set()
-                while not reading.done():  # the model must not be freed before, whoever is impatient
+                while not reading.done():  # the model must not be freed while it is in use, even on Ctrl-C
                     with suppress(KeyboardInterrupt, SystemExit):
                         wait([reading])
                 raise

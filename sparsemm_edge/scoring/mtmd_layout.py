@@ -16,7 +16,7 @@ from sparsemm_edge.gguf_header import GGUFHeader
 from sparsemm_edge.scoring.geometry import ImageLayout, Rects, Size, Spans, cells, even, join, on_page
 
 _KEYS = "clip.vision."
-_PIXTRAL_TOKENS = (8, 1024)  # least and most tokens of an image where nobody says
+_PIXTRAL_TOKENS = (8, 1024)  # default limits of an image's tokens
 _INTERNVL_TILES = (1, 12)
 _IMG_BREAK = "v.token_embd.img_break"
 

@@ -24,7 +24,7 @@ from sparsemm_edge.scoring.sources import Source
 from sparsemm_edge.scoring.target_response import PageScores, score_page
 from sparsemm_edge.workers import map_processes
 
-SAVE_EVERY = 30.0  # seconds between two saves of what is done
+SAVE_EVERY = 30.0  # seconds between two saves
 
 _MOST_HEADS = 1000  # of a layer, and layers, that an unfinished run is believed to have
 
