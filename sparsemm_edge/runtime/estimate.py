@@ -103,6 +103,7 @@ class Estimate(Closing):
         params = llama.llama_context_default_params()
         params.n_ctx = n_ctx
         params.n_batch = params.n_ubatch = n_ubatch
+        params.swa_full = table is None
         params.n_seq_max = params.n_outputs_max = 1
         params.type_k, params.type_v = int(cache_type(type_k)), int(cache_type(type_v))
         params.flash_attn_type = (

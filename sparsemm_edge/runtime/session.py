@@ -154,6 +154,7 @@ class Session(Closing):
         params.n_ctx = params.n_batch = n_ctx
         params.n_ubatch = max(min(n_ubatch or N_UBATCH, n_ctx), self._n_uncut())
         params.n_seq_max = 1
+        params.swa_full = table is None  # True: windows hold all positions, which seq_rm needs
         params.n_outputs_max = n_outputs
         params.n_threads = model.n_threads
         params.n_threads_batch = model.n_threads_batch
