@@ -417,6 +417,11 @@ def test_shapes_have_the_published_sizes(name: str, billions: float, kv_per_posi
     assert full_cache(shape.model_shape(name), 256).now == kv_per_position * 256
 
 
+def test_the_help_names_every_shape(sparsemm: CommandLine) -> None:
+    shown = sparsemm("bench", "--help").out
+    assert [name for name in shapes.SHAPES if name not in shown] == []
+
+
 @pytest.mark.parametrize("name", ["qwen3-vl-8b", "internvl3.5-8b", "glm-4.1v-9b", "smolvlm2-2.2b"])
 def test_llama_cpp_reads_a_model_of_every_architecture(name: str, tmp_path: Path) -> None:
     """A few layers of each, with its real heads: it loads, decodes, and its cache is as large as computed."""
