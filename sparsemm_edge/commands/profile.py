@@ -45,6 +45,7 @@ def profile(
     from sparsemm_edge.profiling.progress import Progress
     from sparsemm_edge.reports import html
     from sparsemm_edge.reports import profile as profile_report
+    from sparsemm_edge.runtime import Eviction
 
     wanted = whole_numbers("--budgets", budgets)
     question, frame, loading = asked.text("What does the image show?"), framed.arguments(), loaded.loading()
@@ -59,12 +60,14 @@ def profile(
             n_predict=n_predict,
             n_threads=loaded.threads,
             loading=loading,
-            scores=None if scores is None else str(scores),
-            policy=policy,
-            window=window,
-            max_tail=kv_max_tail,
-            vote=vote,
-            residual=residual,
+            eviction=Eviction(
+                policy=policy,
+                window=window,
+                scores=scores,
+                max_tail=kv_max_tail,
+                vote=vote,
+                residual=residual,
+            ),
         )
         found = measure(task, wanted, progress, n_ubatch=n_ubatch)
     profile_report.write(out, found)

@@ -239,7 +239,7 @@ def bench(
     bandwidth = this_machine.memory_bandwidth(n_threads)
 
     with shapes.scores_file(shape, metadata, scores) as (path, source):
-        task = replace(task, scores=None if path is None else str(path))
+        task = replace(task, eviction=replace(task.eviction, scores=path))
         lengths = [
             _measure(replace(task, n_prompt=n_prompt), header, settings, n_rounds, bandwidth, progress)
             for n_prompt in dict.fromkeys(n_prompts)

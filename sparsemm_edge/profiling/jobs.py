@@ -1,8 +1,10 @@
 """Jobs of worker processes, and the events that they send."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
+from sparsemm_edge.runtime.eviction import Eviction
 from sparsemm_edge.runtime.loading import Loading, Lora
 
 
@@ -51,9 +53,7 @@ class Task:
         n_prompt: see prompt.
         n_predict: tokens to decode; the end of the answer does not stop it.
         n_threads: None: the physical cores.
-        scores: head scores file; None: those in the model file.
-        policy, window, vote, residual: of an evicting cache; None: the file's.
-        max_tail: most generated positions per head of an evicting cache; None: no limit.
+        eviction: of an evicting cache, whose budget is CacheSetting's.
         loading: how the model is loaded.
     """
 
@@ -67,21 +67,18 @@ class Task:
     n_prompt: int = 0
     n_predict: int = 32
     n_threads: int | None = None
-    scores: str | None = None
-    policy: str | None = None
-    window: int | None = None
-    max_tail: int | None = None
-    vote: str | None = None
-    residual: bool | None = None
+    eviction: Eviction = field(default_factory=Eviction)
     loading: Loading = field(default_factory=Loading)
 
     @classmethod
     def from_json(cls, content: dict[str, Any]) -> "Task":
-        """Restore a task from JSON of dataclasses.asdict."""
-        loading = content["loading"]
+        """Restore a task from JSON of dataclasses.asdict, where paths are text."""
+        loading, eviction = content["loading"], Eviction(**content["eviction"])
+        if eviction.scores is not None:
+            eviction = replace(eviction, scores=Path(eviction.scores))
         loras = tuple(Lora(**lora) for lora in loading["loras"])
         given = {"images": tuple(content["images"]), "loading": Loading(**{**loading, "loras": loras})}
-        return cls(**{**content, **given})
+        return cls(**{**content, **given, "eviction": eviction})
 
 
 Event = dict[str, Any]

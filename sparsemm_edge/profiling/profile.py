@@ -69,9 +69,8 @@ def profile(
         full("q4_0", n_ubatch=n_ubatch),
         *(CacheSetting(budget, n_ubatch=n_ubatch) for budget in dict.fromkeys(budgets)),
     ]
-    given = None if task.scores is None else Path(task.scores)
-    with shapes.scores_file(shape, metadata, given) as (path, source):
-        task = replace(task, scores=None if path is None else str(path))
+    with shapes.scores_file(shape, metadata, task.eviction.scores) as (path, source):
+        task = replace(task, eviction=replace(task.eviction, scores=path))
         found = [run_and_say(task, setting, progress) for setting in settings]
     check_some_ran(found)
     return Profile(this_machine.machine(), model_figures(header), source, found)

@@ -100,7 +100,7 @@ def _work(job: dict[str, Any], listen: Listener | None) -> Run:
         try:
             with MemoryWatch(process.pid) as watch:
                 with suppress(BrokenPipeError):  # a worker that could not even start: its exit code tells
-                    process.stdin.write(json.dumps(job) + "\n")
+                    process.stdin.write(json.dumps(job, default=str) + "\n")  # str: of paths
                     process.stdin.flush()  # and left open: its end tells the worker that we are gone
                 for line in process.stdout:
                     event = json.loads(line)

@@ -12,7 +12,7 @@ import threading
 import time
 from collections.abc import Callable
 from contextlib import ExitStack
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -188,11 +188,7 @@ def _start(
     n_reply: int,
     on_phase: Callable[[str], None] | None = None,
 ) -> Session:
-    scores = None if task.scores is None else Path(task.scores)
-    eviction = Eviction(False)
-    if setting.evicts:
-        wishes = (task.policy, setting.budget, task.window, scores, task.max_tail, task.vote, task.residual)
-        eviction = Eviction(True, *wishes)
+    eviction = replace(task.eviction, budget=setting.budget) if setting.evicts else Eviction(False)
     return start_session(
         model,
         prompt,
