@@ -109,7 +109,11 @@ DIST_EDITS = (
         """_lib = load_shared_library(_lib_base_name, _base_path)
 _load_backends = load_shared_library("ggml", _base_path).ggml_backend_load_all_from_path
 _load_backends.argtypes, _load_backends.restype = [ctypes.c_char_p], None
-_load_backends(os.fsencode(_base_path))""",
+_log_set = load_shared_library("ggml-base", _base_path).ggml_log_set
+_quiet = ctypes.CFUNCTYPE(None, ctypes.c_int, ctypes.c_char_p, ctypes.c_void_p)(lambda *_: None)
+_log_set(_quiet, None)  # it names every backend on stderr
+_load_backends(os.fsencode(_base_path))
+_log_set(None, None)""",
     ),
 )
 
