@@ -7,15 +7,17 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from sparsemm_edge.gguf_header import read_header
 from sparsemm_edge.gguf_metadata import ModelShape
-from sparsemm_edge.kv_layout import evicting_cache, full_cache
-from sparsemm_edge.profiling.shapes import SHAPES, scores_file
+from sparsemm_edge.profiling.shapes import SHAPES, header_of_shape, scores_file
+from sparsemm_edge.runtime.estimate import Estimate
 from sparsemm_edge.runtime.eviction import Eviction, plan
+from sparsemm_edge.runtime.session import N_UBATCH
 
 N_PAGE, N_REPLY, BUDGET = 2944, 64, 256  # positions; of ten pages, ten times the prompt and the budget
 
 
-def bytes_of(shape: ModelShape, n_pages: int) -> tuple[int, int, int]:
+def bytes_of(estimate: Estimate, shape: ModelShape, n_pages: int) -> tuple[int, int, int]:
     """Bytes of K and V after so many pages and a reply: full cache, evicted, and evicted at the peak."""
     n_prompt = n_pages * N_PAGE
     n_ctx = n_prompt + N_REPLY
@@ -28,8 +30,13 @@ def bytes_of(shape: ModelShape, n_pages: int) -> tuple[int, int, int]:
             Path(f"{shape.name}.gguf"),
         )
     assert table is not None
-    evicted = evicting_cache(shape, table.head_budgets, n_prompt=n_prompt, n_reply=N_REPLY, n_ctx=n_ctx)
-    return full_cache(shape, n_ctx).now, evicted.now, evicted.peak
+    full, evicted = (
+        estimate.context_sizes(
+            n_prompt=n_prompt, n_predict=N_REPLY, n_ctx=n_ctx, n_ubatch=N_UBATCH, table=evicts_by
+        )
+        for evicts_by in (None, table)
+    )
+    return full.kv, evicted.kv, evicted.kv_peak
 
 
 def memory_table() -> str:
@@ -42,7 +49,8 @@ def memory_table() -> str:
     for name, text in SHAPES.items():
         shape = text.model_shape(name)
         token = shape.kv_bytes(shape.n_layer * shape.n_head_kv) / 2**10
-        amounts = [f"{n / 2**20:,.0f}" for pages in (1, 10) for n in bytes_of(shape, pages)]
+        with header_of_shape(name, text) as path, Estimate(read_header(path), None) as estimate:
+            amounts = [f"{n / 2**20:,.0f}" for pages in (1, 10) for n in bytes_of(estimate, shape, pages)]
         heads = f"{shape.n_layer} x {shape.n_head_kv}"
         lines.append(" | ".join([f"| {name}", heads, f"{token:.0f} KiB", *amounts]) + " |")
     return "\n".join(lines)

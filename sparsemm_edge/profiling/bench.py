@@ -10,11 +10,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
 
 from sparsemm_edge.errors import SparseMMError
 from sparsemm_edge.gguf_header import GGUFHeader, read_header, weight_bytes, weight_bytes_read
 from sparsemm_edge.gguf_metadata import check_supported, model_shape, sparsemm_metadata
-from sparsemm_edge.kv_layout import full_cache, row_bytes
 from sparsemm_edge.profiling import machine as this_machine
 from sparsemm_edge.profiling import shapes
 from sparsemm_edge.profiling.figures import ModelFigures, SettingFigures, Spread, spread
@@ -228,7 +228,7 @@ def bench(
             raise SparseMMError(
                 f"a prompt of {n_prompt} positions is too long: {model.name} was trained for {n_ctx_train}"
             )
-    check_memory(weight_bytes(model) + full_cache(shape, max(n_prompts)).now)
+    check_memory(weight_bytes(model) + shape.n_layer * shape.n_head_kv * shape.kv_bytes(max(n_prompts)))
     n_threads = n_threads or this_machine.usable_cores()
     settings = [full(n_ubatch=n_ubatch)]
     if n_rounds:
@@ -402,10 +402,11 @@ def _row(length: Length, budget: int) -> Row:
 
 
 def _allocated(figures: SettingFigures, length: Length) -> int:
-    """Bytes of K and V and of compute buffers at the peak, as far as they are written."""
+    """Bytes of K and V, hidden states and compute buffers at the peak, as far as they are written."""
     assert figures.done is not None
     sizes = figures.done.breakdown
-    return sizes.kv_peak + sizes.compute + sizes.output + length.not_in_breakdown[figures.name]
+    said = sizes.kv_peak + sizes.compute + sizes.hidden + sizes.output
+    return said + length.not_in_breakdown[figures.name]
 
 
 def _not_in_breakdown(header: GGUFHeader, setting: CacheSetting, n_prompt: int) -> int:
@@ -421,7 +422,8 @@ def _not_in_breakdown(header: GGUFHeader, setting: CacheSetting, n_prompt: int) 
         for key in ("embedding", "feed_forward")
     )
     n_rows = min(setting.n_ubatch or N_UBATCH, n_prompt)
-    return row_bytes("q8_0", max(n_embd, n_ff) * n_rows) - 4 * n_embd * n_rows
+    block, n_bytes = GGML_QUANT_SIZES[GGMLQuantizationType.Q8_0]
+    return max(n_embd, n_ff) * n_rows // block * n_bytes - 4 * n_embd * n_rows
 
 
 def _limits(tps: dict[str, float], empty: float | None, weights: int, bandwidth: float) -> Limits:

@@ -27,12 +27,13 @@ class Spread:
 
 @dataclass(frozen=True)
 class Breakdown:
-    """Allocated bytes by purpose; K and V are exact, the others as llama.cpp logged them.
+    """Allocated bytes by purpose; weights and vision_compute are as llama.cpp logged them, the others exact.
 
     Attributes:
         weights_mapped: of the mapped model file.
         weights_copied: repacked for this processor, or on a GPU.
         compute, output: buffers of the context.
+        hidden: what a prompt that is read layer by layer takes besides.
         vision_compute, vision_weights: of the image encoder.
         kv_peak, kv_now: K and V at their peak, and after the reply.
     """
@@ -40,6 +41,7 @@ class Breakdown:
     weights_mapped: int
     weights_copied: int
     compute: int
+    hidden: int
     vision_compute: int
     output: int
     vision_weights: int
@@ -210,17 +212,19 @@ def _measured(result: Event) -> Measured:
 
 
 def _breakdown(result: Event) -> Breakdown:
-    sizes = {"weights_mapped": 0, "weights_copied": 0, "compute": 0, "vision_compute": 0, "output": 0}
-    names = {"compute": "compute", "vision": "vision_compute", "output": "output"}
+    sizes = {"weights_mapped": 0, "weights_copied": 0, "vision_compute": 0}
     for buffer in result["buffers"]:
         if buffer["content"] == "model":
             mapped = buffer["backend"].endswith("_Mapped")
             sizes["weights_mapped" if mapped else "weights_copied"] += buffer["n_bytes"]
-        elif buffer["content"] in names:
-            sizes[names[buffer["content"]]] += buffer["n_bytes"]
-    kv = result["kv"]
+        else:
+            sizes["vision_compute"] += buffer["n_bytes"]
+    kv, context = result["kv"], result["context"]
     return Breakdown(
         **sizes,
+        compute=context["compute"],
+        hidden=context["hidden"] + context["idxs"],
+        output=context["output"],
         vision_weights=result["vision_weight_bytes"],
         kv_peak=kv["bytes_peak"],
         kv_now=kv["bytes_now"],

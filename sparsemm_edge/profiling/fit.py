@@ -10,11 +10,10 @@ import psutil
 from sparsemm_edge.errors import SparseMMError
 from sparsemm_edge.gguf_header import read_header, weight_bytes
 from sparsemm_edge.gguf_metadata import ModelShape, check_supported, model_shape, sparsemm_metadata
-from sparsemm_edge.kv_layout import KVBytes, evicting_cache, full_cache
 from sparsemm_edge.profiling import shapes
 from sparsemm_edge.resources import machine_memory
 from sparsemm_edge.runtime.estimate import Estimate
-from sparsemm_edge.runtime.eviction import Eviction, plan
+from sparsemm_edge.runtime.eviction import Eviction, HeadBudgetTable, plan
 from sparsemm_edge.runtime.session import N_UBATCH
 
 
@@ -64,7 +63,7 @@ class FitRow:
         budget: mean head budget in positions; None: a full cache.
         weights: of the text model.
         vision: weights and compute buffer of the image encoder.
-        compute: compute buffers of the context.
+        compute: compute buffers and hidden states: what the context takes at its peak besides kv_peak.
         kv, kv_peak: K and V after the reply, and at their peak.
         program: this program without a model.
         limit: what must suffice.
@@ -172,40 +171,38 @@ def fit(request: FitRequest) -> Fit:
         if request.mmproj is not None:
             vision = weight_bytes(request.mmproj) + estimate.vision_compute_bytes
 
-        def row(name: str, kv: KVBytes, compute: int, budget: int | None = None) -> FitRow:
-            return FitRow(name, budget, weights, vision, compute, kv.now, kv.peak, program, memory)
-
-        rows = []
         n_ubatch = min(request.n_ubatch or N_UBATCH, n_ctx)
-        for kind in ("f16", "q8_0", "q4_0"):
-            kv = full_cache(shape, n_ctx, kind, kind)
-            compute = estimate.compute_bytes(n_ctx=n_ctx, n_ubatch=n_ubatch, type_k=kind, type_v=kind)
-            rows.append(row("full" if kind == "f16" else f"full, {kind}", kv, compute))
+
+        def row(
+            name: str,
+            type_k: str,
+            type_v: str,
+            budget: int | None = None,
+            table: HeadBudgetTable | None = None,
+        ) -> FitRow:
+            sizes = estimate.context_sizes(
+                n_prompt=n_prompt,
+                n_predict=n_reply,
+                n_ctx=n_ctx,
+                n_ubatch=n_ubatch,
+                type_k=type_k,
+                type_v=type_v,
+                table=table,
+            )
+            compute = sizes.peak - sizes.kv_peak
+            return FitRow(name, budget, weights, vision, compute, sizes.kv, sizes.kv_peak, program, memory)
+
+        rows = [
+            row("full" if kind == "f16" else f"full, {kind}", kind, kind) for kind in ("f16", "q8_0", "q4_0")
+        ]
 
         def evicted(budget: int) -> FitRow:
             wanted = Eviction(True, None, budget, request.window, scores, request.max_tail)
             found = plan(wanted, metadata, shape, n_prompt, request.model)
             assert found is not None
-            kv = evicting_cache(
-                shape,
-                found.head_budgets,
-                n_prompt=n_prompt,
-                n_reply=n_reply,
-                n_ctx=n_ctx,
-                max_tail=request.max_tail,
-                type_k=request.cache_type_k,
-                type_v=request.cache_type_v,
-            )
-            compute = estimate.compute_bytes(
-                n_ctx=n_ctx,
-                n_ubatch=n_ubatch,
-                type_k=request.cache_type_k,
-                type_v=request.cache_type_v,
-                table=found,
-            )
-            kinds = dict.fromkeys((request.cache_type_k, request.cache_type_v))
-            kind = "" if list(kinds) == ["f16"] else f", {' and '.join(kinds)}"
-            return row(f"evicted, budget {budget}{kind}", kv, compute, budget)
+            types = (request.cache_type_k, request.cache_type_v)
+            kind = "" if types == ("f16", "f16") else f", {' and '.join(dict.fromkeys(types))}"
+            return row(f"evicted, budget {budget}{kind}", *types, budget, found)
 
         budget = request.budget or Eviction().spec(metadata).budget
         rows.append(evicted(budget))

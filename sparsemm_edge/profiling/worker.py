@@ -47,6 +47,7 @@ def run(task: Task, setting: CacheSetting, emit: Emit) -> None:
         phase("context")
         begun = time.perf_counter()
         with _start(model, prompt, task, setting, n_reply=task.n_predict, on_phase=phase) as session:
+            sizes = session.context_sizes(task.n_predict)
             session.read_prompt()
             chosen_at = time.perf_counter()
             token = int(session.logits().argmax())
@@ -83,6 +84,7 @@ def run(task: Task, setting: CacheSetting, emit: Emit) -> None:
                     "token_bytes": weight_bytes_read(model.header) + kv.bytes_now,
                     "decode_ms": decode_ms,
                     "kv": asdict(kv),
+                    "context": asdict(sizes),
                     "rss_peak_bytes": rss_peak_bytes(),
                     "vision_weight_bytes": 0 if task.mmproj is None else weight_bytes(Path(task.mmproj)),
                     "buffers": [asdict(buffer) for buffer in (*loaded, *library.logged_buffers())],

@@ -127,7 +127,7 @@ def memory_parts(setting: SettingFigures, sizes: Breakdown) -> dict[str, int]:
         "weights in the file": setting.file_peak or sizes.weights_mapped,
         "weights, copied": sizes.weights_copied,
         "image encoder": sizes.vision_weights + sizes.vision_compute,
-        "compute": sizes.compute + sizes.output,
+        "compute": sizes.compute + sizes.hidden + sizes.output,
         "K and V": sizes.kv_peak,
     }
     return parts | {"other": max(0, setting.rss_peak - sum(parts.values()))}

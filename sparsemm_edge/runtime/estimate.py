@@ -10,7 +10,7 @@ from sparsemm_edge.closing import Closing
 from sparsemm_edge.gguf_header import GGUFHeader
 from sparsemm_edge.runtime import library
 from sparsemm_edge.runtime.eviction import HeadBudgetTable
-from sparsemm_edge.runtime.library import llama, mtmd
+from sparsemm_edge.runtime.library import ContextSizes, llama, mtmd
 from sparsemm_edge.runtime.loading import Loading
 from sparsemm_edge.runtime.prompt import image_marker, tokenize_with_images
 from sparsemm_edge.runtime.session import cache_type
@@ -78,19 +78,23 @@ class Estimate(Closing):
                 counts.append(prompt.n_tokens - n_bos)
         return counts
 
-    def compute_bytes(
+    def context_sizes(
         self,
         *,
+        n_prompt: int,
+        n_predict: int,
         n_ctx: int,
         n_ubatch: int,
         type_k: str = "f16",
         type_v: str = "f16",
         flash_attn: bool = True,
         table: HeadBudgetTable | None = None,
-    ) -> int:
-        """Bytes of compute and output buffers of a context, to 0.01 MiB.
+    ) -> ContextSizes:
+        """What a context takes, in bytes, for a prompt and a reply.
 
         Args:
+            n_prompt: positions of the prompt.
+            n_predict: tokens decoded after it, one at a time.
             n_ctx: places in the KV cache.
             n_ubatch: prompt tokens computed at a time.
             type_k, type_v: cache types.
@@ -109,9 +113,8 @@ class Estimate(Closing):
         params.flash_attn_type = (
             llama.LLAMA_FLASH_ATTN_TYPE_ENABLED if flash_attn else llama.LLAMA_FLASH_ATTN_TYPE_DISABLED
         )
-        library.logged_buffers()
         context = library.new_context(self._model or 0, params, table)
-        llama.llama_free(context)
-        return sum(
-            buffer.n_bytes for buffer in library.logged_buffers() if buffer.content in ("compute", "output")
-        )
+        try:
+            return library.context_sizes(context, n_prompt, n_predict)
+        finally:
+            llama.llama_free(context)

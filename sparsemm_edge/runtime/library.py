@@ -25,7 +25,7 @@ except (ImportError, OSError, RuntimeError) as error:
 
 _LOG_ERROR, _LOG_CONTINUED = 4, 5  # ggml_log_level
 
-_BUFFER_SIZE = re.compile(r"(\w+):\s+(\S+)\s+(model|output|KV|compute) buffer size\s*=\s*([0-9.]+) MiB")
+_BUFFER_SIZE = re.compile(r"(\w+):\s+(\S+)\s+(model|compute) buffer size\s*=\s*([0-9.]+) MiB")
 _VISION = "reserve_compute_meta"  # the function that logs the compute buffer of the image encoder
 
 
@@ -66,6 +66,40 @@ class HeadParams(ctypes.Structure):
     ]
 
 
+_SIZES = ("kv", "kv_peak", "idxs", "hidden", "compute", "compute_token", "output", "peak")
+
+
+class _ContextSizes(ctypes.Structure):
+    """struct llama_context_sizes."""
+
+    _fields_ = [(name, ctypes.c_uint64) for name in _SIZES]
+
+
+@dataclass(frozen=True)
+class ContextSizes:
+    """Bytes that a context takes besides the model, as llama.cpp computes them (llama_get_context_sizes).
+
+    Attributes:
+        kv: K and V after the last token.
+        kv_peak: K and V when they are largest.
+        idxs: which tokens the KV heads hold.
+        hidden: hidden states and queries of a prompt, while it is read layer by layer.
+        compute: compute buffers of a prompt.
+        compute_token: compute buffers of a single token.
+        output: logits and embeddings.
+        peak: all of it when it is largest.
+    """
+
+    kv: int
+    kv_peak: int
+    idxs: int
+    hidden: int
+    compute: int
+    compute_token: int
+    output: int
+    peak: int
+
+
 # name: (result, arguments), as the patch series declares them in llama.h
 _PATCH_FUNCTIONS: dict[str, tuple[Any, list[Any]]] = {
     "llama_model_head_params": (HeadParams, [ctypes.c_void_p]),
@@ -73,6 +107,7 @@ _PATCH_FUNCTIONS: dict[str, tuple[Any, list[Any]]] = {
         ctypes.c_void_p,
         [ctypes.c_void_p, llama.llama_context_params, HeadParams],
     ),
+    "llama_get_context_sizes": (_ContextSizes, [ctypes.c_void_p, ctypes.c_uint32, ctypes.c_uint32]),
     "llama_memory_heads_stats": (ctypes.c_bool, [ctypes.c_void_p, ctypes.POINTER(HeadsStats)]),
     "llama_memory_heads_positions": (
         ctypes.c_int32,
@@ -150,6 +185,18 @@ def new_context(model: int, params: Any, table: HeadBudgetTable | None) -> int:
     return int(context)
 
 
+def context_sizes(context: int, n_prompt: int, n_predict: int) -> ContextSizes:
+    """What a new context takes for a prompt and as many tokens more, one at a time. Nothing is computed.
+
+    Args:
+        context: llama_context pointer; of a model without data (no_alloc) it allocates nothing.
+        n_prompt: tokens of the prompt.
+        n_predict: tokens after it.
+    """
+    sizes = llama._lib.llama_get_context_sizes(context, n_prompt, n_predict)
+    return ContextSizes(**{name: getattr(sizes, name) for name in _SIZES})
+
+
 def heads_stats(memory: int) -> HeadsStats | None:
     """Statistics of an evicting cache; None for other caches."""
     stats = HeadsStats()
@@ -223,7 +270,7 @@ class Buffer:
 
     Attributes:
         backend: where it is: CPU, CPU_Mapped (the model file), CPU_REPACK, Metal, ...
-        content: model, output, KV, compute, or vision (the compute buffer of the image encoder).
+        content: model, or vision (the compute buffer of the image encoder).
         n_bytes: its size, as logged: to 0.01 MiB.
     """
 
@@ -258,7 +305,8 @@ class _Log:
             self.errors[-1] += line
         elif found := _BUFFER_SIZE.search(line):
             content = "vision" if found[1] == _VISION else found[3]
-            self.buffers.append(Buffer(found[2], content, round(float(found[4]) * 2**20)))
+            if content != "compute":
+                self.buffers.append(Buffer(found[2], content, round(float(found[4]) * 2**20)))
         if self.show:
             sys.stderr.write(line)
 
@@ -290,6 +338,9 @@ def forget_errors() -> None:
 
 
 def logged_buffers() -> list[Buffer]:
-    """The buffers allocated since the last call, parsed from the log: the C API does not expose them."""
+    """The buffers that llama.cpp made since the last call: the model's and the image encoder's.
+
+    llama.cpp has no function that tells which of them are mapped files.
+    """
     buffers, _log.buffers = _log.buffers, []
     return buffers

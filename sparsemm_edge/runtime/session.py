@@ -20,7 +20,7 @@ from sparsemm_edge.runtime import library
 from sparsemm_edge.runtime.attention import StrongestPositions
 from sparsemm_edge.runtime.eviction import Eviction, HeadBudgetTable
 from sparsemm_edge.runtime.first_token import Part
-from sparsemm_edge.runtime.library import llama, mtmd
+from sparsemm_edge.runtime.library import ContextSizes, llama, mtmd
 from sparsemm_edge.runtime.model import VisionModel
 from sparsemm_edge.runtime.prompt import ImagePart, Prompt, TextPart
 
@@ -352,6 +352,10 @@ class Session(Closing):
             for layer in range(shape.n_layer)
             for head in range(shape.n_head_kv)
         )
+
+    def context_sizes(self, n_predict: int) -> ContextSizes:
+        """What the context takes for its prompt and n_predict tokens more. Ask before the prompt is read."""
+        return library.context_sizes(self.context, self._prompt.n_tokens, n_predict)
 
     def kv_stats(self) -> KVStats:
         """Statistics of the KV cache."""

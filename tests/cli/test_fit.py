@@ -10,15 +10,15 @@ from typing import Any
 
 import numpy as np
 import pytest
+from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
 from PIL import Image
 
 from helpers.command_line import CommandLine
 from sparsemm_edge.errors import SparseMMError
 from sparsemm_edge.gguf_header import read_header, weight_bytes
-from sparsemm_edge.kv_layout import KVBytes, evicting_cache, full_cache
 from sparsemm_edge.profiling.fit import Fit, FitRequest, FitRow, fit
 from sparsemm_edge.profiling.shapes import SHAPES, header_of_shape, model_of_shape, scores_file
-from sparsemm_edge.runtime import Eviction, Prompt, VisionModel, library
+from sparsemm_edge.runtime import Eviction, Prompt, VisionModel
 from sparsemm_edge.runtime.estimate import Estimate
 from sparsemm_edge.runtime.eviction import HeadBudgetTable, plan
 from sparsemm_edge.runtime.prompt import ImagePart, TextPart, image_marker
@@ -121,8 +121,12 @@ def said_and_allocated(
     n_ubatch: int | None,
     cache_type: str,
     max_tail: int | None = None,
-) -> tuple[KVBytes, KVBytes]:
-    """What a prompt and a reply take, as computed, and as llama_memory_heads_stats tells it."""
+) -> tuple[tuple[int, int], tuple[int, int]]:
+    """Bytes of K and V after a prompt and a reply, and their peak.
+
+    As llama_get_context_sizes says before, and as llama_memory_heads_stats tells afterwards. A context of a
+    model without data says the same.
+    """
     n_ctx = n_prompt + n_reply
     with scores_file(model.shape, None, None) as (scores, _):
         wanted = Eviction(budget=budget, scores=scores, max_tail=max_tail)
@@ -138,42 +142,53 @@ def said_and_allocated(
             cache_type_v=cache_type,
             eviction=wanted,
         ) as session:
+            said = session.context_sizes(n_reply)
             session.read_prompt()
             for _ in range(n_reply):
                 session.decode(300)
             allocated = session.kv_stats()
-    said = evicting_cache(
-        model.shape,
-        table.head_budgets,
-        n_prompt=n_prompt,
-        n_reply=n_reply,
-        n_ctx=n_ctx,
-        max_tail=max_tail,
-        type_k=cache_type,
-        type_v=cache_type,
-    )
-    return said, KVBytes(allocated.bytes_now, allocated.bytes_peak)
+    with Estimate(read_header(model.path), None) as estimate:
+        without_data = estimate.context_sizes(
+            n_prompt=n_prompt,
+            n_predict=n_reply,
+            n_ctx=n_ctx,
+            n_ubatch=n_ubatch or 512,
+            type_k=cache_type,
+            type_v=cache_type,
+            table=table,
+        )
+    assert without_data == said
+    return (said.kv, said.kv_peak), (allocated.bytes_now, allocated.bytes_peak)
 
 
 @pytest.mark.parametrize("cache_type", ["f16", "q8_0", "q4_0"])
-def test_bytes_of_a_full_cache_are_those_that_llama_cpp_logs(small: VisionModel, cache_type: str) -> None:
-    library.logged_buffers()
-    with start_session(
-        small,
-        random_tokens(10),
-        n_predict=1,
-        n_ctx=700,
-        cache_type_k=cache_type,
-        cache_type_v=cache_type,
-        eviction=Eviction(enabled=False),
-    ) as session:
-        said_by_session = session.kv_stats().bytes_now
-    logged = sum(buffer.n_bytes for buffer in library.logged_buffers() if buffer.content == "KV")
+def test_bytes_of_a_full_cache_are_those_of_its_context(small: VisionModel, cache_type: str) -> None:
+    """llama.cpp rounds a context up to 256 cells; K and V of a cell are known from the shape."""
+    with (
+        start_session(
+            small,
+            random_tokens(10),
+            n_predict=1,
+            n_ctx=700,
+            cache_type_k=cache_type,
+            cache_type_v=cache_type,
+            eviction=Eviction(enabled=False),
+        ) as session,
+        Estimate(read_header(small.path), None) as estimate,
+    ):
+        real = session.context_sizes(1)
+        without_data = estimate.context_sizes(
+            n_prompt=10, n_predict=1, n_ctx=700, n_ubatch=512, type_k=cache_type, type_v=cache_type
+        )
+        stats = session.kv_stats()
+    block, n_bytes = GGML_QUANT_SIZES[GGMLQuantizationType[cache_type.upper()]]
+    shape = small.shape
 
-    said = full_cache(small.shape, 700, cache_type, cache_type).now
-
-    assert said == pytest.approx(logged, abs=2**20 / 100)
-    assert said == said_by_session
+    assert real == without_data
+    assert real.kv == real.kv_peak == stats.bytes_now == stats.bytes_peak
+    assert real.kv == 768 * shape.n_layer * shape.n_head_kv * 2 * shape.n_embd_head_k // block * n_bytes
+    assert real.peak == real.kv + real.compute + real.output
+    assert real.hidden == real.idxs == 0
 
 
 @pytest.mark.parametrize(
@@ -186,16 +201,25 @@ def test_compute_bytes_are_those_of_a_real_context(small: VisionModel, wanted: E
     with scores_file(small.shape, None, None) as (scores, _):
         wanted = replace(wanted, scores=scores)
         table = plan(wanted, None, small.shape, n_prompt, small.path)
-        library.logged_buffers()
-        with start_session(small, random_tokens(n_prompt), n_predict=100, n_ctx=n_ctx, eviction=wanted):
-            pass
-    real = sum(b.n_bytes for b in library.logged_buffers() if b.content in ("compute", "output"))
+        with start_session(
+            small, random_tokens(n_prompt), n_predict=100, n_ctx=n_ctx, eviction=wanted
+        ) as session:
+            real = session.context_sizes(100)
+            session.read_prompt()
+            session.decode(300)
+            after = session.context_sizes(100)
 
     with Estimate(read_header(small.path), None) as estimate:
-        said = estimate.compute_bytes(n_ctx=n_ctx, n_ubatch=n_ctx, table=table)
+        said = estimate.context_sizes(
+            n_prompt=n_prompt, n_predict=100, n_ctx=n_ctx, n_ubatch=n_ctx, table=table
+        )
 
     assert said == real
-    assert said > 2**20
+    assert said.compute > 2**20
+    if table is not None:  # what only a prompt needs is given back
+        assert after.compute == said.compute_token < said.compute / 10
+        assert said.hidden > 4 * n_prompt * SMALL.n_embd
+        assert said.peak == said.kv_peak + said.hidden + said.idxs + said.compute + said.output
 
 
 @pytest.mark.parametrize(
@@ -282,7 +306,10 @@ def test_a_whole_prompt_at_once_never_holds_all_of_its_ffn(tmp_path: Path) -> No
     budgets = HeadBudgetTable(np.full((2, 4), 256, np.uint32), 32, 7)
     with Estimate(read_header(model_of_shape("wide", wide, tmp_path)), None) as estimate:
         full, evicting = (
-            estimate.compute_bytes(n_ctx=2048, n_ubatch=2048, table=table) for table in (None, budgets)
+            estimate.context_sizes(
+                n_prompt=2000, n_predict=48, n_ctx=2048, n_ubatch=2048, table=table
+            ).compute
+            for table in (None, budgets)
         )
     ffn = 3 * 2048 * 8192 * 4
     assert full > ffn * 2 / 3

@@ -23,7 +23,6 @@ from helpers.command_line import CommandLine
 from sparsemm_edge.errors import SparseMMError
 from sparsemm_edge.gguf_header import read_header, weight_bytes
 from sparsemm_edge.gguf_metadata import model_shape, read_model_shape
-from sparsemm_edge.kv_layout import full_cache
 from sparsemm_edge.output import whole_numbers
 from sparsemm_edge.profiling import bench, profile, shapes
 from sparsemm_edge.profiling.figures import Spread, samples, setting_figures
@@ -100,7 +99,7 @@ def test_profile_runs_every_setting_and_fit_says_the_same_bytes(llava_task: Task
         measured = settings[row["name"]]
         assert (row["kv"], row["kv_peak"]) == (measured["kv"]["bytes_now"], measured["kv"]["bytes_peak"])
         sizes = measured["breakdown"]
-        assert row["compute"] == sizes["compute"] + sizes["output"]
+        assert row["compute"] == sizes["compute"] + sizes["hidden"] + sizes["output"]
         # the file's mapping is logged with what lies between its tensors, those among it of which llama.cpp
         # makes a copy that suits the processor (AMX takes f16)
         assert row["weights"] == pytest.approx(sizes["weights_mapped"], rel=0.01)
@@ -298,7 +297,8 @@ def test_bench_prints_one_object_whose_figures_agree(
         assert row["prompt_tps"] > 0 and row["prompt_tps_full"] > 0
         shape = read_model_shape(small)
         plain = length["settings"][0]["kv"]["bytes_now"]
-        assert plain == full_cache(shape, row["n_prompt"] + 16).now
+        # rounded up to 256 places
+        assert plain == shape.n_layer * shape.n_head_kv * shape.kv_bytes(256)
         assert length["interleaved_status"] == "ok"
         if sys.platform == "linux":
             # K and V alone are measured to be there, and gone when they were evicted
@@ -414,7 +414,8 @@ def test_shapes_have_the_published_sizes(name: str, billions: float, kv_per_posi
     n_weights = sum(int(np.prod(dims)) for dims in shape.tensors().values())
 
     assert n_weights / 1e9 == pytest.approx(billions, abs=0.006)
-    assert full_cache(shape.model_shape(name), 256).now == kv_per_position * 256
+    of_model = shape.model_shape(name)
+    assert of_model.n_layer * of_model.n_head_kv * of_model.kv_bytes(256) == kv_per_position * 256
 
 
 def test_the_help_names_every_shape(sparsemm: CommandLine) -> None:
@@ -436,7 +437,8 @@ def test_llama_cpp_reads_a_model_of_every_architecture(name: str, tmp_path: Path
         ):
             session.read_prompt()
             assert np.isfinite(session.logits()).all()
-            assert session.kv_stats().bytes_now == full_cache(model.shape, 256).now
+            full = model.shape.n_layer * model.shape.n_head_kv * model.shape.kv_bytes(256)
+            assert session.kv_stats().bytes_now == full
 
 
 def test_made_up_scores_are_as_concentrated_as_published_ones() -> None:
