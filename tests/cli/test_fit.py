@@ -210,8 +210,9 @@ def test_compute_bytes_are_those_of_a_real_context(small: VisionModel, wanted: E
             after = session.context_sizes(100)
 
     with Estimate(read_header(small.path), None) as estimate:
-        said = estimate.context_sizes(
-            n_prompt=n_prompt, n_predict=100, n_ctx=n_ctx, n_ubatch=n_ctx, table=table
+        said, few = (
+            estimate.context_sizes(n_prompt=n_prompt, n_predict=n, n_ctx=n_ctx, n_ubatch=n_ctx, table=table)
+            for n in (100, 1)
         )
 
     assert said == real
@@ -219,7 +220,7 @@ def test_compute_bytes_are_those_of_a_real_context(small: VisionModel, wanted: E
     if table is not None:  # what only a prompt needs is given back
         assert after.compute == said.compute_token < said.compute / 10
         assert said.hidden > 4 * n_prompt * SMALL.n_embd
-        assert said.peak == said.kv_peak + said.hidden + said.idxs + said.compute + said.output
+        assert few.peak == few.kv_peak + few.hidden + few.idxs + few.compute + few.output
 
 
 @pytest.mark.parametrize(
