@@ -56,11 +56,12 @@ CMAKE_OPTIONS = (
 )
 
 # The programs that the tests run. They come out of the wheel's own build, which then takes 1.6 times as long.
-TOOLS = ("llama-server", "llama-mtmd-cli", "ggml-rpc-server")
+TOOLS = ("llama-server", "llama-mtmd-cli", "ggml-rpc-server", "test-llama-archs")
 TOOLS_OPTIONS = (
     "-DLLAMA_BUILD_COMMON=ON",
     "-DLLAMA_BUILD_TOOLS=ON",
     "-DLLAMA_BUILD_SERVER=ON",
+    "-DLLAMA_BUILD_TESTS=ON",
     "-DLLAMA_USE_PREBUILT_UI=OFF",  # would be downloaded
     "-DLLAMA_OPENSSL=OFF",
     # programs and libraries can be moved together
