@@ -130,6 +130,7 @@ _PATCH_FUNCTIONS: dict[str, tuple[Any, list[Any]]] = {
         ],
     ),
     "llama_memory_heads_truncate": (ctypes.c_bool, [ctypes.c_void_p, ctypes.c_int32]),
+    "llama_attn_strongest_eval": (ctypes.c_bool, [ctypes.c_void_p, ctypes.c_bool, ctypes.c_void_p]),
 }
 
 

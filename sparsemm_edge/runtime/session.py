@@ -165,6 +165,7 @@ class Session(Closing):
         self._attention = attention  # the context calls it as long as it lives
         if attention is not None:
             params.cb_eval = attention.callback
+            params.cb_eval_user_data = attention.user_data
         self._context: int | None = library.new_context(model.pointer, params, table)
         model.adapters.apply(self._context)
 

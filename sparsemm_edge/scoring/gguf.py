@@ -50,13 +50,13 @@ class GgufReader:
         Raises:
             SparseMMError: the model has no chat template, or the page does not fit into its context.
         """
-        self._attention.stop.clear()
-        with ThreadPoolExecutor(1) as pool:  # so that Ctrl-C is not lost in llama.cpp's callback
+        self._attention.stopped = False
+        with ThreadPoolExecutor(1) as pool:  # so that Ctrl-C does not wait for a whole prompt
             reading = pool.submit(self._read, question, page, max_new_tokens)
             try:
                 return reading.result()
             except BaseException:
-                self._attention.stop.set()
+                self._attention.stopped = True
                 while not reading.done():  # the model must not be freed while it is in use, even on Ctrl-C
                     with suppress(KeyboardInterrupt, SystemExit):
                         wait([reading])
