@@ -15,7 +15,7 @@ from helpers.command_line import CommandLine
 from helpers.models import sample_image, test_model
 from sparsemm_edge import cli
 from sparsemm_edge.errors import SparseMMError
-from sparsemm_edge.runtime import Loading, Lora, VisionModel
+from sparsemm_edge.runtime import Eviction, Loading, Lora, VisionModel
 from sparsemm_edge.runtime.library import llama
 from sparsemm_edge.runtime.session import start_session
 
@@ -79,6 +79,23 @@ def test_a_lora_over_the_token_embeddings_counts_beside_images_too(tmp_path: Pat
     image = [sample_image(test_model("llava").image_size, 1)]
     with load() as plain, load(loras=(Lora(path),)) as changed:
         assert tokens(changed, image) != tokens(plain, image)
+
+
+def test_a_lora_costs_an_evicting_cache_nothing(tmp_path: Path) -> None:
+    """The prompt is read layer by layer with a LoRA too: what the cache took at its peak is the same."""
+    stats = []
+    for loras in ((), (Lora(write_lora(tmp_path / "a.gguf")),)):
+        with (
+            load(loras=loras) as model,
+            model.tokenize("x" * 300) as prompt,
+            start_session(
+                model, prompt, n_predict=1, eviction=Eviction(policy="uniform", budget=64)
+            ) as session,
+        ):
+            session.read_prompt()
+            stats.append(session.kv_stats())
+    assert stats[0] == stats[1]
+    assert stats[0].n_evictions == 1 and stats[0].bytes_peak < stats[0].bytes_full
 
 
 def test_a_conversation_does_not_go_on_with_another_lora(tmp_path: Path, sparsemm: CommandLine) -> None:

@@ -121,6 +121,37 @@ def test_llama_cpp_python_reuses_a_prefix_or_reads_the_prompt_again(tmp_path: Pa
     assert answer(model, PROMPT) == first
 
 
+# --- batches that a caller makes wrongly
+
+
+@pytest.mark.parametrize(
+    "positions",
+    [[100, 102], [101, 102], [99, 100], [100, 99], [-1, 0]],
+    ids=["a gap", "after a gap", "held already", "backwards", "below 0"],
+)
+def test_positions_that_do_not_follow_are_an_error_and_the_sequence_goes_on(
+    llava: VisionModel, positions: list[int]
+) -> None:
+    ctx = context(llava)
+    assert ctx
+    decode(ctx, PROMPT, 0)
+    batch = llama.llama_batch_init(2, 0, 1)
+    batch.n_tokens = 2
+    for i, position in enumerate(positions):
+        batch.token[i], batch.pos[i], batch.n_seq_id[i] = 20 + i, position, 1
+        batch.seq_id[i][0], batch.logits[i] = 0, i == 1
+    assert llama.llama_decode(ctx, batch) != 0
+    llama.llama_batch_free(batch)
+    went_on = decode(ctx, [20], 100)
+    llama.llama_free(ctx)
+
+    ctx = context(llava)
+    assert ctx
+    decode(ctx, PROMPT, 0)
+    assert np.array_equal(decode(ctx, [20], 100), went_on)
+    llama.llama_free(ctx)
+
+
 # --- failed allocations
 
 # posix_memalign is what ggml takes the memory of tensors from, and Python does not use it. Small
@@ -220,12 +251,36 @@ with VisionModel.load(sys.argv[1], n_threads=1) as model:
             llama.llama_free(ctx)
         else:
             raise AssertionError("it always fails")
+
+    # a state that cannot be restored leaves an empty sequence, and can be restored later
+    ctx = context(model)
+    assert decode(ctx, *first[0])[0] == 0
+    size = llama.llama_state_seq_get_size(ctx, 0)
+    state = (ctypes.c_uint8 * size)()
+    assert llama.llama_state_seq_get_data(ctx, state, size, 0) == size
+    wanted = decode(ctx, [7], 100)[1]
+    llama.llama_free(ctx)
+    report["restoring a state"] = 0
+    for n in range(1000):
+        ctx = context(model)
+        shim.fail_after(n)
+        n_read = llama.llama_state_seq_set_data(ctx, state, size, 0)
+        if not shim.failures():
+            break
+        if n_read != size:
+            report["restoring a state"] += 1
+            assert n_read == 0
+            assert llama.llama_memory_seq_pos_max(llama.llama_get_memory(ctx), 0) == -1
+            assert llama.llama_state_seq_set_data(ctx, state, size, 0) == size
+        assert np.array_equal(decode(ctx, [7], 100)[1], wanted)
+        llama.llama_free(ctx)
+    llama.llama_free(ctx)
 print(json.dumps(report))
 """
 
 
 def test_a_failed_allocation_leaves_a_context_that_answers(tmp_path: Path) -> None:
-    """Every allocation of tensors during a prompt, a later prompt and a growing step fails once."""
+    """Every allocation of tensors of a prompt, a later prompt, a growing step and a restored state fails once."""
     (tmp_path / "shim.c").write_text(SHIM)
     shim = tmp_path / "shim.so"
     subprocess.run(["gcc", "-shared", "-fPIC", "-o", shim, tmp_path / "shim.c", "-ldl"], check=True)
@@ -238,7 +293,7 @@ def test_a_failed_allocation_leaves_a_context_that_answers(tmp_path: Path) -> No
     )
     assert done.returncode == 0, done.stderr[-3000:]
     report = json.loads(done.stdout)
-    assert len(report) == 4
+    assert len(report) == 5
     assert all(n > 0 for n in report.values()), report
 
 

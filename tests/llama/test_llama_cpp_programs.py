@@ -274,6 +274,32 @@ def greedy(model: VisionModel, session: Session) -> str:
     return data.decode()
 
 
+def complete(address: str, prompt: str) -> Any:
+    """llama-server's own API: a greedy completion of a text."""
+    body = {"prompt": prompt, "n_predict": N_PREDICT, "temperature": 0, "cache_prompt": False}
+    request = urllib.request.Request(
+        address + "/completion", json.dumps(body).encode(), {"Content-Type": "application/json"}
+    )
+    with urllib.request.urlopen(request, timeout=60) as response:
+        return json.load(response)
+
+
+@pytest.mark.parametrize("draft", [True, False], ids=["a draft that evicts", "a draft with a full cache"])
+def test_llama_server_drafts_tokens_and_answers_as_without_a_draft(folder: Path, draft: bool) -> None:
+    """Drafts are taken back: the draft model keeps its whole cache, whatever its file says."""
+    model = folder / "llava.gguf"
+    command = [tools() / "llama-server", "-m", model, "-np", 1, "-c", 1024, "-t", 1, "-tb", 1]
+    draft_model = model if draft else test_model("llava").gguf()
+    drafting = ["-md", draft_model, "--spec-type", "draft-simple"]
+    replies = []
+    for options in ([], drafting):
+        with server([*command, "--host", "127.0.0.1", *options], "/health", cwd=folder) as address:
+            replies.append([complete(address, question * 20) for question in QUESTIONS])
+    for plain, drafted in zip(*replies, strict=True):
+        assert drafted["content"] == plain["content"]
+        assert drafted["timings"]["draft_n"] > 0
+
+
 @pytest.mark.parametrize("slots", [["-np", 2], []])
 def test_llama_server_with_several_slots_is_refused_in_a_line_that_says_what_to_set(
     folder: Path, slots: list[Any]

@@ -170,6 +170,19 @@ def test_several_tokens_at_once_are_dropped_for_one_by_one(llava: VisionModel) -
     llama.llama_free(again)
 
 
+def test_a_first_batch_of_outputs_is_no_answer_and_its_state_goes_on(llava: VisionModel) -> None:
+    """Embeddings, or --logits_all: no prompt has ended, so nothing is bounded or dropped yet."""
+    ctx, again = context(llava), context(llava)
+    assert ctx and again
+    append(ctx, PROMPT, 0, n_asking=len(PROMPT))
+    append(ctx, [20], 100, n_asking=1)
+    assert positions(ctx) == list(range(101))
+    assert restored(again, saved(ctx, whole=False), whole=False)
+    assert np.array_equal(decode(again, [21], 101), decode(ctx, [21], 101))
+    llama.llama_free(ctx)
+    llama.llama_free(again)
+
+
 def test_a_bound_below_the_window_is_refused(llava: VisionModel) -> None:
     evict_by(llava, FORTY, max_tail=7)
     assert context(llava) is None
