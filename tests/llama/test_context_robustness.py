@@ -280,7 +280,7 @@ print(json.dumps(report))
 
 
 def test_a_failed_allocation_leaves_a_context_that_answers(tmp_path: Path) -> None:
-    """Every allocation of tensors of a prompt, a later prompt, a growing step and a restored state fails once."""
+    """Every allocation of a prompt, a later prompt, a growing step and a restored state fails once."""
     (tmp_path / "shim.c").write_text(SHIM)
     shim = tmp_path / "shim.so"
     subprocess.run(["gcc", "-shared", "-fPIC", "-o", shim, tmp_path / "shim.c", "-ldl"], check=True)
