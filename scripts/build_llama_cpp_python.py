@@ -62,6 +62,7 @@ TOOLS_OPTIONS = (
     "-DLLAMA_BUILD_TOOLS=ON",
     "-DLLAMA_BUILD_SERVER=ON",
     "-DLLAMA_BUILD_TESTS=ON",
+    "-DLLAMA_TESTS_INSTALL=OFF",  # only one of them is built
     "-DLLAMA_USE_PREBUILT_UI=OFF",  # would be downloaded
     "-DLLAMA_OPENSSL=OFF",
     # programs and libraries can be moved together
