@@ -133,11 +133,16 @@ _PATCH_FUNCTIONS: dict[str, tuple[Any, list[Any]]] = {
     "llama_attn_strongest_eval": (ctypes.c_bool, [ctypes.c_void_p, ctypes.c_bool, ctypes.c_void_p]),
 }
 
+# the same in mtmd.h
+_PATCH_FUNCTIONS_MTMD: dict[str, tuple[Any, list[Any]]] = {"mtmd_free_compute": (None, [ctypes.c_void_p])}
+
 
 def require_patched() -> None:
     """Raise SparseMMError, naming the build command, unless llama.cpp has this project's patches."""
-    for name, (result, arguments) in _PATCH_FUNCTIONS.items():
-        function = getattr(llama._lib, name, None)
+    found = [(llama._lib, name, types) for name, types in _PATCH_FUNCTIONS.items()]
+    found += [(mtmd._libmtmd, name, types) for name, types in _PATCH_FUNCTIONS_MTMD.items()]
+    for shared, name, (result, arguments) in found:
+        function = getattr(shared, name, None)
         if function is None:
             import llama_cpp
 
@@ -196,6 +201,11 @@ def context_sizes(context: int, n_prompt: int, n_predict: int) -> ContextSizes:
     """
     sizes = llama._lib.llama_get_context_sizes(context, n_prompt, n_predict)
     return ContextSizes(**{name: getattr(sizes, name) for name in _SIZES})
+
+
+def free_compute(vision: int) -> None:
+    """Free the compute buffers of an image encoder, an mtmd_context pointer, until it encodes again."""
+    mtmd._libmtmd.mtmd_free_compute(vision)
 
 
 def heads_stats(memory: int) -> HeadsStats | None:

@@ -252,6 +252,11 @@ class VisionModel(Closing):
             mtmd.mtmd_free(self._vision)
             self._vision = None
 
+    def free_encoder_buffers(self) -> None:
+        """Free what only encoding needs, compute buffers and the last embeddings; the weights stay."""
+        if self._vision:
+            library.free_compute(self._vision)
+
     @cached_property
     def uses_mrope(self) -> bool:
         """Whether positions of image tokens have several dimensions."""

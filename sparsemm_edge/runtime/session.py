@@ -443,8 +443,11 @@ class Session(Closing):
         non_causal = self._model.is_non_causal(part)
         embeddings = np.ascontiguousarray(self._encode(part)[rows])
         positions = np.ascontiguousarray(self._image_positions(part, self._n_past)[:, rows])
-        if self._model.loading.unload_mmproj and part is self._images()[-1]:
-            self._model.unload_encoder()
+        if part is self._images()[-1]:
+            if self._model.loading.unload_mmproj:
+                self._model.unload_encoder()
+            else:
+                self._model.free_encoder_buffers()
         if non_causal:
             llama.llama_set_causal_attn(self.context, False)
         try:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import json
 import os
 import shutil
@@ -18,7 +19,16 @@ from helpers.command_line import CommandLine
 from helpers.models import sample_image, test_model
 from sparsemm_edge.errors import SparseMMError
 from sparsemm_edge.mmproj import convert_mmproj
-from sparsemm_edge.runtime import Conversation, Loading, VisionModel, generate, image_file
+from sparsemm_edge.runtime import (
+    Conversation,
+    Eviction,
+    Loading,
+    VisionModel,
+    generate,
+    image_file,
+    library,
+    start_session,
+)
 from sparsemm_edge.runtime.disk_cache import DiskCache
 from sparsemm_edge.runtime.image_store import ImageStore
 from sparsemm_edge.runtime.library import mtmd
@@ -269,3 +279,44 @@ def test_generate_keeps_images_in_a_folder(tmp_path: Path, sparsemm: CommandLine
         f"cannot make the folder {tmp_path / 'file'}"
         in sparsemm(*command, "--image-cache", tmp_path / "file").refusal
     )
+
+
+# --- memory of the image encoder
+
+
+class MallInfo(ctypes.Structure):
+    """struct mallinfo2 of glibc's malloc.h."""
+
+    _fields_ = [
+        (name, ctypes.c_size_t) for name in ["arena", "ordblks", "smblks", "hblks", "hblkhd", "usmblks"]
+    ]
+    _fields_ += [(name, ctypes.c_size_t) for name in ["fsmblks", "uordblks", "fordblks", "keepcost"]]
+
+
+def allocated() -> int:
+    """Bytes that malloc has handed out and not got back."""
+    ask = ctypes.CDLL(None).mallinfo2
+    ask.restype = MallInfo
+    found = ask()
+    return int(found.uordblks + found.hblkhd)
+
+
+@pytest.mark.skipif(not hasattr(ctypes.CDLL(None), "mallinfo2"), reason="only glibc tells what is allocated")
+def test_the_encoder_keeps_no_compute_buffer_and_encodes_again_as_before(load: Callable[..., Any]) -> None:
+    model = load(0, "qwen2vl")
+    with model.tokenize(model.chat_prompt(QUESTION, 1), [sample_image(448, 1)]) as prompt:
+        part = next(part for part in prompt.parts if isinstance(part, ImagePart))
+        library.logged_buffers()
+        first = model.encode_image(part)
+        size = sum(buffer.n_bytes for buffer in library.logged_buffers() if buffer.content == "vision")
+        held = allocated()
+        model.free_encoder_buffers()
+        assert size > 2**20 and held - allocated() > 0.9 * size + first.nbytes
+        assert np.array_equal(model.encode_image(part), first)
+
+        # reading a prompt leaves none either
+        model.free_encoder_buffers()
+        before = allocated()
+        with start_session(model, prompt, n_predict=1, eviction=Eviction(False)) as session:
+            session.read_prompt()
+        assert allocated() - before < size / 2
