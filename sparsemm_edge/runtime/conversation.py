@@ -389,7 +389,7 @@ class Conversation(Closing):
             evicts = (table.head_budgets.tolist(), *votes, table.max_tail)
         # as requested: a context's own n_ubatch also depends on the rest of the prompt
         n_ubatch = self._n_ubatch or N_UBATCH
-        known = (model.fingerprint, library.version(), parts, self._types, n_ubatch, evicts)
+        known = (model.fingerprint, library.build(), parts, self._types, n_ubatch, evicts)
         return hashlib.sha256(repr(known).encode()).hexdigest()
 
     def _text(self, question: str, n_images: int, first: bool) -> str:

@@ -4,6 +4,8 @@ import ctypes
 import re
 import sys
 from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -11,10 +13,10 @@ import numpy.typing as npt
 
 from sparsemm_edge.budgets import VOTES
 from sparsemm_edge.errors import SparseMMError
+from sparsemm_edge.files import fingerprint
 from sparsemm_edge.runtime.eviction import HeadBudgetTable
 
 try:
-    import llama_cpp
     import llama_cpp.llama_cpp as llama
     import llama_cpp.mtmd_cpp as mtmd
 except (ImportError, OSError, RuntimeError) as error:
@@ -29,9 +31,10 @@ _BUFFER_SIZE = re.compile(r"(\w+):\s+(\S+)\s+(model|compute) buffer size\s*=\s*(
 _VISION = "reserve_compute_meta"  # the function that logs the compute buffer of the image encoder
 
 
-def version() -> str:
-    """The version of llama-cpp-python, with that of the patches."""
-    return str(llama_cpp.__version__)
+@cache
+def build() -> str:
+    """Tells this build of llama.cpp from others: what another one computed may differ."""
+    return "+".join(fingerprint(Path(shared._name)) for shared in (llama._lib, mtmd._libmtmd))
 
 
 class HeadsStats(ctypes.Structure):

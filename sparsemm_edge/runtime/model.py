@@ -301,7 +301,7 @@ class VisionModel(Closing):
         content, tile = key
         loading = self.loading
         layout = (loading.image_min_tokens, loading.image_max_tokens)
-        known = (content.decode(), tile, self._mmproj_fingerprint, *layout, library.version())
+        known = (content.decode(), tile, self._mmproj_fingerprint, *layout, library.build())
         return hashlib.sha256(repr(known).encode()).hexdigest()
 
     @cached_property
