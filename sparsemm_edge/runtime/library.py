@@ -332,7 +332,23 @@ def start(show_log: bool) -> None:
     """Redirect llama.cpp's log and initialise llama.cpp; may be called again."""
     _log.show = show_log
     _log.install()
+    _return_freed_blocks()
     llama.llama_backend_init()
+
+
+_M_MMAP_THRESHOLD = -3  # of glibc's malloc.h
+_MMAP_THRESHOLD = 2**20
+
+
+@cache
+def _return_freed_blocks() -> None:
+    """Let glibc give every freed block of a MiB or more back to the system at once.
+
+    By itself it raises this bound, up to 32 MiB, with each block that is freed. Then what a layer of the
+    prompt takes lies in the heap, where it stays behind as a hole. Other C libraries have no such function.
+    """
+    if sys.platform == "linux" and (mallopt := getattr(ctypes.CDLL(None), "mallopt", None)) is not None:
+        mallopt(_M_MMAP_THRESHOLD, _MMAP_THRESHOLD)
 
 
 def failure(what: str) -> SparseMMError:

@@ -8,7 +8,7 @@ import os
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pytest
@@ -293,11 +293,15 @@ class MallInfo(ctypes.Structure):
     _fields_ += [(name, ctypes.c_size_t) for name in ["fsmblks", "uordblks", "fordblks", "keepcost"]]
 
 
-def allocated() -> int:
-    """Bytes that malloc has handed out and not got back."""
+def mallinfo() -> MallInfo:
     ask = ctypes.CDLL(None).mallinfo2
     ask.restype = MallInfo
-    found = ask()
+    return cast(MallInfo, ask())
+
+
+def allocated() -> int:
+    """Bytes that malloc has handed out and not got back."""
+    found = mallinfo()
     return int(found.uordblks + found.hblkhd)
 
 
@@ -320,3 +324,24 @@ def test_the_encoder_keeps_no_compute_buffer_and_encodes_again_as_before(load: C
         with start_session(model, prompt, n_predict=1, eviction=Eviction(False)) as session:
             session.read_prompt()
         assert allocated() - before < size / 2
+
+
+@pytest.mark.skipif(
+    not hasattr(ctypes.CDLL(None), "mallinfo2"), reason="glibc's malloc is the one to be told"
+)
+def test_freed_buffers_of_a_layer_leave_no_holes_in_the_heap(load: Callable[..., Any]) -> None:
+    load(0)
+    libc = ctypes.CDLL(None)
+    libc.malloc.restype, libc.malloc.argtypes, libc.free.argtypes = (
+        ctypes.c_void_p,
+        [ctypes.c_size_t],
+        [ctypes.c_void_p],
+    )
+    libc.free(libc.malloc(30 * 2**20))  # after which glibc, left to itself, would put 8 MiB on the heap
+    before = mallinfo()
+    blocks = [libc.malloc(8 * 2**20) for _ in range(4)]
+    assert mallinfo().hblks == before.hblks + 4
+    for block in blocks[:3]:
+        libc.free(block)
+    assert mallinfo().hblks == before.hblks + 1
+    libc.free(blocks[3])
