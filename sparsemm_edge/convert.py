@@ -85,6 +85,7 @@ def convert(
         head_scores=stored_scores,
         scores_source=head_scores.label(),
         water_fill_length=n_prompt if spec.water_fill else 0,
+        layers=shape.layers,
     )
     with atomic_path(out) as part:
         copy_with_fields(header, part, metadata.fields(), PREFIX, progress)

@@ -1,7 +1,7 @@
 """A GGUF file's model shape, and the `sparsemm.*` keys with its head budgets."""
 
 import reprlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields
 from itertools import islice
 from pathlib import Path
@@ -40,19 +40,27 @@ _SCALARS = {
 }
 # keys that files of earlier versions lack, and what such a file means
 _ADDED = {"vote": "snapkv", "residual": False}
-_ARRAYS = {"head_budgets": _U32, "head_scores": _F32}
+_ARRAYS = {"head_budgets": _U32, "head_scores": _F32, "layers": _U32}
+# written only where some layers have no head budgets
+_OPTIONAL = {"layers"}
 
-# Text architectures of LLaVA- and Qwen-VL-like models that llama.cpp (0c1e57098) keeps in its plain unified
-# KV cache: llama_model::create_memory builds a llama_kv_cache for them, their graphs use build_attn_inp_kv,
-# and every layer is full attention with rotary positions (no sliding window, no MLA, no recurrent layer, no
-# attention sinks). What else can rule a file out is checked in check_supported.
+# Text architectures of LLaVA- and Qwen-VL-like models whose attention the evicting cache of patches/ has:
+# rotary positions, no MLA, no attention sinks. In most of them every layer has full attention (llama.cpp
+# 0c1e57098 keeps them in its plain KV cache); _attention_layers says which layers have it in the others. What
+# else can rule a file out is checked in check_supported.
+_SLIDING_WINDOW = frozenset({"gemma3", "gemma4"})
+_OTHER_LAYERS = _SLIDING_WINDOW | {"lfm2", "qwen35", "qwen35moe"}
+_N_LAYER_MAX = 512  # LLAMA_MAX_LAYERS
 SUPPORTED_ARCHITECTURES = frozenset(
     {
+        "gemma3",  # Gemma 3: a layer with full attention after five with a sliding window
+        "gemma4",  # Gemma 4: the same, and layers that share K and V
         "glm4",  # GLM-4.1V, GLM-OCR
         "glm4moe",  # GLM-4.5V, GLM-4.6V
         "granite",  # Granite Vision
         "hunyuan_vl",  # HunyuanOCR
         "internlm2",  # InternVL
+        "lfm2",  # LFM2-VL: convolutions beside attention
         "llama",  # LLaVA on LLaMA, Vicuna, Mistral; Pixtral; SmolVLM; MiniCPM-V 2.5
         "minicpm",  # MiniCPM-V 2
         "mistral3",  # Mistral Small 3
@@ -63,6 +71,8 @@ SUPPORTED_ARCHITECTURES = frozenset(
         "qwen2moe",
         "qwen2vl",  # Qwen2-VL, Qwen2.5-VL
         "qwen3",  # InternVL
+        "qwen35",  # Qwen3.5, Qwen3.6: a layer with full attention after three recurrent ones
+        "qwen35moe",
         "qwen3moe",
         "qwen3vl",
         "qwen3vlmoe",
@@ -87,8 +97,11 @@ class ModelShape:
     Attributes:
         arch: general.architecture.
         name: general.name, or the file's name.
-        n_layer, n_head, n_head_kv: layers; query and KV heads per layer, the same in every layer.
+        n_layer, n_head, n_head_kv: layers; query and KV heads per layer, the same in every layer. Layers that
+            hold no K and V of all positions (recurrent, with a sliding window, or with the K and V of another
+            layer) do not count.
         n_embd_head_k, n_embd_head_v: numbers in one key and one value of one KV head.
+        layers: the numbers of those layers in the model, ascending; None: all of the model's layers count.
     """
 
     arch: str
@@ -98,6 +111,12 @@ class ModelShape:
     n_head_kv: int
     n_embd_head_k: int
     n_embd_head_v: int
+    layers: tuple[int, ...] | None = None
+
+    @property
+    def layer_numbers(self) -> Sequence[int]:
+        """The number in the model of each layer that counts: [n_layer]."""
+        return range(self.n_layer) if self.layers is None else self.layers
 
     @property
     def kv_heads(self) -> tuple[int, int]:
@@ -120,6 +139,7 @@ class SparseMMMetadata:
         scores_source: model, data set and sha256 of the scores file.
         water_fill_length: prompt length in positions that the table was water-filled for; 0: it was not.
         enabled: False keeps the full cache.
+        layers: the model's layers that the tables are of, [n_layer]; None: all.
     """
 
     spec: BudgetSpec
@@ -128,14 +148,16 @@ class SparseMMMetadata:
     scores_source: str
     water_fill_length: int
     enabled: bool = True
+    layers: tuple[int, ...] | None = None
 
     def fields(self) -> dict[str, GGUFField]:
         """The metadata as GGUF keys and values; arrays as layer-major lists."""
         values = {"version": VERSION, **vars(self.spec), **vars(self)}
         scalars = {key: GGUFField(kind, None, values[key]) for key, kind in _SCALARS.items()}
         arrays = {
-            key: GGUFField(GGUFValueType.ARRAY, kind, values[key].ravel().tolist())
+            key: GGUFField(GGUFValueType.ARRAY, kind, np.ravel(values[key]).tolist())
             for key, kind in _ARRAYS.items()
+            if values[key] is not None
         }
         return {PREFIX + key: field for key, field in (scalars | arrays).items()}
 
@@ -184,9 +206,13 @@ def model_shape(header: GGUFHeader) -> ModelShape:
     """
     path, arch = header.path, text_architecture(header)
 
+    layers: tuple[int, ...] | None = None
+
     def count(key: str, default: int | None = None) -> int:
-        """A positive whole number, or a list of the same one for every layer."""
+        """A positive whole number, or a list of the same one for every layer that counts."""
         value = header.value(f"{arch}.{key}", default)
+        if isinstance(value, np.ndarray) and layers is not None and value.size > layers[-1]:
+            value = value[list(layers)]
         if isinstance(value, np.ndarray) and value.size and (value == value[0]).all():
             value = value[0].item()
         if isinstance(value, np.ndarray):
@@ -199,26 +225,85 @@ def model_shape(header: GGUFHeader) -> ModelShape:
             )
         return value
 
-    n_head = count("attention.head_count")
-    n_head_kv = count("attention.head_count_kv", n_head)
-    if n_head % n_head_kv:
-        raise SparseMMError(f"{path}: {n_head} query heads cannot be divided among {n_head_kv} KV heads")
     # layers that predict further tokens come last, and llama.cpp does not run them
     n_next = header.value(f"{arch}.nextn_predict_layers", 0)
     n_layer = count("block_count") - (n_next if isinstance(n_next, int) else 0)
     if n_layer < 1:
         raise SparseMMError(f"{path}: {shown(arch)}.nextn_predict_layers leaves no layer of block_count")
+    layers = _attention_layers(header, arch, n_layer)
+    n_head = count("attention.head_count")
+    n_head_kv = count("attention.head_count_kv", n_head)
+    if n_head % n_head_kv:
+        raise SparseMMError(f"{path}: {n_head} query heads cannot be divided among {n_head_kv} KV heads")
     n_embd_head = count("embedding_length") // n_head
     name = header.value("general.name")
     return ModelShape(
         arch=arch,
         name=name if isinstance(name, str) and name else path.stem,
-        n_layer=n_layer,
+        n_layer=n_layer if layers is None else len(layers),
         n_head=n_head,
         n_head_kv=n_head_kv,
         n_embd_head_k=count("attention.key_length", n_embd_head),
         n_embd_head_v=count("attention.value_length", n_embd_head),
+        layers=layers,
     )
+
+
+def _attention_layers(header: GGUFHeader, arch: str, n_layer: int) -> tuple[int, ...] | None:
+    """The layers that hold K and V of all positions, as llama.cpp's load_arch_hparams finds them; None: all.
+
+    Raises:
+        SparseMMError: no layer does, or a key does not say it of every layer.
+    """
+
+    def of_layers(key: str, default: Any) -> list[Any]:
+        """A list with an entry of every layer, or the same value for all."""
+        value = header.value(f"{arch}.{key}", default)
+        if not isinstance(value, np.ndarray):
+            return [value] * n_layer
+        if value.size < n_layer:
+            raise SparseMMError(
+                f"{header.path}: {arch}.{key} has {value.size} entries, the model has {n_layer} layers"
+            )
+        return list(value[:n_layer])
+
+    def every(key: str, default: int) -> list[bool]:
+        """Of n layers, the last one."""
+        n = header.value(f"{arch}.{key}", default)
+        if isinstance(n, bool) or not isinstance(n, int) or n < 1:
+            raise SparseMMError(
+                f"{header.path}: {arch}.{key} is {reprlib.repr(n)}, expected a positive whole number"
+            )
+        return [(layer + 1) % n == 0 for layer in range(n_layer)]
+
+    if arch not in _OTHER_LAYERS:
+        return None
+    if n_layer > _N_LAYER_MAX:
+        raise SparseMMError(
+            f"{header.path}: {arch}.block_count is {n_layer}, llama.cpp runs {_N_LAYER_MAX} at most"
+        )
+    if arch in ("qwen35", "qwen35moe"):
+        key = "attention.recurrent_layers"
+        if header.value(f"{arch}.{key}") is None:
+            found = every("full_attention_interval", 4)
+        else:
+            found = [not recurrent for recurrent in of_layers(key, None)]
+    elif arch == "lfm2":
+        found = [bool(n) for n in of_layers("attention.head_count_kv", 1)]
+    elif arch in _SLIDING_WINDOW and header.value(f"{arch}.attention.sliding_window", 0):
+        key = "attention.sliding_window_pattern"
+        if isinstance(header.value(f"{arch}.{key}"), np.ndarray):
+            found = [not sliding for sliding in of_layers(key, None)]
+        else:
+            found = every(key, 6)
+        shared = header.value(f"{arch}.attention.shared_kv_layers", 0)
+        if arch == "gemma4" and isinstance(shared, int):
+            found = [full and layer < n_layer - shared for layer, full in enumerate(found)]
+    else:
+        return None
+    if not any(found):
+        raise SparseMMError(f"{header.path}: this {arch} model has no layer with full attention")
+    return tuple(layer for layer, full in enumerate(found) if full)
 
 
 def check_supported(header: GGUFHeader, shape: ModelShape) -> None:
@@ -230,29 +315,32 @@ def check_supported(header: GGUFHeader, shape: ModelShape) -> None:
         raise SparseMMError(
             f"{path}: unsupported architecture {reprlib.repr(arch)}{reason}; supported: {supported}"
         )
-    for key, what in (
-        ("attention.sliding_window", "a sliding window"),
-        ("attention.kv_lora_rank", "latent attention (MLA)"),
+    # llama.cpp leaves the window of Phi-3 out of account
+    for key, what, where in (
+        ("attention.sliding_window", "a sliding window", _SLIDING_WINDOW | {"phi3"}),
+        ("attention.kv_lora_rank", "latent attention (MLA)", frozenset[str]()),
     ):
-        if arch == "phi3" and key == "attention.sliding_window":
-            continue  # which llama.cpp leaves out of account
-        if np.any(header.value(f"{arch}.{key}", 0)):
+        if arch not in where and np.any(header.value(f"{arch}.{key}", 0)):
             raise SparseMMError(f"{path}: unsupported model: it has {what} ({arch}.{key})")
-    missing = list(islice(_missing_tensors(header, shape.n_layer), 4))
+    missing = list(islice(_missing_tensors(header, shape), 4))
     if missing:
         names = ", ".join(missing[:3]) + (" and more" if len(missing) > 3 else "")
+        with_attention = "" if shape.layers is None else " with full attention"
         raise SparseMMError(
-            f"{path}: missing tensors: {names} (a {arch} model of {shape.n_layer} layers has to have them)"
+            f"{path}: missing tensors: {names}"
+            f" (a {arch} model of {shape.n_layer} layers{with_attention} has to have them)"
         )
 
 
-def _missing_tensors(header: GGUFHeader, n_layer: int) -> Iterator[str]:
+def _missing_tensors(header: GGUFHeader, shape: ModelShape) -> Iterator[str]:
     """Names of attention weights that every supported architecture needs and the file lacks."""
     if "token_embd.weight" not in header.tensors:
         yield "token_embd.weight"
-    for layer in range(n_layer):
+    for layer in shape.layer_numbers:
         fused = f"blk.{layer}.attn_qkv.weight" in header.tensors
-        parts = ("attn_qkv",) if fused else ("attn_q", "attn_k", "attn_v")
+        parts: tuple[str, ...] = ("attn_qkv",) if fused else ("attn_q", "attn_k", "attn_v")
+        if shape.arch == "gemma4" and not fused:  # whose layers can have the same K and V
+            parts = ("attn_q", "attn_k")
         for part in (*parts, "attn_output"):
             if f"blk.{layer}.{part}.weight" not in header.tensors:
                 yield f"blk.{layer}.{part}.weight"
@@ -276,6 +364,9 @@ def sparsemm_metadata(header: GGUFHeader) -> SparseMMMetadata | None:
         if field is None and key in _ADDED:
             values[key] = _ADDED[key]
             continue
+        if field is None and key in _OPTIONAL:
+            values[key] = None
+            continue
         if field is None:
             raise broken(f"{PREFIX}{key} is missing")
         found = field.item_type if key in _ARRAYS else field.type
@@ -298,6 +389,10 @@ def sparsemm_metadata(header: GGUFHeader) -> SparseMMMetadata | None:
             raise broken(f"{PREFIX}{key} has {values[key].size} entries, the model needs {expected}")
         values[key] = values[key].reshape(shape.n_layer, columns)
 
+    if values["layers"] is not None:
+        values["layers"] = tuple(values["layers"].tolist())
+        if values["layers"] != tuple(shape.layer_numbers):
+            raise broken(f"{PREFIX}layers does not name the layers with full attention")
     of_spec = {each.name: values.pop(each.name) for each in fields(BudgetSpec) if each.name in values}
     spec = BudgetSpec(**of_spec, water_fill=values["water_fill_length"] > 0)
     metadata = SparseMMMetadata(spec, **values)

@@ -448,9 +448,30 @@ LLAMA_WITHOUT_K = {key: value for key, value in attention_tensors().items() if "
         ({"tensors": {}}, r"missing tensors: token_embd\.weight, .* and more"),
         (
             {"arch": "mamba"},
-            "unsupported architecture 'mamba'; supported: glm4, glm4moe, granite, hunyuan_vl",
+            "unsupported architecture 'mamba'; supported: gemma3, gemma4, glm4, glm4moe, granite",
         ),
-        ({"arch": "gemma3"}, "unsupported architecture 'gemma3'"),
+        ({"arch": "gemma2"}, "unsupported architecture 'gemma2'"),
+        (
+            {"arch": "lfm2", "keys": {"lfm2.attention.sliding_window": (4096, U32)}},
+            "it has a sliding window",
+        ),
+        (
+            {"arch": "lfm2", "keys": {"lfm2.attention.head_count_kv": ([0, 0], GGUFValueType.ARRAY)}},
+            "this lfm2 model has no layer with full attention",
+        ),
+        (
+            {"arch": "lfm2", "keys": {"lfm2.attention.head_count_kv": ([2], GGUFValueType.ARRAY)}},
+            "head_count_kv has 1 entries, the model has 2 layers",
+        ),
+        ({"arch": "qwen35"}, "this qwen35 model has no layer with full attention"),
+        (
+            {"arch": "qwen35", "keys": {"qwen35.full_attention_interval": (0, U32)}},
+            "full_attention_interval is 0, expected a positive whole number",
+        ),
+        (
+            {"arch": "qwen35", "keys": {"qwen35.block_count": (2**32 - 1, U32)}},
+            "block_count is 4294967295, llama.cpp runs 512 at most",
+        ),
         (
             {"arch": "deepseek2"},
             r"'deepseek2' \(latent attention \(MLA\) has one K and V for all heads\); supported:",
@@ -505,6 +526,82 @@ def test_a_model_that_only_looks_unusual_is_converted(
 ) -> None:
     model = write_model(tmp_path / "tiny.gguf", **model_arguments)  # type: ignore[arg-type]
     assert read_metadata(convert(model, scores).path) is not None
+
+
+ARRAY = GGUFValueType.ARRAY
+LAYERS = {
+    "qwen35, by its interval": ("qwen35", {"qwen35.full_attention_interval": (3, U32)}, [2, 5]),
+    "qwen35, an interval of 4": ("qwen35", {}, [3]),
+    "qwen35, a list, and a layer that does not run": (
+        "qwen35",
+        {
+            "qwen35.attention.recurrent_layers": ([True, False, True, True, False, False], ARRAY),
+            "qwen35.nextn_predict_layers": (1, U32),
+        },
+        [1, 4],
+    ),
+    "qwen35moe": ("qwen35moe", {"qwen35moe.full_attention_interval": (2, U32)}, [1, 3, 5]),
+    "lfm2": ("lfm2", {"lfm2.attention.head_count_kv": ([0, 0, 2, 0, 2, 0], ARRAY)}, [2, 4]),
+    "gemma3": ("gemma3", {"gemma3.attention.sliding_window": (512, U32)}, [5]),
+    "gemma3, a pattern": (
+        "gemma3",
+        {
+            "gemma3.attention.sliding_window": (512, U32),
+            "gemma3.attention.sliding_window_pattern": (3, U32),
+        },
+        [2, 5],
+    ),
+    "gemma4, other heads where it slides, and layers that share": (
+        "gemma4",
+        {
+            "gemma4.attention.sliding_window": (512, U32),
+            "gemma4.attention.sliding_window_pattern": ([True, False, True, False, True, False], ARRAY),
+            "gemma4.attention.head_count_kv": ([4, 2, 4, 2, 4, 2], ARRAY),
+            "gemma4.attention.shared_kv_layers": (2, U32),
+            "gemma4.attention.key_length": (16, U32),
+        },
+        [1, 3],
+    ),
+}
+
+
+@pytest.mark.parametrize("name", LAYERS)
+def test_only_layers_with_full_attention_have_budgets(tmp_path: Path, name: str) -> None:
+    arch, keys, layers = LAYERS[name]
+    parts = ("attn_q", "attn_k", "attn_v", "attn_output")
+    named = {f"blk.{layer}.{part}.weight" for layer in layers for part in parts} | {"token_embd.weight"}
+    tensors = {name: tensor for name, tensor in attention_tensors(6).items() if name in named}
+    model = write_model(tmp_path / "tiny.gguf", arch=arch, n_layer=6, keys=keys, tensors=tensors)
+    shape = read_model_shape(model)
+    assert list(shape.layer_numbers) == layers
+    assert shape.kv_heads == (len(layers), 2)
+    assert (shape.n_embd_head_k, shape.n_embd_head_v) == (16 if arch == "gemma4" else 8, 8)
+
+    scores = write_scores(tmp_path / "scores.json", [[1.0, 2.0, 3.0, 4.0]] * len(layers))
+    path = convert(model, scores).path
+    fields = gguf.GGUFReader(path).fields
+    assert fields["sparsemm.layers"].contents() == layers
+    assert len(fields["sparsemm.head_budgets"].contents()) == 2 * len(layers)
+    metadata = read_metadata(path)
+    assert metadata is not None and metadata.layers == tuple(layers)
+
+    too_many = write_scores(tmp_path / "all.json", [[1.0, 2.0, 3.0, 4.0]] * 6)
+    with pytest.raises(SparseMMError, match=rf"6 layers x 4 heads, the model has {len(layers)} layers"):
+        convert(model, too_many, force=True)
+
+
+def test_a_table_of_other_layers_is_refused(tmp_path: Path) -> None:
+    keys = {"lfm2.attention.head_count_kv": ([0, 2, 2, 0, 0, 0], ARRAY)}
+    model = write_model(
+        tmp_path / "tiny.gguf", arch="lfm2", n_layer=6, keys=keys, tensors=attention_tensors(6)
+    )
+    path = convert(model, write_scores(tmp_path / "scores.json", SCORES)).path
+    data = path.read_bytes()
+    named = b"sparsemm.layers" + struct.pack("<IIQII", ARRAY, U32, 2, 1, 2)
+    assert data.count(named) == 1
+    path.write_bytes(data.replace(named, named[:-4] + struct.pack("<I", 3)))
+    with pytest.raises(SparseMMError, match="layers does not name the layers with full attention"):
+        read_metadata(path)
 
 
 @pytest.mark.parametrize(
