@@ -59,14 +59,12 @@ class Spec:
     settings: dict[str, Any] = field(default_factory=dict)
     options: tuple[str, ...] = ()  # of llama.cpp's converter
     seed: int = 0
-    peak: int = 4  # how much more the queries are than their norm makes them
+    peak: float = 4  # how much more the queries are than their norm makes them
 
 
 SPECS = {
     "qwen3.5": Spec("Qwen3_5ForCausalLM", "qwen3_5_text", _QWEN35, ("--no-mtp",), seed=1, peak=1),
-    "qwen3.5-moe": Spec(
-        "Qwen3_5MoeForCausalLM", "qwen3_5_moe_text", _QWEN35 | _MOE, ("--no-mtp",), peak=1
-    ),
+    "qwen3.5-moe": Spec("Qwen3_5MoeForCausalLM", "qwen3_5_moe_text", _QWEN35 | _MOE, ("--no-mtp",), peak=1),
     "lfm2": Spec(
         "Lfm2ForCausalLM",
         "lfm2",
@@ -93,8 +91,9 @@ SPECS = {
             "global_head_dim": 32,
             "num_kv_shared_layers": 2,
             "hidden_size_per_layer_input": 8,
+            "final_logit_softcapping": 1e6,  # none: llama.cpp has one where the file does not say it
         },
-        peak=1,
+        peak=0.4,  # it does not divide by the root of the head size
     ),
 }
 
@@ -141,6 +140,17 @@ def made(name: str) -> Made:
     return files
 
 
+class _Tap(oracle._Tap):
+    """Votes are taken with logits divided by the root of the head size: queries are scaled so that it is right."""
+
+    def __init__(self, n_head_kv: int, attention: Any) -> None:
+        self.factor = attention.scaling * attention.head_dim**0.5
+        super().__init__(n_head_kv)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        super().__setattr__(name, value * self.factor if name == "query" else value)
+
+
 class _Shared:
     """What a layer leaves out and adds that attends to the K and V of another one."""
 
@@ -176,7 +186,7 @@ class MixedOracle(oracle.Oracle):
         for layer, kind in zip(self.decoder.layers, config.layer_types, strict=True):
             if not hasattr(layer, "self_attn"):
                 continue
-            tap: Any = oracle._Tap(self.n_head_kv)
+            tap: Any = _Tap(self.n_head_kv, layer.self_attn)
             if kind == "full_attention":
                 if getattr(layer.self_attn, "is_kv_shared_layer", False):
                     tap = _Shared(self.taps[-1])

@@ -21,7 +21,9 @@ from sparsemm_edge.runtime.prompt import Prompt
 from sparsemm_edge.runtime.session import Session, start_session_with
 
 # more than the cells that Gemma's layers with a sliding window have (256)
-TEXT = "USER: The quick brown fox jumps over the lazy dog; 3 apples and 14 pears cost $7.50, no? ASSISTANT: " * 4
+TEXT = (
+    "USER: The quick brown fox jumps over the lazy dog; 3 apples and 14 pears cost $7.50, no? ASSISTANT: " * 4
+)
 WINDOW, N_PREDICT = 8, 24
 ERROR = 2e-2  # of logits: llama.cpp attends in f16
 
