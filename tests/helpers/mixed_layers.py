@@ -1,5 +1,5 @@
-"""Tiny random models some of whose layers hold something else than K and V of all positions: a recurrent state, or
-K and V of a sliding window. As PyTorch runs them and as llama.cpp does."""
+"""Tiny random models some of whose layers hold something else than K and V of all positions: a recurrent
+state, or K and V of a sliding window. As PyTorch runs them and as llama.cpp does."""
 
 from __future__ import annotations
 
@@ -13,25 +13,22 @@ from pathlib import Path
 from tempfile import mkdtemp
 from typing import Any
 
-import numpy as np
 import torch
+from transformers import AutoModelForCausalLM
 
+import make_test_models
 from helpers import oracle
+from helpers.architectures import _VOCABULARY
 from helpers.tiny_mmproj import write_mmproj
 from helpers.vision_models import MROPE, TEXT, _randomise, _tokenizer
 
-# llama.cpp does not load a vocabulary of this kind without merges, and these checkpoints have none
-_MERGES = """
-import gguf
-add_token_list = gguf.GGUFWriter.add_token_list
-def with_merges(self, tokens):
-    add_token_list(self, tokens)
-    self.add_array("tokenizer.ggml.merges", ["a b"])
-gguf.GGUFWriter.add_token_list = with_merges
+# Gemma 4 has a vocabulary of its own
+_GEMMA4 = """import gguf
 from conversion.gemma import Gemma4Model
-Gemma4Model.set_vocab = lambda self: self._set_vocab_gpt2()
-for job in jobs:
+Gemma4Model.set_vocab = TextModel._set_vocab_gpt2
 """
+_CONVERT = make_test_models._CONVERT.replace("for job in jobs:\n", _VOCABULARY.lstrip())
+_CONVERT = _CONVERT.replace("import gguf\n", _GEMMA4, 1)
 _QWEN35 = {
     "num_hidden_layers": 7,  # full attention in every third, which is not the last
     "full_attention_interval": 3,
@@ -59,7 +56,7 @@ class Spec:
     settings: dict[str, Any] = field(default_factory=dict)
     options: tuple[str, ...] = ()  # of llama.cpp's converter
     seed: int = 0
-    peak: float = 4  # how much more the queries are than their norm makes them
+    peak: float = 4  # how many times larger the norm makes the queries
 
 
 SPECS = {
@@ -80,7 +77,7 @@ SPECS = {
         "gemma3_text",
         {"num_hidden_layers": 13, "sliding_window": 48, "query_pre_attn_scalar": 16},
     ),
-    # heads of another size where the window slides, inputs of each layer, and two layers with the K and V of others
+    # heads of another size where the window slides, inputs of each layer, two layers with K and V of others
     "gemma4": Spec(
         "Gemma4ForCausalLM",
         "gemma4_text",
@@ -110,8 +107,6 @@ class Made:
 @cache
 def made(name: str) -> Made:
     """The model of this name, one of SPECS."""
-    from make_test_models import _CONVERT, llama_cpp_source
-
     transformers = importlib.import_module("transformers")
     folder, spec = Path(mkdtemp()), SPECS[name]
     files = Made(folder / "hf", folder / "model.gguf", folder / "mmproj.gguf")
@@ -122,15 +117,16 @@ def made(name: str) -> Made:
     _randomise(model, spec.seed, tokenizer)
     with torch.no_grad():
         for key, parameter in model.named_parameters():
-            # the norm of the queries undoes what is done to q_proj
-            if key.endswith(("q_norm.weight", "q_layernorm.weight")):
+            if key.endswith("q_norm.weight"):  # _randomise made it four times as large
+                parameter.mul_(spec.peak / 4)
+            if key.endswith("q_layernorm.weight"):
                 parameter.mul_(spec.peak)
     model.save_pretrained(files.hf)
     tokenizer.save_pretrained(files.hf)
     jobs = [[str(files.hf), "--outtype", "f32", "--outfile", str(files.text), *spec.options]]
-    code = _CONVERT.replace("for job in jobs:\n", _MERGES.lstrip())
+    source = make_test_models.llama_cpp_source(None)
     done = subprocess.run(
-        [sys.executable, "-c", code, str(llama_cpp_source(None)), json.dumps(jobs)],
+        [sys.executable, "-c", _CONVERT, str(source), json.dumps(jobs)],
         capture_output=True,
         text=True,
         check=False,
@@ -138,17 +134,6 @@ def made(name: str) -> Made:
     assert done.returncode == 0, done.stderr
     write_mmproj(files.mmproj, "mlp", TEXT["hidden_size"])
     return files
-
-
-class _Tap(oracle._Tap):
-    """Votes are taken with logits divided by the root of the head size: queries are scaled so that it is right."""
-
-    def __init__(self, n_head_kv: int, attention: Any) -> None:
-        self.factor = attention.scaling * attention.head_dim**0.5
-        super().__init__(n_head_kv)
-
-    def __setattr__(self, name: str, value: Any) -> None:
-        super().__setattr__(name, value * self.factor if name == "query" else value)
 
 
 class _Shared:
@@ -172,8 +157,6 @@ class MixedOracle(oracle.Oracle):
     """The original of a model, in float32, of which the layers with full attention evict."""
 
     def __init__(self, hf_dir: Path) -> None:
-        from transformers import AutoModelForCausalLM
-
         self.model = AutoModelForCausalLM.from_pretrained(
             hf_dir, dtype=torch.float32, attn_implementation="eager"
         ).eval()
@@ -182,11 +165,11 @@ class MixedOracle(oracle.Oracle):
         config._attn_implementation = oracle._ATTENTION
         self.n_head, self.n_head_kv = config.num_attention_heads, config.num_key_value_heads
         self.taps: list[oracle._Tap] = []
-        self.is_qwen = False
+        self.is_qwen, self.is_mrope = False, "mrope_section" in (config.rope_parameters or {})
         for layer, kind in zip(self.decoder.layers, config.layer_types, strict=True):
             if not hasattr(layer, "self_attn"):
                 continue
-            tap: Any = _Tap(self.n_head_kv, layer.self_attn)
+            tap: Any = oracle._Tap(self.n_head_kv)
             if kind == "full_attention":
                 if getattr(layer.self_attn, "is_kv_shared_layer", False):
                     tap = _Shared(self.taps[-1])
@@ -194,10 +177,3 @@ class MixedOracle(oracle.Oracle):
                     self.taps.append(tap)
             layer.self_attn.oracle_tap = tap
         self.n_layer = len(self.taps)
-
-    @torch.no_grad()
-    def prompt_of(self, tokens: np.ndarray) -> oracle.Prompt:
-        ids = torch.from_numpy(np.asarray(tokens, np.int64))[None]
-        none = np.zeros(ids.shape[1], bool)
-        positions = torch.arange(ids.shape[1])[None]
-        return oracle.Prompt(ids[0].numpy(), none, self.decoder.embed_tokens(ids), positions, ids.shape[1])

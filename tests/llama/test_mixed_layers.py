@@ -1,5 +1,5 @@
-"""Models of which some layers evict: no eviction, no change; heads keep and say what the oracle's do; a saved state
-goes on as if nothing had been between; and what the other layers hold cannot be cut."""
+"""The claims of test_architectures.py about models of which only some layers evict: no eviction, no change;
+heads keep and say what the oracle's do; and a saved state goes on as if nothing had been between."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ class Case:
         return random_table(self.model, 60, WINDOW, self.prompt.n_tokens, residual=True)
 
     def oracle_prompt(self) -> OraclePrompt:
-        return oracle_of(self.name).prompt_of(np.concatenate([part.tokens for part in self.prompt.parts]))
+        return oracle_of(self.name).prompt_of([part.tokens for part in self.prompt.parts])
 
 
 @cache
