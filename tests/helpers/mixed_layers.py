@@ -132,7 +132,7 @@ def made(name: str) -> Made:
         check=False,
     )
     assert done.returncode == 0, done.stderr
-    write_mmproj(files.mmproj, "mlp", TEXT["hidden_size"])
+    write_mmproj(files.mmproj, "gemma3" if name == "gemma3" else "mlp", TEXT["hidden_size"])
     return files
 
 

@@ -13,6 +13,7 @@ PATCH, SIZE = 14, 112  # pixels a side
 PINPOINTS = [224, 112, 112, 224, 224, 224, 336, 112, 112, 336]  # width, height
 
 KINDS: dict[str, dict[str, Any]] = {
+    "gemma3": {"projector.scale_factor": 2},
     "mlp": {},
     "llava-next": {"projector": "mlp", "image_grid_pinpoints": PINPOINTS},
     "pixtral": {},
@@ -64,6 +65,9 @@ def write_mmproj(path: Path, kind: str, n_embd_text: int, **changes: Any) -> Pat
         tensors |= _linear("mm.model.mlp.0", np.ones(merged, np.float32))
         tensors |= _linear("mm.model.mlp.1", weights(n_embd_text, merged))
         tensors |= _linear("mm.model.mlp.3", weights(n_embd_text, n_embd_text))
+    elif projector == "gemma3":
+        tensors["mm.soft_emb_norm.weight"] = np.ones(N_EMBD, np.float32)
+        tensors["mm.input_projection.weight"] = weights(n_embd_text, N_EMBD).T.copy()
     else:
         tensors["mm.model.fc.weight"] = weights(n_embd_text, merged)
 
