@@ -66,7 +66,7 @@ def write_mmproj(path: Path, kind: str, n_embd_text: int, **changes: Any) -> Pat
         tensors |= _linear("mm.model.mlp.1", weights(n_embd_text, merged))
         tensors |= _linear("mm.model.mlp.3", weights(n_embd_text, n_embd_text))
     elif projector == "gemma3":
-        tensors["mm.soft_emb_norm.weight"] = np.ones(N_EMBD, np.float32)
+        tensors["mm.soft_emb_norm.weight"] = np.full(N_EMBD, 8, np.float32)  # as large as embeddings of text
         tensors["mm.input_projection.weight"] = weights(n_embd_text, N_EMBD).T.copy()
     else:
         tensors["mm.model.fc.weight"] = weights(n_embd_text, merged)
