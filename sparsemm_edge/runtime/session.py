@@ -302,7 +302,9 @@ class Session(Closing):
             False, and nothing dropped, if some head no longer holds all of that end.
         """
         memory = self._memory()
-        if library.heads_stats(memory) is not None:
+        # where other layers hold something else, only this function asks them too
+        mixed = self._model.shape.layers is not None
+        if library.heads_stats(memory) is not None and not mixed:
             done = library.heads_truncate(memory, n_tokens)
         else:
             done = bool(llama.llama_memory_seq_rm(memory, 0, n_past, -1))

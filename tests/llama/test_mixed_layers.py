@@ -143,6 +143,28 @@ def test_an_image_that_attends_to_all_of_itself() -> None:
         assert relative_error(other.logits, right.logits) > 2 * ERROR, "the mask did not matter"
 
 
+def test_a_reply_is_dropped_if_all_layers_can(case: Case) -> None:
+    """A sliding window can go back as far as it holds what came before, a recurrent state cannot."""
+    with case.session(case.table()) as session:
+        session.read_prompt()
+        n_past, n_tokens = session._n_past, session.n_tokens
+        token = int(session.logits().argmax())
+        tokens, logits = answer(session, 4)
+        assert tokens[0] == token
+        following = session.logits()
+        done = session.truncate(n_past, n_tokens)
+        assert done == case.name.startswith("gemma")
+        if done:
+            found = []
+            for each in tokens:
+                session.decode(each)
+                found.append(session.logits())
+            assert np.array_equal(found, [*logits[1:], following])
+        else:
+            session.decode(token)  # goes on where it was
+            assert session.n_tokens == n_tokens + 5
+
+
 def test_a_saved_state_goes_on_as_if_nothing_had_been_between(case: Case) -> None:
     with case.session(case.table()) as session, case.session(case.table()) as other:
         session.read_prompt()
