@@ -105,7 +105,7 @@ def test_budgets_that_hold_the_prompt_change_nothing(case: Case) -> None:
         for token in tokens:
             others.append(evicting.logits())
             evicting.decode(token)
-        assert relative_error(np.array(others), logits) < 2e-3
+        assert relative_error(np.array(others), logits) < 5e-3
 
 
 def test_heads_keep_and_say_what_the_oracles_do(case: Case) -> None:
