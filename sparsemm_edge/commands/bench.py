@@ -17,8 +17,8 @@ def bench(
         typer.Option(
             help="Instead of a model, random weights of this shape: llava-1.5-7b, llava-1.5-13b,"
             " llava-next-7b, llava-next-mistral-7b, qwen2-vl-2b, qwen2-vl-7b, qwen2.5-vl-3b,"
-            " qwen2.5-vl-7b, qwen3-vl-2b, qwen3-vl-4b, qwen3-vl-8b, internvl3.5-8b, glm-4.1v-9b or"
-            " smolvlm2-2.2b."
+            " qwen2.5-vl-7b, qwen3-vl-2b, qwen3-vl-4b, qwen3-vl-8b, internvl3.5-8b, glm-4.1v-9b,"
+            " smolvlm2-2.2b, qwen3.5-4b, qwen3.5-9b or gemma-3-4b."
         ),
     ] = None,
     layers: Annotated[int | None, typer.Option(help="Use only this many layers of the shape.")] = None,

@@ -79,6 +79,8 @@ class TextShape:
     rotary_factor: float = 1.0
     qk_norm: bool = False
     n_deepstack: int = 0
+    full_every: int = 1
+    n_swa: int = 0
 
     @property
     def head_dim(self) -> int:
@@ -86,8 +88,16 @@ class TextShape:
 
     def model_shape(self, name: str) -> ModelShape:
         """The parts that determine the KV cache."""
+        full = tuple(range(self.full_every - 1, self.n_layer, self.full_every))
         return ModelShape(
-            self.arch, name, self.n_layer, self.n_head, self.n_head_kv, self.head_dim, self.head_dim
+            arch=self.arch,
+            name=name,
+            n_layer=len(full),
+            n_head=self.n_head,
+            n_head_kv=self.n_head_kv,
+            n_embd_head_k=self.head_dim,
+            n_embd_head_v=self.head_dim,
+            layers=None if self.full_every == 1 else full,
         )
 
     def tensors(self) -> dict[str, tuple[int, ...]]:
@@ -108,27 +118,61 @@ class TextShape:
                 block |= {"attn_q.bias": (n_q,), "attn_k.bias": (n_kv,), "attn_v.bias": (n_kv,)}
             if self.qk_norm:
                 block |= {"attn_q_norm.weight": (self.head_dim,), "attn_k_norm.weight": (self.head_dim,)}
-            if self.arch == "glm4":  # gate and up in one, and norms on both sides
+            if self.arch in ("glm4", "gemma3"):  # norms on both sides
                 block |= {
-                    "ffn_up.weight": (2 * self.n_ff, self.n_embd),
                     "post_attention_norm.weight": (self.n_embd,),
                     "post_ffw_norm.weight": (self.n_embd,),
                 }
+            if self.arch == "glm4":  # gate and up in one
+                block["ffn_up.weight"] = (2 * self.n_ff, self.n_embd)
             else:
                 block |= {
                     "ffn_gate.weight": (self.n_ff, self.n_embd),
                     "ffn_up.weight": (self.n_ff, self.n_embd),
                 }
+            if self.arch == "qwen35":
+                block["post_attention_norm.weight"] = block.pop("ffn_norm.weight")
+                if (layer + 1) % self.full_every:
+                    block = {key: dims for key, dims in block.items() if not key.startswith("attn_")}
+                    block |= self._delta_net()
+                else:
+                    block["attn_q.weight"] = (2 * n_q, self.n_embd)  # with a gate for what is attended
             shapes |= {f"blk.{layer}.{name}": shape for name, shape in block.items()}
         shapes["output_norm.weight"] = (self.n_embd,)
         if not self.tied:
             shapes["output.weight"] = (self.n_vocab, self.n_embd)
         return shapes
 
+    def _delta_net(self) -> dict[str, tuple[int, ...]]:
+        """The tensors of a recurrent layer of Qwen3.5."""
+        n_k, n_v = _DELTA_NET["group_count"] * _DELTA_NET["state_size"], _DELTA_NET["inner_size"]
+        n_head, kernel = _DELTA_NET["time_step_rank"], _DELTA_NET["conv_kernel"]
+        return {
+            "attn_norm.weight": (self.n_embd,),
+            "attn_qkv.weight": (2 * n_k + n_v, self.n_embd),
+            "attn_gate.weight": (n_v, self.n_embd),
+            "ssm_conv1d.weight": (2 * n_k + n_v, kernel),
+            "ssm_dt.bias": (n_head,),
+            "ssm_a": (n_head,),
+            "ssm_beta.weight": (n_head, self.n_embd),
+            "ssm_alpha.weight": (n_head, self.n_embd),
+            "ssm_norm.weight": (_DELTA_NET["state_size"],),
+            "ssm_out.weight": (self.n_embd, n_v),
+        }
+
     def weight_bytes(self) -> int:
         """Bytes of all weights."""
         return sum(_tensor_bytes(shape) for shape in self.tensors().values())
 
+
+# of the recurrent layers of Qwen3.5-4B and 9B, by their keys in a GGUF file
+_DELTA_NET = {
+    "conv_kernel": 4,
+    "inner_size": 4096,
+    "state_size": 128,
+    "time_step_rank": 32,
+    "group_count": 16,
+}
 
 _VICUNA = TextShape("llama", 32, 4096, 32, 32, 11008, 32000, 4096, 1e4, 1e-5, False, "llama-spm")
 _QWEN2 = TextShape(
@@ -144,6 +188,25 @@ _QWEN3_VL = replace(
     rope_base=5e6,
     rope_sections=(24, 20, 20, 0),
     n_deepstack=3,
+)
+_QWEN35 = TextShape(
+    "qwen35",
+    32,
+    4096,
+    16,
+    4,
+    12288,
+    248320,
+    262144,
+    1e7,
+    1e-6,
+    False,
+    "qwen35",
+    rope_sections=(11, 11, 10, 0),
+    n_embd_head=256,
+    rotary_factor=0.25,
+    qk_norm=True,
+    full_every=4,
 )
 
 # From the checkpoints' published config.json.
@@ -187,6 +250,26 @@ SHAPES: dict[str, TextShape] = {
         (8, 12, 12, 0),
         rotary_factor=0.5,
     ),
+    "qwen3.5-4b": replace(_QWEN35, n_embd=2560, n_ff=9216, tied=True),
+    "qwen3.5-9b": _QWEN35,
+    "gemma-3-4b": TextShape(
+        "gemma3",
+        34,
+        2560,
+        8,
+        4,
+        10240,
+        262208,
+        131072,
+        1e6,
+        1e-6,
+        True,
+        "llama-spm",
+        n_embd_head=256,
+        qk_norm=True,
+        full_every=6,
+        n_swa=1024,
+    ),
     "smolvlm2-2.2b": TextShape(
         "llama",
         24,
@@ -216,8 +299,11 @@ def find_shape(name: str, n_layer: int | None) -> TextShape:
     shape = SHAPES[name]
     if n_layer is None:
         return shape
-    if not 1 <= n_layer <= shape.n_layer:
-        raise SparseMMError(f"{name} has {shape.n_layer} layers: --layers {n_layer} is not among 1 to them")
+    if not shape.full_every <= n_layer <= shape.n_layer:
+        least = shape.full_every
+        raise SparseMMError(
+            f"{name} has {shape.n_layer} layers: --layers {n_layer} is not among {least} to them"
+        )
     return replace(shape, n_layer=n_layer)
 
 
@@ -344,6 +430,12 @@ def _write(
     writer.add_vocab_size(shape.n_vocab)
     if shape.rope_sections:
         writer.add_rope_dimension_sections(list(shape.rope_sections))
+    if shape.n_swa:
+        writer.add_sliding_window(shape.n_swa)
+    elif shape.full_every > 1:
+        writer.add_uint32(f"{shape.arch}.full_attention_interval", shape.full_every)
+        for key, value in _DELTA_NET.items():
+            writer.add_uint32(f"{shape.arch}.ssm.{key}", value)
     if shape.n_deepstack:
         writer.add_num_deepstack_layers(shape.n_deepstack)
     if vocab is None:
@@ -353,7 +445,7 @@ def _write(
 
     tensors = shape.tensors()
     for tensor, dims in tensors.items():
-        kind = GGMLQuantizationType.F32 if len(dims) == 1 else _WEIGHTS
+        kind = _WEIGHTS if _is_matrix(dims) else GGMLQuantizationType.F32
         writer.add_tensor_info(tensor, dims, np.dtype(np.float32), _tensor_bytes(dims), kind)
     try:
         writer.write_header_to_file()
@@ -375,8 +467,9 @@ def _data(tensors: dict[str, tuple[int, ...]]) -> Iterator[npt.NDArray[Any]]:
     rng = np.random.default_rng(_SEED)
     rows: dict[int, npt.NDArray[np.uint8]] = {}  # by length
     for name, dims in tensors.items():
-        if len(dims) == 1:
-            yield np.full(dims, not name.endswith(".bias"), dtype=np.float32)
+        if not _is_matrix(dims):
+            value = -1 if name.endswith("ssm_a") else int(not name.endswith(".bias"))  # a: of a decay
+            yield np.full(dims, value, dtype=np.float32)
             continue
         n_out, n_in = dims
         if n_in not in rows:
@@ -415,9 +508,14 @@ def _add_made_up_vocabulary(writer: GGUFWriter, n_vocab: int) -> None:
     writer.add_token_scores([0.0] * n_vocab)
 
 
+def _is_matrix(dims: tuple[int, ...]) -> bool:
+    """Whether a tensor is stored in _WEIGHTS; short convolutions are not."""
+    return len(dims) == 2 and dims[1] % GGML_QUANT_SIZES[_WEIGHTS][0] == 0
+
+
 def _tensor_bytes(dims: tuple[int, ...]) -> int:
-    if len(dims) == 1:
-        return dims[0] * 4
+    if not _is_matrix(dims):
+        return prod(dims) * 4
     block, n_bytes = GGML_QUANT_SIZES[_WEIGHTS]
     return prod(dims) // block * n_bytes
 

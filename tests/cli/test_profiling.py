@@ -406,6 +406,9 @@ def test_more_than_memory_holds_is_refused_before_anything_is_made(monkeypatch: 
         ("internvl3.5-8b", 8.19, 147456),
         ("glm-4.1v-9b", 9.40, 40960),
         ("smolvlm2-2.2b", 1.81, 196608),
+        ("qwen3.5-4b", 4.21, 32768),
+        ("qwen3.5-9b", 8.95, 32768),
+        ("gemma-3-4b", 3.88, 20480),
     ],
 )
 def test_shapes_have_the_published_sizes(name: str, billions: float, kv_per_position: int) -> None:
@@ -423,10 +426,13 @@ def test_the_help_names_every_shape(sparsemm: CommandLine) -> None:
     assert [name for name in shapes.SHAPES if name not in shown] == []
 
 
-@pytest.mark.parametrize("name", ["qwen3-vl-8b", "internvl3.5-8b", "glm-4.1v-9b", "smolvlm2-2.2b"])
+NAMES = ["qwen3-vl-8b", "internvl3.5-8b", "glm-4.1v-9b", "smolvlm2-2.2b", "qwen3.5-9b", "gemma-3-4b"]
+
+
+@pytest.mark.parametrize("name", NAMES)
 def test_llama_cpp_reads_a_model_of_every_architecture(name: str, tmp_path: Path) -> None:
     """A few layers of each, with its real heads: it loads, decodes, and its cache is as large as computed."""
-    cut = replace(shapes.SHAPES[name], n_layer=4, n_ff=64, n_vocab=32064, vocab="llama-spm")
+    cut = replace(shapes.SHAPES[name], n_layer=8, n_ff=64, n_vocab=32064, vocab="llama-spm")
     if cut.n_embd == cut.n_head * cut.head_dim:  # as small as the heads allow
         cut = replace(cut, n_embd_head=cut.head_dim, n_embd=256)
     with VisionModel.load(shapes.model_of_shape(name, cut, tmp_path), n_threads=1) as model:
