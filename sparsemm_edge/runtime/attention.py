@@ -6,6 +6,7 @@ asked about every node of the graph.
 """
 
 import ctypes
+from collections.abc import Sequence
 
 import numpy as np
 import numpy.typing as npt
@@ -35,14 +36,16 @@ class StrongestPositions:
         callback, user_data: the context parameters `cb_eval` and `cb_eval_user_data`.
     """
 
-    def __init__(self, n_layer: int, n_head: int) -> None:
+    def __init__(self, n_layer: int, n_head: int, layers: Sequence[int]) -> None:
         """Args:
-            n_layer, n_head: of the model.
+            n_layer, n_head: all layers of the model, and query heads of each.
+            layers: the numbers of those that are asked for, ascending.
 
         Raises:
             SparseMMError: llama-cpp-python without the patches.
         """
         library.require_patched()
+        self._layers = list(layers)
         self._found = np.full((n_layer, n_head), -1, dtype=np.int32)
         self._state = _Strongest(n_layer, n_head, self._found.ctypes.data, False)
         self.callback = ctypes.cast(
@@ -60,14 +63,14 @@ class StrongestPositions:
         self._state.stop = wanted
 
     def take(self) -> npt.NDArray[np.int64]:
-        """The positions that the last token of the last llama_decode attended to most: [n_layer, n_head].
+        """The positions that the last token of the last llama_decode attended to most: [layers, n_head].
 
         Raises:
             SparseMMError: llama.cpp did not compute the weights of every layer since the last call.
         """
-        found = self._found.astype(np.int64)
+        found = self._found[self._layers].astype(np.int64)
         self._found[:] = -1
         if (found < 0).any():
-            layer = int(np.argwhere(found < 0)[0, 0])
+            layer = self._layers[int(np.argwhere(found < 0)[0, 0])]
             raise SparseMMError(f"llama.cpp computed no attention weights in layer {layer}")
         return found

@@ -12,7 +12,7 @@ from sparsemm_edge.gguf_header import read_header
 from sparsemm_edge.gguf_metadata import check_supported
 from sparsemm_edge.runtime import VisionModel
 from sparsemm_edge.runtime.attention import StrongestPositions
-from sparsemm_edge.runtime.library import mtmd
+from sparsemm_edge.runtime.library import llama, mtmd
 from sparsemm_edge.runtime.prompt import ImagePart, Prompt
 from sparsemm_edge.runtime.session import start_session_with
 from sparsemm_edge.scoring.mtmd_layout import ImageEncoder, Tile
@@ -42,7 +42,8 @@ class GgufReader:
         self.n_layer = model.shape.n_layer
         self.n_head = model.shape.n_head
         self.n_head_kv = model.shape.n_head_kv
-        self._attention = StrongestPositions(self.n_layer, self.n_head)
+        n_layer = int(llama.llama_model_n_layer(model.pointer))
+        self._attention = StrongestPositions(n_layer, self.n_head, model.shape.layer_numbers)
 
     def read(self, question: str, page: Image.Image, max_new_tokens: int) -> Answer:
         """The greedy answer to a question about a page, and the strongest positions of each head.

@@ -18,7 +18,9 @@ from helpers.models import sample_image
 from helpers.oracle import Grid, compare_kept, leads
 from helpers.oracle import Prompt as OraclePrompt
 from sparsemm_edge.runtime import VisionModel
+from sparsemm_edge.runtime.attention import StrongestPositions
 from sparsemm_edge.runtime.eviction import HeadBudgetTable
+from sparsemm_edge.runtime.library import llama
 from sparsemm_edge.runtime.prompt import ImagePart, Prompt, image_marker
 from sparsemm_edge.runtime.session import Session, start_session_with
 
@@ -183,3 +185,19 @@ def test_a_saved_state_goes_on_as_if_nothing_had_been_between(case: Case) -> Non
                 logits.append(each.logits())
             found.append(logits)
         assert np.array_equal(*found)
+
+
+def test_heads_of_the_layers_that_evict_can_be_scored(case: Case) -> None:
+    """A position for each of their heads, at most the last one, and not the same for all."""
+    shape = case.model.shape
+    n_layer = int(llama.llama_model_n_layer(case.model.pointer))
+    attention = StrongestPositions(n_layer, shape.n_head, shape.layer_numbers)
+    n_ctx = case.prompt.n_tokens + 8
+    with start_session_with(
+        case.model, case.prompt, None, n_ctx=n_ctx, n_ubatch=64, flash_attn=False, attention=attention
+    ) as session:
+        session.read_prompt()
+        strongest = attention.take()
+    assert strongest.shape == (shape.n_layer, shape.n_head)
+    assert strongest.min() >= 0 and strongest.max() < case.prompt.n_tokens
+    assert len(np.unique(strongest)) > 1

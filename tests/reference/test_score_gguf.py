@@ -270,7 +270,7 @@ def test_what_cannot_be_scored_is_said_in_one_line(tmp_path: Path, sparsemm: Com
 def test_weights_that_llama_cpp_does_not_compute_are_not_taken_for_scores(llava: Any) -> None:
     from sparsemm_edge.runtime.attention import StrongestPositions
 
-    attention = StrongestPositions(llava.shape.n_layer, llava.shape.n_head)
+    attention = StrongestPositions(llava.shape.n_layer, llava.shape.n_head, range(llava.shape.n_layer))
     with (
         llava.tokenize("a b c") as prompt,
         start_session_with(llava, prompt, None, n_ctx=16, flash_attn=True, attention=attention) as session,
