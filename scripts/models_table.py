@@ -6,7 +6,10 @@ python scripts/models_table.py
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
+
+import numpy as np
 
 from sparsemm_edge.gguf_header import read_header
 from sparsemm_edge.gguf_metadata import ModelShape
@@ -27,11 +30,13 @@ def bytes_of(estimate: Estimate, shape: ModelShape, n_prompt: int, budget: int) 
         wanted = Eviction(budget=budget, scores=scores)
         table = plan(wanted, None, shape, n_prompt, Path(f"{shape.name}.gguf"))
     assert table is not None
+    # not llama.cpp's own cache, in which Gemma's windows are as long as the context by default
+    everything = replace(table, head_budgets=np.full_like(table.head_budgets, n_ctx))
     full, evicted = (
         estimate.context_sizes(
             n_prompt=n_prompt, n_predict=N_REPLY, n_ctx=n_ctx, n_ubatch=N_UBATCH, table=evicts_by
         )
-        for evicts_by in (None, table)
+        for evicts_by in (everything, table)
     )
     return full.kv, evicted.kv, evicted.kv_peak
 
