@@ -55,7 +55,10 @@ def files(kind: str) -> tuple[Path, Path]:
     return model, path
 
 
-@pytest.fixture(scope="module", params=[*KINDS, "qwen2vl", "qwen2.5-vl", "qwen3-vl", "glm4v"])
+WRITTEN = [kind for kind in KINDS if kind != "gemma3"]  # whose layout score does not know
+
+
+@pytest.fixture(scope="module", params=[*WRITTEN, "qwen2vl", "qwen2.5-vl", "qwen3-vl", "glm4v"])
 def seen(request: pytest.FixtureRequest) -> Iterator[tuple[VisionModel, ImageEncoder]]:
     text, mmproj = files(request.param)
     with VisionModel.load(text, mmproj, n_threads=1) as model:
