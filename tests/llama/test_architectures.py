@@ -4,42 +4,28 @@ a saved state goes on as if nothing had been between. test_eviction.py says more
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
 from functools import cache
 
 import numpy as np
 import pytest
 from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
 
-from helpers.agreement import relative_error
 from helpers.architectures import MODELS, TEXT_MODELS, made
-from helpers.contexts import random_table
+from helpers.claims import (
+    Case,
+    check_that_a_saved_state_goes_on,
+    check_that_large_budgets_change_nothing,
+    check_what_heads_keep_and_say,
+)
 from helpers.models import sample_image
-from helpers.oracle import Grid, Oracle, compare_kept, leads
+from helpers.oracle import Grid, Oracle
 from helpers.oracle import Prompt as OraclePrompt
 from sparsemm_edge.runtime import VisionModel
-from sparsemm_edge.runtime.eviction import HeadBudgetTable
 from sparsemm_edge.runtime.library import mtmd
-from sparsemm_edge.runtime.prompt import ImagePart, Prompt, image_marker
-from sparsemm_edge.runtime.session import Session, start_session_with
+from sparsemm_edge.runtime.prompt import ImagePart, image_marker
 
 TEXT = f"USER: Look at this {image_marker()} and say what it shows, in the words of the page. ASSISTANT:"
-WINDOW, N_PREDICT = 8, 24
-
-
-@dataclass(frozen=True)
-class Case:
-    name: str
-    model: VisionModel
-    prompt: Prompt
-
-    def session(self, table: np.ndarray | None, **options: bool) -> Session:
-        budgets = None if table is None else HeadBudgetTable(table, WINDOW, 7, None, "mixkv", True)
-        n_ctx = self.prompt.n_tokens + 64
-        return start_session_with(self.model, self.prompt, budgets, n_ctx=n_ctx, **options)
-
-    def table(self) -> np.ndarray:
-        return random_table(self.model, 40, WINDOW, self.prompt.n_tokens, residual=True)
+ERROR = 1e-2  # of logits
 
 
 @cache
@@ -69,70 +55,17 @@ def case(request: pytest.FixtureRequest) -> Iterator[Case]:
         model.tokenize(TEXT, [sample_image((150, 120), 7)]) as prompt,
     ):
         assert any(isinstance(part, ImagePart) for part in prompt.parts)
-        yield Case(request.param, model, prompt)
-
-
-def answer(session: Session, n: int = N_PREDICT) -> tuple[list[int], np.ndarray]:
-    """A greedy answer, and the logits that it was chosen from [n, n_vocab]."""
-    tokens, logits = [], []
-    for _ in range(n):
-        logits.append(session.logits())
-        tokens.append(int(logits[-1].argmax()))
-        session.decode(tokens[-1])
-    return tokens, np.array(logits)
+        yield Case(request.param, model, prompt, budget=40)
 
 
 def test_budgets_that_hold_the_prompt_change_nothing(case: Case) -> None:
     """But for rounding: the evicting cache hands its rows to attention in another order of tiles."""
-    enough = np.full_like(case.table(), case.prompt.n_tokens + 1)
-    with case.session(None) as full, case.session(enough) as evicting:
-        full.read_prompt()
-        evicting.read_prompt()
-        assert evicting.kv_stats().n_evictions == 0
-        tokens, logits = answer(full)
-        expected = oracle_of(case.name).run(oracle_prompt(case), force=tokens, n_predict=N_PREDICT)
-        assert leads(expected, tokens).max() < 2e-2, "the full cache does not say what PyTorch says"
-        assert relative_error(logits, expected.logits) < 1e-2
-        others = []
-        for token in tokens:
-            others.append(evicting.logits())
-            evicting.decode(token)
-        assert relative_error(np.array(others), logits) < 2e-3
+    check_that_large_budgets_change_nothing(case, oracle_of(case.name), oracle_prompt(case), ERROR, 2e-3)
 
 
 def test_heads_keep_and_say_what_the_oracles_do(case: Case) -> None:
-    table = case.table()
-    with case.session(table) as session:
-        session.read_prompt()
-        kept = session.kept()
-        tokens, logits = answer(session)
-        assert session.kv_stats().n_evictions == 1
-    way = {"vote": "mixkv", "residual": True}
-    oracle, prompt = oracle_of(case.name), oracle_prompt(case)
-    agreement = compare_kept(oracle.run(prompt, table, WINDOW, 1, **way), kept)
-    assert agreement.n_unexplained == 0 and agreement.share >= 0.97
-    expected = oracle.run(prompt, table, WINDOW, N_PREDICT, kept=kept, force=tokens, **way)
-    assert relative_error(logits, expected.logits) < 1e-2
-    assert leads(expected, tokens).max() < 2e-2
-    full = oracle.run(prompt, n_predict=N_PREDICT, force=tokens)
-    assert relative_error(full.logits, expected.logits) > 2e-2, "what was evicted did not matter"
+    check_what_heads_keep_and_say(case, oracle_of(case.name), oracle_prompt(case), ERROR)
 
 
 def test_a_saved_state_goes_on_as_if_nothing_had_been_between(case: Case) -> None:
-    with case.session(case.table()) as session, case.session(case.table()) as other:
-        session.read_prompt()
-        answer(session, 4)
-        state = session.state()
-        other.restore(state)
-        for heads, restored in zip(session.kept(), other.kept(), strict=True):
-            assert all(map(np.array_equal, heads, restored))
-        tokens = answer(session)[0][:1] * 3
-        session.restore(state)
-        found = []
-        for each in (session, other):
-            logits = []
-            for token in tokens:
-                each.decode(token)
-                logits.append(each.logits())
-            found.append(logits)
-        assert np.array_equal(*found)
+    check_that_a_saved_state_goes_on(case)
