@@ -102,6 +102,12 @@ class GGUFHeader:
         return default if field is None else field.value
 
 
+def bytes_of(kind: GGMLQuantizationType, n: int) -> int:
+    """Bytes of n numbers of a GGML type, n in whole blocks."""
+    block, n_bytes = GGML_QUANT_SIZES[kind]
+    return n // block * n_bytes
+
+
 def read_header(path: Path) -> GGUFHeader:
     """Read a GGUF file's keys and list of tensors, and check that the file holds all of their data.
 
@@ -305,6 +311,5 @@ class _Walk:
                 " know"
             )
         kind = GGMLQuantizationType(number)
-        block, n_bytes = GGML_QUANT_SIZES[kind]
-        end = offset + prod(shape) // block * n_bytes
+        end = offset + bytes_of(kind, prod(shape))
         return GGUFTensor(self.path, listed, shape, kind, offset, end)

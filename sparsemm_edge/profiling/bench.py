@@ -10,10 +10,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
+from gguf.constants import GGMLQuantizationType
 
 from sparsemm_edge.errors import SparseMMError
-from sparsemm_edge.gguf_header import GGUFHeader, read_header, weight_bytes, weight_bytes_read
+from sparsemm_edge.gguf_header import GGUFHeader, bytes_of, read_header, weight_bytes, weight_bytes_read
 from sparsemm_edge.gguf_metadata import check_supported, model_shape, sparsemm_metadata
 from sparsemm_edge.profiling import machine as this_machine
 from sparsemm_edge.profiling import shapes
@@ -422,8 +422,7 @@ def _not_in_breakdown(header: GGUFHeader, setting: CacheSetting, n_prompt: int) 
         for key in ("embedding", "feed_forward")
     )
     n_rows = min(setting.n_ubatch or N_UBATCH, n_prompt)
-    block, n_bytes = GGML_QUANT_SIZES[GGMLQuantizationType.Q8_0]
-    return max(n_embd, n_ff) * n_rows // block * n_bytes - 4 * n_embd * n_rows
+    return bytes_of(GGMLQuantizationType.Q8_0, max(n_embd, n_ff) * n_rows) - 4 * n_embd * n_rows
 
 
 def _limits(tps: dict[str, float], empty: float | None, weights: int, bandwidth: float) -> Limits:

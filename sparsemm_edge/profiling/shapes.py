@@ -27,6 +27,7 @@ from gguf.quants import quantize
 
 from sparsemm_edge.errors import SparseMMError
 from sparsemm_edge.files import atomic_path
+from sparsemm_edge.gguf_header import bytes_of
 from sparsemm_edge.gguf_metadata import ModelShape, SparseMMMetadata
 from sparsemm_edge.scores import HeadScores
 
@@ -516,8 +517,7 @@ def _is_matrix(dims: tuple[int, ...]) -> bool:
 def _tensor_bytes(dims: tuple[int, ...]) -> int:
     if not _is_matrix(dims):
         return prod(dims) * 4
-    block, n_bytes = GGML_QUANT_SIZES[_WEIGHTS]
-    return prod(dims) // block * n_bytes
+    return bytes_of(_WEIGHTS, prod(dims))
 
 
 def _gb(n_bytes: int) -> str:

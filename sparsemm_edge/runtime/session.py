@@ -8,12 +8,12 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
+from gguf.constants import GGMLQuantizationType
 
 from sparsemm_edge.closing import Closing
 from sparsemm_edge.defaults import MAX_POSITIONS
 from sparsemm_edge.errors import SparseMMError, check_within
-from sparsemm_edge.gguf_header import weight_bytes_read
+from sparsemm_edge.gguf_header import bytes_of, weight_bytes_read
 from sparsemm_edge.gguf_metadata import check_supported
 from sparsemm_edge.resources import machine_memory
 from sparsemm_edge.runtime import library
@@ -374,9 +374,8 @@ class Session(Closing):
                 n_evictions=stats.n_evictions,
             )
         # llama.cpp's plain cache: all of n_ctx is allocated up front, for every layer
-        head = _row_bytes(self._types[0], shape.n_embd_head_k) + _row_bytes(
-            self._types[1], shape.n_embd_head_v
-        )
+        type_k, type_v = self._types
+        head = bytes_of(type_k, shape.n_embd_head_k) + bytes_of(type_v, shape.n_embd_head_v)
         per_position = head * shape.n_head_kv * shape.n_layer
         allocated = per_position * llama.llama_n_ctx(self.context)
         return KVStats(
@@ -598,11 +597,6 @@ def cache_type(name: str) -> GGMLQuantizationType:
     if name not in CACHE_TYPES:
         raise SparseMMError(f"unknown cache type {name!r}: expected one of {', '.join(CACHE_TYPES)}")
     return CACHE_TYPES[name]
-
-
-def _row_bytes(kind: GGMLQuantizationType, n: int) -> int:
-    block, n_bytes = GGML_QUANT_SIZES[kind]
-    return n // block * n_bytes
 
 
 def _ms_since(start: float) -> float:
