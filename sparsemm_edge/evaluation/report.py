@@ -61,7 +61,7 @@ class Way:
 
 
 @dataclass(frozen=True)
-class Row:
+class EvaluationRow:
     """One setting and one way of asking; the seeds of `random` are one row.
 
     Attributes:
@@ -150,7 +150,7 @@ class Report:
         skipped: combinations that cannot be run.
     """
 
-    rows: tuple[Row, ...]
+    rows: tuple[EvaluationRow, ...]
     n_questions: int
     failures: tuple[Failure, ...]
     skipped: tuple[Skipped, ...] = ()
@@ -163,7 +163,7 @@ class Report:
             found.setdefault(way.first_task, []).append(way)
         return [sorted(ways, key=lambda way: (way.instead, way.place)) for ways in found.values()]
 
-    def rows_of(self, way: Way) -> list[Row]:
+    def rows_of(self, way: Way) -> list[EvaluationRow]:
         return [row for row in self.rows if row.way == way]
 
 
@@ -195,7 +195,7 @@ def make_report(
     for record in chosen:
         if record.question not in failures:
             by_way.setdefault(_way(record), []).append(record)
-    rows: list[Row] = []
+    rows: list[EvaluationRow] = []
     skipped: list[Skipped] = []
     for way, found in by_way.items():
         skipped += _skipped(way, found, settings)
@@ -256,7 +256,7 @@ def _budget(setting: Setting) -> str:
     return f"{setting.retention:g} %" if setting.budget is None else str(setting.budget)
 
 
-def _rows(way: Way, records: list[Record], settings: Sequence[Setting], seed: int) -> list[Row]:
+def _rows(way: Way, records: list[Record], settings: Sequence[Setting], seed: int) -> list[EvaluationRow]:
     pages = _Pages(records, seed)
     by_key: dict[str, list[Record]] = {}
     for record in records:
@@ -285,7 +285,7 @@ def _rows(way: Way, records: list[Record], settings: Sequence[Setting], seed: in
         evicts = setting.policy != "full"
         differs = [record.first_divergence for record in found if record.first_divergence is not None]
         rows.append(
-            Row(
+            EvaluationRow(
                 way=way,
                 setting=setting,
                 label=names[setting],
@@ -322,7 +322,7 @@ def _against(
     scores: dict[Setting, npt.NDArray[np.float64]],
     names: dict[Setting, str],
 ) -> dict[str, Interval]:
-    """Score - that of every other label at the same bytes, see Row.against."""
+    """Score - that of every other label at the same bytes, see EvaluationRow.against."""
     if setting.policy == "full":
         return {}
     lines: dict[str, list[tuple[float, Setting]]] = {}
@@ -403,7 +403,7 @@ def print_report(report: Report) -> None:
             print(f"  {failure.question}: {failure.error}")
 
 
-def _first_table(rows: list[Row]) -> "Table":
+def _first_table(rows: list[EvaluationRow]) -> "Table":
     from rich.table import Table
 
     table = Table(title=f"{rows[0].way.words}: {rows[0].n_questions} questions", title_justify="left")
@@ -468,7 +468,7 @@ def _gains_table(report: Report) -> "Table | None":
     return table
 
 
-def _cells(row: Row, rows: Sequence[Row]) -> list[str]:
+def _cells(row: EvaluationRow, rows: Sequence[EvaluationRow]) -> list[str]:
     cells = [
         row.label,
         "-" if row.budget is None else f"{row.budget:.0f}",
@@ -485,7 +485,7 @@ def _cells(row: Row, rows: Sequence[Row]) -> list[str]:
     return [*cells, f"{row.agreement.mean:.1%}", differs, f"{row.kl.mean:.3g}"]
 
 
-def _against_baseline(row: Row, rows: Sequence[Row]) -> Interval | None:
+def _against_baseline(row: EvaluationRow, rows: Sequence[EvaluationRow]) -> Interval | None:
     """The difference to the baseline with the same vote and slot, or else to any."""
     baselines = [each for each in rows if each.setting.policy == BASELINE and each.label in row.against]
     votes = (row.setting.vote, row.setting.residual)

@@ -97,7 +97,7 @@ class Length:
 
 
 @dataclass(frozen=True)
-class Row:
+class BenchRow:
     """One prompt length and budget against the full f16 cache at its better flash-attention setting.
 
     Speeds are tokens per second. Bytes are from the runs in separate processes. None: not measured, because a
@@ -174,7 +174,7 @@ class Bench:
     machine: dict[str, Any]
     model: ModelFigures
     scores: str
-    rows: list[Row]
+    rows: list[BenchRow]
     lengths: list[Length]
 
     def to_dict(self) -> dict[str, Any]:
@@ -335,7 +335,7 @@ def _interleaved(turns: Sequence[Event], against: str) -> dict[str, Interleaved]
     }
 
 
-def _row(length: Length, budget: int) -> Row:
+def _row(length: Length, budget: int) -> BenchRow:
     evicted = next(figures for figures in length.settings if figures.setting.budget == budget)
     done = evicted.done
     full_f16 = [
@@ -363,7 +363,7 @@ def _row(length: Length, budget: int) -> Row:
 
     small = min(ran, key=measured, default=None)
     less = None if done is None else small  # to compare with
-    return Row(
+    return BenchRow(
         n_prompt=length.n_prompt,
         budget=budget,
         status=evicted.status,

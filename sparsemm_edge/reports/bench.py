@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from pathlib import Path
 
-from sparsemm_edge.profiling.bench import Bench, Length, Row
+from sparsemm_edge.profiling.bench import Bench, BenchRow, Length
 from sparsemm_edge.profiling.machine import in_words
 from sparsemm_edge.reports import html, profile, profiling_plots
 
@@ -69,7 +69,7 @@ def sentences(found: Bench) -> list[str]:
     return said
 
 
-def _of_row(row: Row) -> list[str]:
+def _of_row(row: BenchRow) -> list[str]:
     where, said = f"{row.n_prompt} positions, budget {row.budget}", []
     if row.decode_limit_share is not None:
         said.append(
@@ -160,7 +160,7 @@ def _decode_speed(length: Length) -> profiling_plots.DecodeSpeed | None:
     return profiling_plots.DecodeSpeed(length.n_prompt, tps, length.depth_0_tps)
 
 
-def _row(row: Row) -> list[str]:
+def _row(row: BenchRow) -> list[str]:
     name = f"evicted, budget {row.budget}"
     quartiles = ""
     if row.decode_ratio is not None:
@@ -182,7 +182,7 @@ def _row(row: Row) -> list[str]:
     ]
 
 
-def _cards(rows: Sequence[Row]) -> list[tuple[str, str]]:
+def _cards(rows: Sequence[BenchRow]) -> list[tuple[str, str]]:
     """The longest prompt with the largest budget."""
     row = max(rows, key=lambda row: (row.n_prompt, row.budget))
     where = f"{row.n_prompt} positions, budget {row.budget}"

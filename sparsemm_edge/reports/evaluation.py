@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from sparsemm_edge.evaluation.report import BASELINE, Report, Row
+from sparsemm_edge.evaluation.report import BASELINE, EvaluationRow, Report
 from sparsemm_edge.evaluation.settings import Setting, method_of
 from sparsemm_edge.reports import check_png, new_figure, save_png
 
@@ -53,7 +53,7 @@ def save_plot(report: Report, path: Path, *, title: str) -> None:
     save_png(figure, path)
 
 
-def _draw(axes: "Axes", rows: list[Row]) -> None:
+def _draw(axes: "Axes", rows: list[EvaluationRow]) -> None:
     """A panel: heights over bytes, a line for each label."""
     from matplotlib.ticker import FuncFormatter, NullLocator
 

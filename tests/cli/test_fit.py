@@ -20,7 +20,7 @@ from sparsemm_edge.profiling.fit import Fit, FitRequest, FitRow, fit
 from sparsemm_edge.profiling.shapes import SHAPES, header_of_shape, model_of_shape, scores_file
 from sparsemm_edge.runtime import Eviction, Prompt, VisionModel
 from sparsemm_edge.runtime.estimate import Estimate
-from sparsemm_edge.runtime.eviction import HeadBudgetTable, plan
+from sparsemm_edge.runtime.eviction import plan
 from sparsemm_edge.runtime.prompt import ImagePart, TextPart, image_marker
 from sparsemm_edge.runtime.session import start_session
 
@@ -41,6 +41,15 @@ GQA = replace(
 def small(tmp_path_factory: pytest.TempPathFactory) -> Iterator[VisionModel]:
     path = model_of_shape("small", SMALL, tmp_path_factory.mktemp("models"))
     with VisionModel.load(path, n_threads=1) as model:
+        yield model
+
+
+@pytest.fixture(scope="module")
+def mha(tmp_path_factory: pytest.TempPathFactory) -> Iterator[VisionModel]:
+    """With a feed-forward network as wide as real ones are."""
+    shape = replace(SMALL, n_layer=2, n_ff=2752)
+    path = model_of_shape("mha", shape, tmp_path_factory.mktemp("models"))
+    with VisionModel.load(path) as model:
         yield model
 
 
@@ -191,6 +200,61 @@ def test_bytes_of_a_full_cache_are_those_of_its_context(small: VisionModel, cach
     assert real.hidden == real.idxs == 0
 
 
+@pytest.mark.parametrize("n_prompt", [300, 640, 1500])
+@pytest.mark.parametrize("budget", [16, 256])
+def test_the_reserved_buffers_are_enough_for_a_prompt(mha: VisionModel, n_prompt: int, budget: int) -> None:
+    with (
+        scores_file(mha.shape, None, None) as (scores, _),
+        start_session(
+            mha,
+            random_tokens(n_prompt),
+            n_predict=1,
+            n_ctx=n_prompt + 1,
+            eviction=Eviction(budget=budget, scores=scores),
+        ) as session,
+    ):
+        reserved = session.context_sizes(1).compute
+        session.read_prompt()
+
+        assert session.context_sizes(1).compute == reserved
+
+
+@pytest.mark.parametrize("n_prompt", [600, 2000])
+@pytest.mark.parametrize("budget", [64, 256])
+def test_prompts_take_what_is_computed_and_later_ones_what_is_held_more(
+    mha: VisionModel, n_prompt: int, budget: int
+) -> None:
+    with (
+        scores_file(mha.shape, None, None) as (scores, _),
+        Estimate(read_header(mha.path), None) as estimate,
+        start_session(
+            mha,
+            random_tokens(n_prompt),
+            n_predict=50,
+            n_ctx=3 * n_prompt,
+            n_ubatch=512,
+            eviction=(eviction := Eviction(budget=budget, scores=scores)),
+        ) as session,
+    ):
+        table = plan(eviction, None, mha.shape, n_prompt, mha.path)
+        said = estimate.context_sizes(
+            n_prompt=n_prompt, n_predict=0, n_ctx=n_prompt, n_ubatch=512, table=table
+        )
+        reserved = session.context_sizes(0).compute
+        session.read_prompt()
+        first, compute_first = session.kv_stats(), session.context_sizes(0).compute
+        session.decode(300)  # gives back what only a prompt needs
+        session.read(random_tokens(n_prompt))
+        later, compute_later = session.kv_stats(), session.context_sizes(0).compute
+
+    assert compute_first == reserved  # enough, for all layers of the prompt
+    assert later.n_evictions == first.n_evictions + 1 == 2
+    # what is held is there until the prompt has ended, and one layer of it in the layer that is read
+    held = 2 * first.bytes_now
+    assert later.bytes_peak <= first.bytes_peak + held
+    assert compute_later + later.bytes_peak <= said.compute + said.kv_peak + held
+
+
 @pytest.mark.parametrize(
     "wanted",
     [Eviction(enabled=False), Eviction(budget=64), Eviction(budget=64, max_tail=40)],
@@ -299,22 +363,6 @@ def test_a_prompt_that_does_not_fit_the_context_is_one_clear_line(small: VisionM
         fit(FitRequest(small.path, n_text=500, n_ctx=300))
     with pytest.raises(SparseMMError, match="give its file with --mmproj"):
         fit(FitRequest(small.path, image_sizes=((10, 10),)))
-
-
-def test_a_whole_prompt_at_once_never_holds_all_of_its_ffn(tmp_path: Path) -> None:
-    """The FFN's intermediate results would be three times 2048 x 8192 f32; an eighth of them is enough."""
-    wide = replace(SHAPES["llava-1.5-7b"], n_layer=2, n_embd=256, n_head=4, n_head_kv=4, n_ff=8192)
-    budgets = HeadBudgetTable(np.full((2, 4), 256, np.uint32), 32, 7)
-    with Estimate(read_header(model_of_shape("wide", wide, tmp_path)), None) as estimate:
-        full, evicting = (
-            estimate.context_sizes(
-                n_prompt=2000, n_predict=48, n_ctx=2048, n_ubatch=2048, table=table
-            ).compute
-            for table in (None, budgets)
-        )
-    ffn = 3 * 2048 * 8192 * 4
-    assert full > ffn * 2 / 3
-    assert evicting < full - ffn / 2
 
 
 @pytest.mark.parametrize(
