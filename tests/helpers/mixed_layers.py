@@ -7,7 +7,7 @@ import importlib
 import json
 import subprocess
 import sys
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cache
 from pathlib import Path
 from tempfile import mkdtemp
@@ -20,7 +20,7 @@ import make_test_models
 from helpers import oracle
 from helpers.architectures import _VOCABULARY
 from helpers.tiny_mmproj import write_mmproj
-from helpers.vision_models import MROPE, TEXT, _randomise, _tokenizer
+from helpers.vision_models import ARCHITECTURES, MROPE, TEXT, _qwen, _randomise, _tokenizer, make
 
 # Gemma 4 has a vocabulary of its own
 _GEMMA4 = """import gguf
@@ -39,6 +39,18 @@ _QWEN35 = {
     "linear_num_key_heads": 2,
     "linear_num_value_heads": 4,
 }
+# the image encoder of Qwen3-VL, which adds nothing behind the embeddings here
+_QWEN35_VISION = replace(
+    ARCHITECTURES["qwen3-vl"],
+    config=_qwen(
+        "qwen3_vl",
+        depth=3,
+        hidden_size=32,
+        out_hidden_size=TEXT["hidden_size"],
+        num_position_embeddings=64,
+        deepstack_visual_indexes=[],
+    ),
+)
 _MOE = {
     "num_experts": 4,
     "num_experts_per_tok": 2,
@@ -124,6 +136,11 @@ def made(name: str) -> Made:
     model.save_pretrained(files.hf)
     tokenizer.save_pretrained(files.hf)
     jobs = [[str(files.hf), "--outtype", "f32", "--outfile", str(files.text), *spec.options]]
+    if name.startswith("qwen3.5"):
+        vision = make(_QWEN35_VISION, folder / "vision")
+        jobs.append([str(vision), "--outtype", "f32", "--outfile", str(files.mmproj), "--mmproj"])
+    else:
+        write_mmproj(files.mmproj, "gemma3" if name == "gemma3" else "mlp", TEXT["hidden_size"])
     source = make_test_models.llama_cpp_source(None)
     done = subprocess.run(
         [sys.executable, "-c", _CONVERT, str(source), json.dumps(jobs)],
@@ -132,7 +149,6 @@ def made(name: str) -> Made:
         check=False,
     )
     assert done.returncode == 0, done.stderr
-    write_mmproj(files.mmproj, "gemma3" if name == "gemma3" else "mlp", TEXT["hidden_size"])
     return files
 
 

@@ -4,6 +4,7 @@ heads keep and say what the oracle's do; and a saved state goes on as if nothing
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from functools import cache
 
@@ -25,7 +26,7 @@ from helpers.oracle import Grid
 from helpers.oracle import Prompt as OraclePrompt
 from sparsemm_edge.runtime import VisionModel
 from sparsemm_edge.runtime.attention import StrongestPositions
-from sparsemm_edge.runtime.library import llama
+from sparsemm_edge.runtime.library import llama, mtmd
 from sparsemm_edge.runtime.prompt import ImagePart, image_marker
 from sparsemm_edge.runtime.session import start_session_with
 
@@ -39,10 +40,19 @@ ERROR = 2e-2  # of logits: llama.cpp attends in f16
 def oracle_prompt(case: Case) -> OraclePrompt:
     chunks: list[np.ndarray | Grid] = []
     for part in case.prompt.parts:
-        is_image = isinstance(part, ImagePart)
-        chunks.append(Grid(case.model.encode_image(part), part.n_tokens) if is_image else part.tokens)
+        if isinstance(part, ImagePart):
+            columns = int(mtmd.mtmd_image_tokens_get_nx(mtmd.mtmd_input_chunk_get_tokens_image(part.chunk)))
+            chunks.append(Grid(case.model.encode_image(part), columns))
+        else:
+            chunks.append(part.tokens)
     found = oracle_of(case.name).prompt_of(chunks)
-    return found if not found.is_image.any() else replace(found, more={"attention_mask": masks(found)})
+    if found.is_image.any() and case.name == "gemma3":
+        return replace(found, more={"attention_mask": masks(found)})
+    if found.is_image.any() and case.name == "gemma4":  # llama.cpp takes the first token's for an image
+        ids = torch.from_numpy(np.maximum(found.ids, 0))[None].long()
+        more = {"per_layer_inputs": oracle_of(case.name).decoder.get_per_layer_inputs(ids, None)}
+        return replace(found, more=more)
+    return found
 
 
 def masks(prompt: OraclePrompt) -> dict[str, torch.Tensor]:
@@ -81,18 +91,30 @@ def test_heads_keep_and_say_what_the_oracles_do(case: Case) -> None:
     check_what_heads_keep_and_say(case, oracle_of(case.name), oracle_prompt(case), ERROR)
 
 
-def test_an_image_that_attends_to_all_of_itself() -> None:
-    """Gemma 3 reads the tokens of an image without a causal mask, also when it reads layer by layer."""
+@contextmanager
+def with_image(name: str) -> Iterator[Case]:
     text = f"{TEXT[:400]} USER: And this: {image_marker()} What does it show, in your own words? ASSISTANT:"
-    files = made("gemma3")
+    files = made(name)
     with (
         VisionModel.load(files.text, files.mmproj, n_threads=1) as model,
         model.tokenize(text, [sample_image(112, 7)]) as prompt,
     ):
-        assert [model.is_non_causal(part) for part in prompt.parts if isinstance(part, ImagePart)] == [True]
-        case = Case("gemma3", model, prompt, budget=60, n_ubatch=64)
+        images = [part for part in prompt.parts if isinstance(part, ImagePart)]
+        assert [model.is_non_causal(part) for part in images] == [name == "gemma3"]
+        yield Case(name, model, prompt, budget=60, n_ubatch=64)
+
+
+@pytest.mark.parametrize("name", SPECS)
+def test_an_image_among_the_text(name: str) -> None:
+    with with_image(name) as case:
         test_budgets_that_hold_the_prompt_change_nothing(case)
         test_heads_keep_and_say_what_the_oracles_do(case)
+        check_that_a_saved_state_goes_on(case)
+
+
+def test_an_image_that_attends_to_all_of_itself() -> None:
+    """Gemma 3 reads the tokens of an image without a causal mask, also when it reads layer by layer."""
+    with with_image("gemma3") as case:
         causal = replace(oracle_prompt(case), more={})
         other, right = (oracle_of("gemma3").run(each, n_predict=1) for each in (causal, oracle_prompt(case)))
         assert relative_error(other.logits, right.logits) > 2 * ERROR, "the mask did not matter"
