@@ -21,7 +21,7 @@ _INTERNVL_TILES = (1, 12)
 _IMG_BREAK = "v.token_embd.img_break"
 
 _MROPE = ("qwen2vl_merger", "qwen2.5vl_merger", "qwen3vl_merger", "glm4v", "paddleocr")
-SUPPORTED = ("mlp", *_MROPE, "pixtral", "internvl", "idefics3")
+SUPPORTED = ("mlp", *_MROPE, "pixtral", "internvl", "idefics3", "gemma3")
 """The kinds of projectors whose image tokens have a place on the image that is known here."""
 
 
@@ -91,7 +91,9 @@ class ImageEncoder:
                 raise SparseMMError(f"{name}: {_KEYS}{key} is {value!r}, expected a number of 1 to 65535")
             return value
 
-        merge = "projector.scale_factor" if kind in ("internvl", "idefics3") else "spatial_merge_size"
+        merge = "spatial_merge_size"
+        if kind in ("internvl", "idefics3", "gemma3"):
+            merge = "projector.scale_factor"
         points = header.value(f"{_KEYS}image_grid_pinpoints", [])
         edge = header.value(f"{_KEYS}preproc_image_size", 0)
         return cls(
@@ -100,7 +102,7 @@ class ImageEncoder:
             image_size=number("image_size", 0),
             patch=number("patch_size", 0),
             # mtmd counts the tokens of these by pairs of patches, whatever the file says
-            merge=2 if kind in _MROPE else number(merge, 1),
+            merge=2 if kind in _MROPE else number(merge, 4 if kind == "gemma3" else 1),
             pinpoints=tuple((int(h), int(w)) for w, h in zip(points[::2], points[1::2], strict=True)),
             longest_edge=int(edge),
             n_tiles=(
@@ -132,7 +134,7 @@ class ImageEncoder:
         elif self.pinpoints:
             made = self._llava_next(page)
         else:
-            made = join((_padded(page, (self.image_size, self.image_size), self.patch), True))
+            made = join((_padded(page, (self.image_size, self.image_size), self._token), True))
         n_tokens = sum(tile.n_tokens for tile in tiles)
         if len(made) != n_tokens:
             raise SparseMMError(
