@@ -47,7 +47,7 @@ def small(tmp_path_factory: pytest.TempPathFactory) -> Iterator[VisionModel]:
 @pytest.fixture(scope="module")
 def mha(tmp_path_factory: pytest.TempPathFactory) -> Iterator[VisionModel]:
     """With a feed-forward network as wide as real ones are."""
-    shape = replace(SMALL, n_layer=2, n_ff=2752)
+    shape = replace(SMALL, n_ff=2752)
     path = model_of_shape("mha", shape, tmp_path_factory.mktemp("models"))
     with VisionModel.load(path) as model:
         yield model
