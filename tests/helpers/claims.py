@@ -9,11 +9,12 @@ import numpy as np
 
 from helpers.agreement import relative_error
 from helpers.contexts import random_table
-from helpers.oracle import Oracle, compare_kept, leads
+from helpers.oracle import Grid, Oracle, compare_kept, leads
 from helpers.oracle import Prompt as OraclePrompt
 from sparsemm_edge.runtime import VisionModel
 from sparsemm_edge.runtime.eviction import HeadBudgetTable
-from sparsemm_edge.runtime.prompt import Prompt
+from sparsemm_edge.runtime.library import mtmd
+from sparsemm_edge.runtime.prompt import ImagePart, Prompt
 from sparsemm_edge.runtime.session import Session, start_session_with
 
 WINDOW, N_PREDICT = 8, 24
@@ -36,6 +37,19 @@ class Case:
 
     def table(self) -> np.ndarray:
         return random_table(self.model, self.budget, WINDOW, self.prompt.n_tokens, residual=True)
+
+
+def oracle_prompt(case: Case, oracle: Oracle) -> OraclePrompt:
+    """For the oracle: the same tokens, and the embeddings of the image as mtmd computed them."""
+    chunks: list[np.ndarray | Grid] = []
+    for part in case.prompt.parts:
+        if isinstance(part, ImagePart):
+            tokens = mtmd.mtmd_input_chunk_get_tokens_image(part.chunk)
+            columns = int(mtmd.mtmd_image_tokens_get_nx(tokens))
+            chunks.append(Grid(case.model.encode_image(part), columns))
+        else:
+            chunks.append(part.tokens)
+    return oracle.prompt_of(chunks)
 
 
 def answer(session: Session, n: int = N_PREDICT) -> tuple[list[int], np.ndarray]:

@@ -6,7 +6,6 @@ from __future__ import annotations
 from collections.abc import Iterator
 from functools import cache
 
-import numpy as np
 import pytest
 from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
 
@@ -16,12 +15,11 @@ from helpers.claims import (
     check_that_a_saved_state_goes_on,
     check_that_large_budgets_change_nothing,
     check_what_heads_keep_and_say,
+    oracle_prompt,
 )
 from helpers.models import sample_image
-from helpers.oracle import Grid, Oracle
-from helpers.oracle import Prompt as OraclePrompt
+from helpers.oracle import Oracle
 from sparsemm_edge.runtime import VisionModel
-from sparsemm_edge.runtime.library import mtmd
 from sparsemm_edge.runtime.prompt import ImagePart, image_marker
 
 TEXT = f"USER: Look at this {image_marker()} and say what it shows, in the words of the page. ASSISTANT:"
@@ -32,19 +30,6 @@ ERROR = 1e-2  # of logits
 def oracle_of(name: str) -> Oracle:
     kind = AutoModelForCausalLM if name in TEXT_MODELS else AutoModelForImageTextToText
     return Oracle(made(name).hf, kind)
-
-
-def oracle_prompt(case: Case) -> OraclePrompt:
-    """For the oracle: the same tokens, and the embeddings of the image as mtmd computed them."""
-    chunks: list[np.ndarray | Grid] = []
-    for part in case.prompt.parts:
-        if isinstance(part, ImagePart):
-            tokens = mtmd.mtmd_input_chunk_get_tokens_image(part.chunk)
-            columns = int(mtmd.mtmd_image_tokens_get_nx(tokens))
-            chunks.append(Grid(case.model.encode_image(part), columns))
-        else:
-            chunks.append(part.tokens)
-    return oracle_of(case.name).prompt_of(chunks)
 
 
 @pytest.fixture(scope="module", params=MODELS)
@@ -60,11 +45,15 @@ def case(request: pytest.FixtureRequest) -> Iterator[Case]:
 
 def test_budgets_that_hold_the_prompt_change_nothing(case: Case) -> None:
     """But for rounding: the evicting cache hands its rows to attention in another order of tiles."""
-    check_that_large_budgets_change_nothing(case, oracle_of(case.name), oracle_prompt(case), ERROR, 2e-3)
+    check_that_large_budgets_change_nothing(
+        case, oracle_of(case.name), oracle_prompt(case, oracle_of(case.name)), ERROR, 2e-3
+    )
 
 
 def test_heads_keep_and_say_what_the_oracles_do(case: Case) -> None:
-    check_what_heads_keep_and_say(case, oracle_of(case.name), oracle_prompt(case), ERROR)
+    check_what_heads_keep_and_say(
+        case, oracle_of(case.name), oracle_prompt(case, oracle_of(case.name)), ERROR
+    )
 
 
 def test_a_saved_state_goes_on_as_if_nothing_had_been_between(case: Case) -> None:

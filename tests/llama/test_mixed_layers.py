@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 
+from helpers import claims
 from helpers.agreement import relative_error
 from helpers.claims import (
     Case,
@@ -22,11 +23,10 @@ from helpers.claims import (
 )
 from helpers.mixed_layers import SPECS, MixedOracle, made
 from helpers.models import sample_image
-from helpers.oracle import Grid
 from helpers.oracle import Prompt as OraclePrompt
 from sparsemm_edge.runtime import VisionModel
 from sparsemm_edge.runtime.attention import StrongestPositions
-from sparsemm_edge.runtime.library import llama, mtmd
+from sparsemm_edge.runtime.library import llama
 from sparsemm_edge.runtime.prompt import ImagePart, image_marker
 from sparsemm_edge.runtime.session import start_session_with
 
@@ -38,14 +38,8 @@ ERROR = 2e-2  # of logits: llama.cpp attends in f16
 
 
 def oracle_prompt(case: Case) -> OraclePrompt:
-    chunks: list[np.ndarray | Grid] = []
-    for part in case.prompt.parts:
-        if isinstance(part, ImagePart):
-            columns = int(mtmd.mtmd_image_tokens_get_nx(mtmd.mtmd_input_chunk_get_tokens_image(part.chunk)))
-            chunks.append(Grid(case.model.encode_image(part), columns))
-        else:
-            chunks.append(part.tokens)
-    found = oracle_of(case.name).prompt_of(chunks)
+    """With what the decoder of Gemma is given besides the embeddings of an image."""
+    found = claims.oracle_prompt(case, oracle_of(case.name))
     if found.is_image.any() and case.name == "gemma3":
         return replace(found, more={"attention_mask": masks(found)})
     if found.is_image.any() and case.name == "gemma4":  # llama.cpp takes the first token's for an image
