@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shutil
+import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -10,6 +12,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 from helpers.command_line import CommandLine, Done
+from helpers.paths import HELPERS
 
 if TYPE_CHECKING:
     from sparsemm_edge.runtime import VisionModel
@@ -63,3 +66,13 @@ def pages(tmp_path: Path) -> list[Path]:
     for seed, path in enumerate(paths):
         sample_image(test_model("llava").image_size, seed).save(path)
     return paths
+
+
+@pytest.fixture(scope="session")
+def preloaded_alloc(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """alloc.c as a library for LD_PRELOAD."""
+    if sys.platform != "linux" or not (compiler := shutil.which("cc")):
+        pytest.skip("LD_PRELOAD and a C compiler are needed")
+    library = tmp_path_factory.mktemp("preload") / "alloc.so"
+    subprocess.run([compiler, "-shared", "-fPIC", "-o", library, HELPERS / "alloc.c"], check=True)
+    return library

@@ -17,8 +17,8 @@ N_PREDICT = 6
 
 def main(model_path: str, mmproj: str, image: str, image_2: str, budget: int, which: int) -> None:
     preloaded = ctypes.CDLL(None)
-    left = ctypes.c_int.in_dll(preloaded, "fail_alloc_left")
-    following = ctypes.c_void_p.in_dll(preloaded, "fail_alloc_next")
+    left = ctypes.c_int.in_dll(preloaded, "alloc_left")
+    following = ctypes.c_void_p.in_dll(preloaded, "alloc_next")
     following.value = ctypes.cast(llama._lib.ggml_backend_buft_alloc_buffer, ctypes.c_void_p).value
     eviction = Eviction(policy="uniform", budget=budget, window=8)
     with VisionModel.load(model_path, mmproj, n_threads=1) as model:

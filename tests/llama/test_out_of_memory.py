@@ -2,7 +2,6 @@
 
 import json
 import os
-import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -15,15 +14,6 @@ from helpers.paths import HELPERS
 NEVER_EVICTS = 600  # positions: more than the prompts have
 
 
-@pytest.fixture(scope="module")
-def fail_alloc(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    if sys.platform != "linux" or not (compiler := shutil.which("cc")):
-        pytest.skip("LD_PRELOAD and a C compiler are needed")
-    library = tmp_path_factory.mktemp("preload") / "fail_alloc.so"
-    subprocess.run([compiler, "-shared", "-fPIC", "-o", library, HELPERS / "fail_alloc.c"], check=True)
-    return library
-
-
 @pytest.mark.parametrize(
     ("budget", "which", "allocates"),
     [
@@ -33,7 +23,7 @@ def fail_alloc(tmp_path_factory: pytest.TempPathFactory) -> Path:
     ],
 )
 def test_a_failed_allocation_is_said_and_the_next_prompt_is_answered(
-    budget: int, which: int, allocates: str, fail_alloc: Path, tmp_path: Path
+    budget: int, which: int, allocates: str, preloaded_alloc: Path, tmp_path: Path
 ) -> None:
     files = test_model("llava")
     images = [tmp_path / "one.png", tmp_path / "two.png"]
@@ -42,7 +32,7 @@ def test_a_failed_allocation_is_said_and_the_next_prompt_is_answered(
     arguments = [files.gguf("f16"), files.mmproj("f16"), *images, budget, which]
     done = subprocess.run(
         [sys.executable, HELPERS / "out_of_memory_worker.py", *map(str, arguments)],
-        env=os.environ | {"LD_PRELOAD": str(fail_alloc)},
+        env=os.environ | {"LD_PRELOAD": str(preloaded_alloc)},
         capture_output=True,
         text=True,
         timeout=300,
