@@ -4,7 +4,6 @@ import reprlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields
 from itertools import islice
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -13,7 +12,7 @@ from gguf.constants import GGUFValueType
 
 from sparsemm_edge.budgets import POLICIES, VOTES, BudgetSpec
 from sparsemm_edge.errors import SparseMMError
-from sparsemm_edge.gguf_header import GGUFField, GGUFHeader, read_header, shown
+from sparsemm_edge.gguf_header import GGUFField, GGUFHeader, shown
 
 PREFIX = "sparsemm."
 VERSION = 1
@@ -38,11 +37,9 @@ _SCALARS = {
     "vote": _STR,
     "residual": _BOOL,
 }
-# keys that files of earlier versions lack, and what such a file means
-_ADDED = {"vote": "snapkv", "residual": False}
 _ARRAYS = {"head_budgets": _U32, "head_scores": _F32, "layers": _U32}
-# written only where some layers have no head budgets
-_OPTIONAL = {"layers"}
+# what it means that a file lacks a key: it is of an earlier version, or all layers have head budgets
+_OPTIONAL = {"vote": "snapkv", "residual": False, "layers": None}
 
 # Text architectures of LLaVA- and Qwen-VL-like models whose attention the evicting cache of patches/ has:
 # rotary positions, no MLA, no attention sinks. In most of them every layer has full attention (llama.cpp
@@ -162,24 +159,6 @@ class SparseMMMetadata:
         return {PREFIX + key: field for key, field in (scalars | arrays).items()}
 
 
-def read_model_shape(path: Path) -> ModelShape:
-    """The shape of the text model in a GGUF file.
-
-    Raises:
-        SparseMMError: as read_header and model_shape.
-    """
-    return model_shape(read_header(path))
-
-
-def read_metadata(path: Path) -> SparseMMMetadata | None:
-    """The `sparsemm.*` metadata of a GGUF file, None if it holds none.
-
-    Raises:
-        SparseMMError: as read_header and sparsemm_metadata.
-    """
-    return sparsemm_metadata(read_header(path))
-
-
 def text_architecture(header: GGUFHeader) -> str:
     """The architecture of the text model that a header describes.
 
@@ -219,11 +198,7 @@ def model_shape(header: GGUFHeader) -> ModelShape:
             raise SparseMMError(f"{path}: {shown(arch)}.{key} differs between layers, which is not supported")
         if value is None:
             raise SparseMMError(f"{path}: the key {shown(arch)}.{key} is missing")
-        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-            raise SparseMMError(
-                f"{path}: {shown(arch)}.{key} is {reprlib.repr(value)}, expected a positive whole number"
-            )
-        return value
+        return _positive(value, f"{path}: {shown(arch)}.{key}")
 
     # layers that predict further tokens come last, and llama.cpp does not run them
     n_next = header.value(f"{arch}.nextn_predict_layers", 0)
@@ -249,6 +224,12 @@ def model_shape(header: GGUFHeader) -> ModelShape:
     )
 
 
+def _positive(value: Any, where: str) -> int:
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise SparseMMError(f"{where} is {reprlib.repr(value)}, expected a positive whole number")
+    return value
+
+
 def _attention_layers(header: GGUFHeader, arch: str, n_layer: int) -> tuple[int, ...] | None:
     """The layers that hold K and V of all positions, as llama.cpp's load_arch_hparams finds them; None: all.
 
@@ -269,11 +250,7 @@ def _attention_layers(header: GGUFHeader, arch: str, n_layer: int) -> tuple[int,
 
     def every(key: str, default: int) -> list[bool]:
         """Of n layers, the last one."""
-        n = header.value(f"{arch}.{key}", default)
-        if isinstance(n, bool) or not isinstance(n, int) or n < 1:
-            raise SparseMMError(
-                f"{header.path}: {arch}.{key} is {reprlib.repr(n)}, expected a positive whole number"
-            )
+        n = _positive(header.value(f"{arch}.{key}", default), f"{header.path}: {arch}.{key}")
         return [(layer + 1) % n == 0 for layer in range(n_layer)]
 
     if arch not in _OTHER_LAYERS:
@@ -361,14 +338,11 @@ def sparsemm_metadata(header: GGUFHeader) -> SparseMMMetadata | None:
     values: dict[str, Any] = {}
     for key, kind in (_SCALARS | _ARRAYS).items():
         field = header.fields.get(PREFIX + key)
-        if field is None and key in _ADDED:
-            values[key] = _ADDED[key]
-            continue
-        if field is None and key in _OPTIONAL:
-            values[key] = None
-            continue
         if field is None:
-            raise broken(f"{PREFIX}{key} is missing")
+            if key not in _OPTIONAL:
+                raise broken(f"{PREFIX}{key} is missing")
+            values[key] = _OPTIONAL[key]
+            continue
         found = field.item_type if key in _ARRAYS else field.type
         if found != kind or (field.item_type is not None) != (key in _ARRAYS):
             array = "array of " if key in _ARRAYS else ""

@@ -22,8 +22,6 @@ from sparsemm_edge.gguf_header import read_header
 from sparsemm_edge.gguf_metadata import (
     check_supported,
     model_shape,
-    read_metadata,
-    read_model_shape,
     sparsemm_metadata,
 )
 from sparsemm_edge.scores import group_scores
@@ -128,12 +126,12 @@ def test_what_is_read_back_is_what_was_written_and_makes_the_same_table_again(
 ) -> None:
     spec = BudgetSpec(policy, 64, 8, floor_ratio=0.7, water_fill=water_fill, seed=3)
     done = convert(model, scores, spec=spec, n_prompt=100)
-    read = read_metadata(done.path)
+    read = sparsemm_metadata(read_header(done.path))
     assert read is not None
     for field in dataclasses.fields(read):
         np.testing.assert_array_equal(getattr(read, field.name), getattr(done.metadata, field.name))
     assert read.water_fill_length == (100 if water_fill else 0)
-    shape = read_model_shape(done.path)
+    shape = model_shape(read_header(done.path))
     assert read.spec == spec
     grouped = group_scores(read.head_scores, shape.n_head_kv)
     again = read.spec.table(grouped, shape.kv_heads, read.water_fill_length or None)
@@ -141,7 +139,7 @@ def test_what_is_read_back_is_what_was_written_and_makes_the_same_table_again(
 
 
 def test_the_model_shape_is_the_files(tmp_path: Path) -> None:
-    shape = read_model_shape(write_model(tmp_path / "tiny.gguf", n_layer=3, n_head=8, n_head_kv=2))
+    shape = model_shape(read_header(write_model(tmp_path / "tiny.gguf", n_layer=3, n_head=8, n_head_kv=2)))
     assert (shape.arch, shape.name, shape.n_layer, shape.n_head, shape.n_head_kv) == (
         "llama",
         "Tiny",
@@ -152,7 +150,7 @@ def test_the_model_shape_is_the_files(tmp_path: Path) -> None:
     assert (shape.n_embd_head_k, shape.n_embd_head_v) == (8, 8)
     assert shape.kv_bytes(positions=10) == 10 * (8 + 8) * 2
     lengths = {"llama.attention.key_length": (32, U32), "llama.attention.value_length": (16, U32)}
-    shape = read_model_shape(write_model(tmp_path / "wide.gguf", keys=lengths))
+    shape = model_shape(read_header(write_model(tmp_path / "wide.gguf", keys=lengths)))
     assert (shape.n_embd_head_k, shape.n_embd_head_v) == (32, 16)
 
 
@@ -248,7 +246,7 @@ def test_an_existing_file_is_replaced_by_force_only(model: Path, scores: Path) -
         convert(model, scores)
     assert out.read_text() == "precious"
     assert convert(model, scores, force=True).path == out
-    assert read_metadata(out) is not None
+    assert sparsemm_metadata(read_header(out)) is not None
 
 
 def test_the_model_itself_is_never_replaced(model: Path, scores: Path, tmp_path: Path) -> None:
@@ -525,7 +523,7 @@ def test_a_model_that_only_looks_unusual_is_converted(
     tmp_path: Path, scores: Path, model_arguments: dict[str, object]
 ) -> None:
     model = write_model(tmp_path / "tiny.gguf", **model_arguments)  # type: ignore[arg-type]
-    assert read_metadata(convert(model, scores).path) is not None
+    assert sparsemm_metadata(read_header(convert(model, scores).path)) is not None
 
 
 ARRAY = GGUFValueType.ARRAY
@@ -572,7 +570,7 @@ def test_only_layers_with_full_attention_have_budgets(tmp_path: Path, name: str)
     named = {f"blk.{layer}.{part}.weight" for layer in layers for part in parts} | {"token_embd.weight"}
     tensors = {name: tensor for name, tensor in attention_tensors(6).items() if name in named}
     model = write_model(tmp_path / "tiny.gguf", arch=arch, n_layer=6, keys=keys, tensors=tensors)
-    shape = read_model_shape(model)
+    shape = model_shape(read_header(model))
     assert list(shape.layer_numbers) == layers
     assert shape.kv_heads == (len(layers), 2)
     assert (shape.n_embd_head_k, shape.n_embd_head_v) == (16 if arch == "gemma4" else 8, 8)
@@ -582,7 +580,7 @@ def test_only_layers_with_full_attention_have_budgets(tmp_path: Path, name: str)
     fields = gguf.GGUFReader(path).fields
     assert fields["sparsemm.layers"].contents() == layers
     assert len(fields["sparsemm.head_budgets"].contents()) == 2 * len(layers)
-    metadata = read_metadata(path)
+    metadata = sparsemm_metadata(read_header(path))
     assert metadata is not None and metadata.layers == tuple(layers)
 
     too_many = write_scores(tmp_path / "all.json", [[1.0, 2.0, 3.0, 4.0]] * 6)
@@ -601,7 +599,7 @@ def test_a_table_of_other_layers_is_refused(tmp_path: Path) -> None:
     assert data.count(named) == 1
     path.write_bytes(data.replace(named, named[:-4] + struct.pack("<I", 3)))
     with pytest.raises(SparseMMError, match="layers does not name the layers with full attention"):
-        read_metadata(path)
+        sparsemm_metadata(read_header(path))
 
 
 @pytest.mark.parametrize(

@@ -14,7 +14,8 @@ from helpers.tiny_gguf import write_model
 from sparsemm_edge import SparseMMError
 from sparsemm_edge.budgets import BudgetSpec
 from sparsemm_edge.convert import convert
-from sparsemm_edge.gguf_metadata import SparseMMMetadata, read_metadata
+from sparsemm_edge.gguf_header import read_header
+from sparsemm_edge.gguf_metadata import SparseMMMetadata, sparsemm_metadata
 from sparsemm_edge.reports.head_map import save_head_map
 
 U32, STRING, ARRAY = GGUFValueType.UINT32, GGUFValueType.STRING, GGUFValueType.ARRAY
@@ -32,7 +33,7 @@ def converted(tmp_path: Path) -> Path:
 
 def test_the_figures_are_those_of_the_table(converted: Path, sparsemm: CommandLine) -> None:
     report = sparsemm("inspect", converted, "--json").report
-    metadata = read_metadata(converted)
+    metadata = sparsemm_metadata(read_header(converted))
     assert metadata is not None
     table = metadata.head_budgets
     # shares 1, 5, 45 and 13 of 64: the third is full at 100, the others share 96 above the floor
@@ -56,7 +57,7 @@ def test_a_table_that_was_not_water_filled_is_shown_with_what_it_wastes(
     plain = converted.with_name("plain.gguf")
     scores = converted.with_name("tiny.head-scores.json")
     convert(converted, scores, plain, spec=BudgetSpec(budget=600, window=8, water_fill=False))
-    metadata = read_metadata(plain)
+    metadata = sparsemm_metadata(read_header(plain))
     assert metadata is not None
     kept = int(np.minimum(metadata.head_budgets, 640).sum())
     assert kept < 4 * 600
@@ -166,10 +167,10 @@ def test_broken_metadata_is_one_line(
 ) -> None:
     path = write_with_metadata(tmp_path / "broken.gguf", {key: value})
     if reason is None:
-        assert read_metadata(path) is not None
+        assert sparsemm_metadata(read_header(path)) is not None
         return
     with pytest.raises(SparseMMError, match=reason) as caught:
-        read_metadata(path)
+        sparsemm_metadata(read_header(path))
     assert str(caught.value).startswith(str(path))
     assert "\n" not in str(caught.value)
 
@@ -177,13 +178,13 @@ def test_broken_metadata_is_one_line(
 def test_a_head_budget_below_the_window_is_broken(tmp_path: Path) -> None:
     path = write_with_metadata(tmp_path / "broken.gguf", {}, head_budgets=[64, 64, 64, 7])
     with pytest.raises(SparseMMError, match=r"head_budgets holds 7, below the window \(8\)"):
-        read_metadata(path)
+        sparsemm_metadata(read_header(path))
 
 
 def test_a_table_of_another_models_size_is_broken(tmp_path: Path) -> None:
     path = write_with_metadata(tmp_path / "broken.gguf", {}, head_budgets=[64] * 6)
     with pytest.raises(SparseMMError, match="head_budgets has 6 entries, the model needs 4"):
-        read_metadata(path)
+        sparsemm_metadata(read_header(path))
 
 
 def write_with_metadata(

@@ -22,7 +22,7 @@ import pytest
 from helpers.command_line import CommandLine
 from sparsemm_edge.errors import SparseMMError
 from sparsemm_edge.gguf_header import read_header, weight_bytes
-from sparsemm_edge.gguf_metadata import model_shape, read_model_shape
+from sparsemm_edge.gguf_metadata import model_shape
 from sparsemm_edge.output import whole_numbers
 from sparsemm_edge.profiling import bench, profile, shapes
 from sparsemm_edge.profiling.figures import Spread, samples, setting_figures
@@ -295,7 +295,7 @@ def test_bench_prints_one_object_whose_figures_agree(
         unexplained = row["memory_difference"] - row["memory_difference_allocated"]
         assert abs(unexplained) < 8 * 2**20
         assert row["prompt_tps"] > 0 and row["prompt_tps_full"] > 0
-        shape = read_model_shape(small)
+        shape = model_shape(read_header(small))
         plain = length["settings"][0]["kv"]["bytes_now"]
         # rounded up to 256 places
         assert plain == shape.n_layer * shape.n_head_kv * shape.kv_bytes(256)

@@ -7,13 +7,14 @@ from pathlib import Path
 import gguf
 import numpy as np
 
-from sparsemm_edge.gguf_metadata import read_model_shape
+from sparsemm_edge.gguf_header import read_header
+from sparsemm_edge.gguf_metadata import model_shape
 from sparsemm_edge.scores import HeadScores
 
 
 def random_scores(model: Path, folder: Path) -> Path:
     """A score file for this model, of random scores."""
-    shape = read_model_shape(model)
+    shape = model_shape(read_header(model))
     scores = np.random.default_rng(0).gamma(0.3, size=(shape.n_layer, shape.n_head))
     path = folder / "scores.json"
     HeadScores("random", scores, shape.n_head_kv, {"dataset": "random"}).save(path)

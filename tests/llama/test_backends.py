@@ -25,7 +25,8 @@ from helpers.builds import environment, tools
 from helpers.models import NAMES, sample_image, test_model
 from helpers.paths import HELPERS, ROOT
 from sparsemm_edge.budgets import BudgetSpec
-from sparsemm_edge.gguf_metadata import read_model_shape
+from sparsemm_edge.gguf_header import read_header
+from sparsemm_edge.gguf_metadata import model_shape
 
 N_PREDICT = 24
 LONG = "The quick brown fox jumps over the lazy dog; 3 apples and 14 pears cost $7.50, no? " * 2
@@ -74,7 +75,7 @@ def rpc_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
 def job(name: str, image: Path) -> dict[str, Any]:
     """Prompts to one test model: a text and an image, each read in every way, with budgets that differ."""
     files = test_model(name)
-    shape = read_model_shape(files.gguf())
+    shape = model_shape(read_header(files.gguf()))
     prompts = []
     kinds: list[tuple[str, list[str]]] = [(LONG, []), (QUESTION, [str(image)])]
     for seed, (question, images) in enumerate(kinds):
@@ -124,7 +125,7 @@ def test_a_device_behind_rpc_keeps_what_the_cpu_keeps_and_answers_alike(
     """All layers, their caches and the image encoder on the server, whose device is a CPU: bit for bit."""
     found, log = run(tools(), job(name, image) | {"rpc": rpc_server})
     assert found["devices"] == ["CPU", "RPC0"]
-    n_layer = read_model_shape(test_model(name).gguf()).n_layer
+    n_layer = model_shape(read_header(test_model(name).gguf())).n_layer
     assert f"offloaded {n_layer + 1}/{n_layer + 1} layers to GPU" in log
     assert f"CLIP using RPC0[{rpc_server}] backend" in log
     assert re.search(rf"RPC0\[{rpc_server}\] KV buffer size", log) and "CPU KV buffer size" not in log
