@@ -1,10 +1,12 @@
 """Copy a GGUF file with changed keys: everything else is copied byte for byte."""
 
+import struct
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import BinaryIO
 
 import numpy as np
+from gguf import GGUFWriter
 from gguf.constants import GGUFValueType
 
 from sparsemm_edge.gguf_header import DTYPES, GGUFField, GGUFHeader
@@ -33,8 +35,8 @@ def copy_with_fields(
     """
     kept = [key for key in header.entries if not key.startswith(dropped_prefix) and key not in _SPLIT]
     with target.open("wb") as out:
-        out.write(b"GGUF" + np.array([header.version], "<u4").tobytes())
-        out.write(np.array([len(header.tensors), len(kept) + len(fields)], "<u8").tobytes())
+        n_fields = len(kept) + len(fields)
+        out.write(struct.pack("<4sIQQ", b"GGUF", header.version, len(header.tensors), n_fields))
         with header.path.open("rb") as source:
             for key in kept:
                 out.write(_bytes(source, header.entries[key]))
@@ -44,8 +46,8 @@ def copy_with_fields(
         offset = 0
         for tensor in header.tensors.values():
             with tensor.path.open("rb") as source:
-                out.write(_bytes(source, tensor.entry) + np.array([offset], "<u8").tobytes())
-            offset += _padded(tensor.end - tensor.start, header.alignment)
+                out.write(_bytes(source, tensor.entry) + struct.pack("<Q", offset))
+            offset += GGUFWriter.ggml_pad(tensor.end - tensor.start, header.alignment)
 
         total, done = offset, 0
         _pad(out, header.alignment)
@@ -64,25 +66,21 @@ def _bytes(source: BinaryIO, place: slice) -> bytes:
     return source.read(place.stop - place.start)
 
 
-def _padded(n_bytes: int, alignment: int) -> int:
-    return -(-n_bytes // alignment) * alignment
-
-
 def _pad(out: BinaryIO, alignment: int) -> None:
-    out.write(bytes(_padded(out.tell(), alignment) - out.tell()))
+    out.write(bytes(-out.tell() % alignment))
 
 
 def _text(text: str) -> bytes:
     data = text.encode("utf-8", "replace")
-    return np.array([len(data)], "<u8").tobytes() + data
+    return struct.pack("<Q", len(data)) + data
 
 
 def _field(field: GGUFField) -> bytes:
     """Type and value; of arrays those of numbers only."""
-    kind = np.array([field.type], "<u4").tobytes()
+    kind = struct.pack("<I", field.type)
     if field.type == GGUFValueType.STRING:
         return kind + _text(field.value)
     if field.item_type is None:
-        return kind + np.array([field.value], DTYPES[field.type]).tobytes()
-    head = np.array([field.item_type], "<u4").tobytes() + np.array([len(field.value)], "<u8").tobytes()
+        return kind + DTYPES[field.type](field.value).tobytes()
+    head = struct.pack("<IQ", field.item_type, len(field.value))
     return kind + head + np.array(field.value, DTYPES[field.item_type]).tobytes()

@@ -14,31 +14,16 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from gguf.constants import (
-    GGML_QUANT_SIZES,
-    GGUF_DEFAULT_ALIGNMENT,
-    GGMLQuantizationType,
-    GGUFValueType,
-)
+import numpy.typing as npt
+from gguf import GGUFReader, GGUFWriter
+from gguf.constants import GGML_QUANT_SIZES, GGUF_DEFAULT_ALIGNMENT, GGMLQuantizationType, GGUFValueType
 
 from sparsemm_edge.errors import SparseMMError
 
 _MAGIC = b"GGUF"
 _VERSIONS = (2, 3)
 _MAX_DIMS = 4  # GGML_MAX_DIMS
-DTYPES = {
-    GGUFValueType.UINT8: "<u1",
-    GGUFValueType.INT8: "<i1",
-    GGUFValueType.UINT16: "<u2",
-    GGUFValueType.INT16: "<i2",
-    GGUFValueType.UINT32: "<u4",
-    GGUFValueType.INT32: "<i4",
-    GGUFValueType.FLOAT32: "<f4",
-    GGUFValueType.BOOL: "<?",
-    GGUFValueType.UINT64: "<u8",
-    GGUFValueType.INT64: "<i8",
-    GGUFValueType.FLOAT64: "<f8",
-}
+DTYPES = GGUFReader.gguf_scalar_to_np  # of all types but texts and arrays
 
 
 @dataclass(frozen=True)
@@ -150,12 +135,12 @@ def _read_file(path: Path) -> GGUFHeader:
     try:
         with path.open("rb") as file:
             magic = file.read(len(_MAGIC))
-            if magic != _MAGIC and (magic or path.stat().st_size):
+            if not magic:
+                raise SparseMMError(f"{path}: not a GGUF file (it is empty)")
+            if magic != _MAGIC:
                 raise SparseMMError(
                     f"{path}: not a GGUF file (it starts with {magic!r}, expected {_MAGIC!r})"
                 )
-            if not magic:
-                raise SparseMMError(f"{path}: not a GGUF file (it is empty)")
             with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
                 return _Walk(path, data).header()
     except OSError as error:
@@ -212,7 +197,7 @@ class _Walk:
             fields[key] = self.field(self.type(key))
             entries[key] = slice(start, self.offset)
 
-        listed: dict[str, GGUFTensor] = {}  # start and end count from where the data section starts
+        listed: dict[str, GGUFTensor] = {}
         for _ in range(n_tensors):
             start = self.offset
             name = self.name()
@@ -227,17 +212,16 @@ class _Walk:
             alignment = fields["general.alignment"].value
             if not isinstance(alignment, int) or alignment < 1 or alignment & (alignment - 1):
                 raise SparseMMError(f"{self.path}: damaged GGUF file: general.alignment is {alignment!r}")
-        start = -(-self.offset // alignment) * alignment
-        tensors = {
-            name: replace(tensor, start=start + tensor.start, end=start + tensor.end)
-            for name, tensor in listed.items()
-        }
-        for name, tensor in tensors.items():
-            if tensor.end > self.size:
+        start = GGUFWriter.ggml_pad(self.offset, alignment)
+        tensors = {}
+        for name, tensor in listed.items():
+            end = start + tensor.end
+            if end > self.size:
                 raise SparseMMError(
                     f"{self.path}: the file is cut short: the data of {shown(name)} ends at byte"
-                    f" {tensor.end}, the file has {self.size}"
+                    f" {end}, the file has {self.size}"
                 )
+            tensors[name] = replace(tensor, start=start + tensor.start, end=end)
         return GGUFHeader(self.path, version, fields, entries, tensors, alignment)
 
     def take(self, n_bytes: int) -> int:
@@ -251,21 +235,18 @@ class _Walk:
         self.offset += n_bytes
         return start
 
-    def number(self, dtype: str) -> Any:
+    def number(self, dtype: npt.DTypeLike) -> Any:
         start = self.take(np.dtype(dtype).itemsize)
         return np.frombuffer(self.data, dtype, 1, start)[0].item()
 
-    def bytes(self) -> bytes:
+    def text(self, errors: str = "replace") -> str:
         length = self.number("<u8")
         start = self.take(length)
-        return self.data[start : start + length]
-
-    def text(self) -> str:
-        return self.bytes().decode("utf-8", "replace")
+        return self.data[start : start + length].decode("utf-8", errors)
 
     def name(self) -> str:
         """A key or a tensor's name; bytes that are not UTF-8 are kept distinct."""
-        return self.bytes().decode("utf-8", "surrogateescape")
+        return self.text("surrogateescape")
 
     def type(self, key: str) -> GGUFValueType:
         number = self.number("<u4")
@@ -284,12 +265,12 @@ class _Walk:
         item_type = self.type("array")
         length = self.number("<u8")
         if item_type in DTYPES:
-            dtype = np.dtype(DTYPES[item_type])
-            start = self.take(length * dtype.itemsize)
+            dtype = DTYPES[item_type]
+            start = self.take(length * dtype().itemsize)
             return GGUFField(kind, item_type, np.frombuffer(self.data, dtype, length, start).copy())
         if item_type != GGUFValueType.STRING:
             raise SparseMMError(f"{self.path}: arrays of arrays in GGUF keys are not supported")
-        unpack = struct.Struct("<Q").unpack_from
+        unpack = struct.Struct("<Q").unpack_from  # a vocabulary has a hundred thousand, and numpy is slow
         for _ in range(length):
             self.take(unpack(self.data, self.take(8))[0])
         return GGUFField(kind, item_type, None)
