@@ -3,12 +3,12 @@
 import json
 import sys
 from collections.abc import Callable, Iterator
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Protocol
 
 from PIL import Image
 
+from sparsemm_edge.closing import Closing
 from sparsemm_edge.errors import ContextFullError, SparseMMError
 from sparsemm_edge.files import check_text, pasted_path, read_text
 from sparsemm_edge.image_urls import is_url, open_image
@@ -31,48 +31,30 @@ Ctrl-C         end the answer that is being given"""
 _LEAVE = ("/exit", "/quit", "/bye", "exit", "quit")
 
 
-class Begin(Protocol):
-    """Creates a conversation: new with a system message, or from a file of Conversation.save."""
-
-    def __call__(self, system: str | None, resume: Path | None = None) -> Conversation: ...
-
-
-class Chat:
+@dataclass
+class Chat(Closing):
     """A conversation, and the images for the next message.
 
     Attributes:
-        images: shown with the next message.
-    """
-
-    def __init__(
-        self,
-        begin: Begin,
-        messages: Messages,
-        *,
-        system: str | None,
-        images: list[Image.Image],
-        sampling: Sampling,
-        n_predict: int,
-        as_json: bool,
-    ) -> None:
-        """Args:
-        begin: makes conversations.
-        messages: where messages come from.
+        begin: makes a conversation: new with a system message, or from a file of Conversation.save.
         system: the system message.
-        images: shown with the first message.
+        images: shown with the next message.
         sampling: how answers are sampled.
         n_predict: most tokens of an answer.
         as_json: print an answer and its figures as one JSON object.
-        """
-        self._begin = begin
-        self._messages = messages
-        self._system = system
-        self.images = images
-        self._sampling = sampling
-        self._n_predict = n_predict
-        self._as_json = as_json
+    """
+
+    begin: Callable[[str | None, Path | None], Conversation]
+    system: str | None
+    images: list[Image.Image]
+    sampling: Sampling
+    n_predict: int
+    as_json: bool
+
+    def __post_init__(self) -> None:
+        self._messages = Messages()
         self._n_retries = 0
-        self._conversation = begin(system)
+        self._conversation = self.begin(self.system, None)
         self._commands: dict[str, Callable[[str], None]] = {
             "/image": self._image,
             "/system": self._tell,
@@ -81,19 +63,22 @@ class Chat:
             "/stats": lambda _: print(_figures(self._conversation)),
             "/save": self._save,
             "/load": self._load,
-            "/reset": lambda _: self._replace(self._begin(self._system)),
+            "/reset": lambda _: self._replace(self.begin(self.system, None)),
             "/help": lambda _: print(HELP),
         }
 
     def close(self) -> None:
         self._conversation.close()
 
-    def check(self) -> None:
-        """Raise SparseMMError if no message could be answered."""
-        self._conversation.check(self._sampling)
-
     def run(self) -> None:
-        """Answer messages until the user leaves. Errors are printed as one line."""
+        """Answer messages until the user leaves. Errors are printed as one line.
+
+        Raises:
+            SparseMMError: no message could be answered.
+        """
+        self._conversation.check(self.sampling)
+        if self._messages.from_terminal:
+            print("A message is a line; /image PATH shows an image with it; /help lists the commands.")
         with self._messages() as messages:
             for message in messages:
                 if message in _LEAVE:
@@ -120,8 +105,8 @@ class Chat:
                 pieces = self._conversation.ask(
                     message,
                     self.images,
-                    n_predict=self._n_predict,
-                    sampling=self._sampling,
+                    n_predict=self.n_predict,
+                    sampling=self.sampling,
                     cancelled=interrupted,
                 )
                 self._show(pieces, interrupted)
@@ -132,11 +117,11 @@ class Chat:
         text = ""
         for piece in pieces:
             text += piece
-            if not self._as_json:
+            if not self.as_json:
                 print(piece, end="", flush=True)
             if interrupted():
                 break
-        print(json.dumps(self._conversation.stats().to_dict(text)) if self._as_json else "", flush=True)
+        print(json.dumps(self._conversation.stats().to_dict(text)) if self.as_json else "", flush=True)
         if self._conversation.is_full:
             print(
                 f"the context of {self._conversation.n_ctx} positions is full: /reset begins anew,"
@@ -149,19 +134,19 @@ class Chat:
 
     def _tell(self, text: str) -> None:
         if not text:
-            print(self._system or "the model is told nothing before the first message")
+            print(self.system or "the model is told nothing before the first message")
             return
         system = read_text(pasted_path(text[1:])).strip() if text.startswith("@") else text
-        self._replace(self._begin(system))
-        self._system = system
+        self._replace(self.begin(system, None))
+        self.system = system
 
     def _retry(self, _: str) -> None:
         self._n_retries += 1
-        sampling = self._sampling
+        sampling = self.sampling
         if sampling.seed >= 0:
             sampling = replace(sampling, seed=sampling.seed + self._n_retries)
         with self._messages.answering() as interrupted:
-            self._show(self._conversation.retry(n_predict=self._n_predict, sampling=sampling), interrupted)
+            self._show(self._conversation.retry(n_predict=self.n_predict, sampling=sampling), interrupted)
         if sampling.temperature == 0:
             print("at --temp 0 the answer to a message is always the same", file=sys.stderr)
 
@@ -171,7 +156,7 @@ class Chat:
         print(f"wrote {path}")
 
     def _load(self, given: str) -> None:
-        self._replace(self._begin(None, _path(given, "/load")))
+        self._replace(self.begin(None, _path(given, "/load")))
 
     def _replace(self, conversation: Conversation) -> None:
         self._conversation.close()

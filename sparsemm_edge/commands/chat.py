@@ -1,7 +1,5 @@
 """`sparsemm-edge chat`."""
 
-from contextlib import closing
-from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated
 
@@ -17,9 +15,7 @@ def chat(
     loaded: options.ModelOptions,
     sampled: options.SamplingOptions,
     framed: options.TemplateOptions,
-    evicted: options.EvictionOptions,
-    cache: options.CacheOptions,
-    kept: options.ReuseOptions,
+    kept: options.ConversationOptions,
     image: Annotated[
         list[str] | None,
         typer.Option(
@@ -46,39 +42,23 @@ def chat(
     from sparsemm_edge.chat import Chat
     from sparsemm_edge.image_urls import open_image
     from sparsemm_edge.runtime import Conversation
-    from sparsemm_edge.typed import Messages
 
     frame, sampling = framed.arguments(), sampled.sampling()
+    system = frame.pop("system")
     images = [open_image(each) for each in image or []]
     if images and loaded.mmproj is None:
         raise SparseMMError("an image needs the model's image encoder: give its file with --mmproj")
     with loaded.load(show_log=verbose, image_memory=image_memory, kept=kept) as model:
 
-        def begin(system: str | None, resume: Path | None = None) -> Conversation:
+        def begin(system: str | None, resume: Path | None) -> Conversation:
             return Conversation(
                 model,
                 n_ctx=min(model.n_ctx_train, defaults.N_CTX) if n_ctx is None else n_ctx,
-                **asdict(cache),
                 system=system,
-                chat_template=frame["chat_template"],
-                template_options=frame["template_options"],
-                eviction=evicted.eviction(),
+                **frame,
+                **kept.conversation(),
                 resume=resume,
-                reuse_evicted=kept.reuse_evicted,
             )
 
-        messages = Messages()
-        chat = Chat(
-            begin,
-            messages,
-            system=frame["system"],
-            images=images,
-            sampling=sampling,
-            n_predict=n_predict,
-            as_json=as_json,
-        )
-        with closing(chat):
-            chat.check()
-            if messages.from_terminal:
-                print("A message is a line; /image PATH shows an image with it; /help lists the commands.")
+        with Chat(begin, system, images, sampling, n_predict, as_json) as chat:
             chat.run()

@@ -2,7 +2,7 @@
 
 import sys
 import time
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
 
@@ -18,9 +18,7 @@ def generate(
     asked: options.QuestionOptions,
     framed: options.TemplateOptions,
     sampled: options.SamplingOptions,
-    evicted: options.EvictionOptions,
-    cache: options.CacheOptions,
-    kept: options.ReuseOptions,
+    kept: options.ConversationOptions,
     image: options.Images = None,
     n_predict: Annotated[int, typer.Option("--n-predict", "-n", help="Most tokens to generate.")] = 256,
     n_ctx: options.NCtx = None,
@@ -58,12 +56,10 @@ def generate(
             n_predict=n_predict,
             sampling=sampling,
             n_ctx=n_ctx,
-            **asdict(cache),
             **frame,
-            eviction=evicted.eviction(),
+            **kept.conversation(),
             save_session=save_session,
             load_session=load_session,
-            reuse_evicted=kept.reuse_evicted,
         )
         for piece in answer:
             text += piece

@@ -1,5 +1,6 @@
 """`sparsemm-edge kept`."""
 
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated
 
@@ -20,9 +21,8 @@ def kept(
         str,
         typer.Option(help="all: heads that keep a position; layer: the same by layer; head: single heads."),
     ] = "all",
-    n_ubatch: options.NUbatch = None,
-    cache_type_k: options.CacheTypeK = "f16",
-    cache_type_v: options.CacheTypeV = "f16",
+    *,
+    cache: options.CacheOptions,
     verbose: options.Verbose = False,
 ) -> None:
     """Draw which image positions the heads keep after a prompt, beside the map of head budgets.
@@ -59,9 +59,7 @@ def kept(
             model,
             tokenized,
             n_predict=1,
-            n_ubatch=n_ubatch,
-            cache_type_k=cache_type_k,
-            cache_type_v=cache_type_v,
+            **asdict(cache),
             eviction=evicted.eviction(),
         ) as session:
             session.read_prompt()

@@ -14,7 +14,7 @@ import typing
 from collections.abc import Callable
 from dataclasses import MISSING, dataclass, fields, is_dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, TypedDict
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -49,16 +49,11 @@ NGpuLayers = Annotated[
         "--n-gpu-layers", "-ngl", help="Layers on the GPU, if llama.cpp has one; -1: all [default: all]."
     ),
 ]
+Seed = Annotated[int, typer.Option("--seed", "-s", help="Seed for sampling; -1: a new one each time.")]
 Verbose = Annotated[bool, typer.Option("--verbose", help="Show llama.cpp's log.")]
 NCtx = Annotated[
     int | None,
     typer.Option("--n-ctx", "-c", help="Context size in positions [default: as prompt and reply need]."),
-]
-CacheTypeK = Annotated[
-    str, typer.Option("--cache-type-k", "-ctk", help="Data type of K: f16, f32, bf16, q8_0 or q4_0.")
-]
-CacheTypeV = Annotated[
-    str, typer.Option("--cache-type-v", "-ctv", help="Data type of V: f16, f32, bf16, q8_0 or q4_0.")
 ]
 ImageMemory = Annotated[
     int, typer.Option(help="MiB of encoded images to keep in memory, for images that come again.")
@@ -113,6 +108,12 @@ AsJson = Annotated[bool, typer.Option("--json", help="Print the figures as one J
 Force = Annotated[bool, typer.Option("--force", help="Replace the file to write if it exists.")]
 
 
+def _alike(options: Any, kind: Any) -> dict[str, Any]:
+    """The options that a dataclass has fields of the same name for."""
+    names = {field.name for field in fields(kind)}
+    return {name: value for name, value in vars(options).items() if name in names}
+
+
 @dataclass(frozen=True)
 class ModelOptions:
     """The model and how it is loaded."""
@@ -159,16 +160,10 @@ class ModelOptions:
 
         return Loading(
             n_threads_batch=self.threads_batch,
-            n_gpu_layers=self.n_gpu_layers,
-            mmproj_offload=self.mmproj_offload,
             loras=tuple(map(Lora.parse, self.lora or ())),
-            image_min_tokens=self.image_min_tokens,
-            image_max_tokens=self.image_max_tokens,
-            mmap=self.mmap,
-            mlock=self.mlock,
             image_memory=image_memory,
             **({} if kept is None else kept.arguments()),
-            unload_mmproj=self.unload_mmproj,
+            **_alike(self, Loading),
         )
 
     def load(
@@ -219,8 +214,12 @@ class CacheOptions:
     """Batch size of prompts and data types of the cache."""
 
     n_ubatch: NUbatch = None
-    cache_type_k: CacheTypeK = "f16"
-    cache_type_v: CacheTypeV = "f16"
+    cache_type_k: Annotated[
+        str, typer.Option("--cache-type-k", "-ctk", help="Data type of K: f16, f32, bf16, q8_0 or q4_0.")
+    ] = "f16"
+    cache_type_v: Annotated[
+        str, typer.Option("--cache-type-v", "-ctv", help="Data type of V: f16, f32, bf16, q8_0 or q4_0.")
+    ] = "f16"
 
 
 @dataclass(frozen=True)
@@ -260,7 +259,7 @@ class TemplateOptions:
         typer.Option(help="Extra variables for the template, such as '{\"enable_thinking\": false}'."),
     ] = None
 
-    def arguments(self) -> "Frame":
+    def arguments(self) -> dict[str, Any]:
         """Arguments of generate() and others."""
         from sparsemm_edge.runtime.chat_template import read_template_options
 
@@ -285,12 +284,6 @@ def template_text(given: str | None) -> str | None:
     return read_template(given)
 
 
-class Frame(TypedDict):
-    system: str | None
-    chat_template: str | None
-    template_options: dict[str, Any] | None
-
-
 @dataclass(frozen=True)
 class EvictionOptions:
     """Eviction."""
@@ -307,16 +300,7 @@ class EvictionOptions:
     def eviction(self) -> "Eviction":
         from sparsemm_edge.runtime import Eviction
 
-        return Eviction(
-            self.evict,
-            self.policy,
-            self.budget,
-            self.window,
-            self.scores,
-            self.kv_max_tail,
-            self.vote,
-            self.residual,
-        )
+        return Eviction(self.evict, max_tail=self.kv_max_tail, **_alike(self, Eviction))
 
 
 @dataclass(frozen=True)
@@ -324,7 +308,7 @@ class SamplingOptions:
     """Sampling, stop texts and grammar. The defaults are those of runtime.Sampling."""
 
     temp: Annotated[float, typer.Option(help="Temperature; 0 is greedy.")] = 0.0
-    seed: Annotated[int, typer.Option("--seed", "-s", help="Seed for sampling; -1: a new one each time.")] = 0
+    seed: Seed = 0
     top_k: Annotated[int, typer.Option(help="Sample from this many most likely tokens; 0: all.")] = 40
     top_p: Annotated[
         float, typer.Option(help="Sample from the most likely tokens with this total probability.")
@@ -356,24 +340,18 @@ class SamplingOptions:
         schema = self.json_schema
         if schema is not None and not schema.lstrip().startswith("{"):
             schema = read_text(Path(schema))
-        return Sampling(
-            temperature=self.temp,
-            seed=self.seed,
-            top_k=self.top_k,
-            top_p=self.top_p,
-            min_p=self.min_p,
-            repeat_penalty=self.repeat_penalty,
-            presence_penalty=self.presence_penalty,
-            frequency_penalty=self.frequency_penalty,
-            stop=tuple(self.stop or ()),
-            grammar=None if self.grammar_file is None else read_text(self.grammar_file),
-            json_schema=schema,
-        )
+        other = {
+            "temperature": self.temp,
+            "stop": tuple(self.stop or ()),
+            "grammar": None if self.grammar_file is None else read_text(self.grammar_file),
+            "json_schema": schema,
+        }
+        return Sampling(**_alike(self, Sampling) | other)
 
 
 @dataclass(frozen=True)
-class ReuseOptions(ImageCacheOptions):
-    """The image cache on disk, with evicted sequences."""
+class ConversationOptions(ImageCacheOptions, CacheOptions, EvictionOptions):
+    """The cache of a conversation, and what is kept of images on disk."""
 
     reuse_evicted: Annotated[
         bool,
@@ -383,6 +361,11 @@ class ReuseOptions(ImageCacheOptions):
             " --image-cache: asked about again, they are not read again. No question votes on what is kept.",
         ),
     ] = False
+
+    def conversation(self) -> dict[str, Any]:
+        """Arguments of Conversation."""
+        evicts = {"eviction": self.eviction(), "reuse_evicted": self.reuse_evicted}
+        return _alike(self, CacheOptions) | evicts
 
 
 NUMBERS: dict[str, tuple[float, float]] = {
