@@ -5,29 +5,21 @@ from contextlib import contextmanager
 
 from sparsemm_edge.errors import SparseMMError
 
-
-@contextmanager
-def needs_torch() -> Iterator[None]:
-    """Around an import of `sparsemm_edge.scoring`: what is missing is named, with how to get it."""
-    try:
-        yield
-    except ModuleNotFoundError as error:
-        if (error.name or "").partition(".")[0] not in ("torch", "transformers"):
-            raise
-        raise SparseMMError(
-            f"scoring a checkpoint needs {error.name}, which is not installed:"
-            " pip install 'sparsemm-edge[score]'"
-        ) from error
+_EXTRAS = {
+    "score": ("scoring a checkpoint", ("torch", "transformers")),
+    "serve": ("serving", ("fastapi", "uvicorn", "pydantic", "starlette")),
+}
 
 
 @contextmanager
-def needs_server() -> Iterator[None]:
-    """Around an import of `sparsemm_edge.server`: what is missing is named, with how to get it."""
+def needs(extra: str) -> Iterator[None]:
+    """Around an import of what an extra of the package installs: names what is missing, and how to get it."""
+    what, packages = _EXTRAS[extra]
     try:
         yield
     except ModuleNotFoundError as error:
-        if (error.name or "").partition(".")[0] not in ("fastapi", "uvicorn", "pydantic", "starlette"):
+        if (error.name or "").partition(".")[0] not in packages:
             raise
         raise SparseMMError(
-            f"serving needs {error.name}, which is not installed: pip install 'sparsemm-edge[serve]'"
+            f"{what} needs {error.name}, which is not installed: pip install 'sparsemm-edge[{extra}]'"
         ) from error

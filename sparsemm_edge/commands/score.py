@@ -96,7 +96,7 @@ def score(
     from sparsemm_edge.commands.scores import print_convergence, print_figures, to_dict
     from sparsemm_edge.convert import check_out
     from sparsemm_edge.convert import convert as convert_model
-    from sparsemm_edge.extras import needs_torch
+    from sparsemm_edge.extras import needs
     from sparsemm_edge.pages.readers import page_size
     from sparsemm_edge.scoring.run import ScoringJob
     from sparsemm_edge.scoring.sources import Checkpoint, GgufFiles, Source
@@ -123,7 +123,7 @@ def score(
     else:
         if mmproj is not None or convert:
             raise SparseMMError(f"{model}: --mmproj and --convert are for GGUF files")
-        with needs_torch():
+        with needs("score"):
             import sparsemm_edge.scoring.models  # noqa: F401
         source = Checkpoint(model, device, dtype)
     job = ScoringJob(source, data, pages, seed, page_size(size), prompt, max_new_tokens, until)

@@ -130,11 +130,11 @@ def knockout(
     Example:
       sparsemm-edge scores knockout path/to/checkpoint --scores scores.json
     """
-    from sparsemm_edge.extras import needs_torch
+    from sparsemm_edge.extras import needs
     from sparsemm_edge.pages.readers import open_pages, page_size
     from sparsemm_edge.scores import HeadScores
 
-    with needs_torch():
+    with needs("score"):
         from sparsemm_edge.scoring.knockout import knockout as run
         from sparsemm_edge.scoring.models import load
 

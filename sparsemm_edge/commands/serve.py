@@ -1,6 +1,6 @@
 """`sparsemm-edge serve`."""
 
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from types import FrameType
 from typing import Annotated
 
@@ -15,9 +15,7 @@ from sparsemm_edge.errors import SparseMMError
 class ServeSampling(options.SamplingOptions):
     """How an answer is sampled where a request says nothing."""
 
-    seed: Annotated[
-        int, typer.Option("--seed", "-s", help="Seed for sampling; -1: a new one each time.")
-    ] = -1
+    seed: options.Seed = -1
 
 
 @options.grouped
@@ -30,9 +28,7 @@ def serve(
     *,
     framed: options.TemplateOptions,
     sampled: ServeSampling,
-    evicted: options.EvictionOptions,
-    cache: options.CacheOptions,
-    kept: options.ReuseOptions,
+    kept: options.ConversationOptions,
     n_predict: Annotated[
         int | None, typer.Option("--n-predict", "-n", help="Most tokens of an answer [default: what fits].")
     ] = None,
@@ -53,15 +49,16 @@ def serve(
     """
     import socket
 
-    from sparsemm_edge.extras import needs_server
+    from sparsemm_edge.extras import needs
     from sparsemm_edge.runtime import Conversation
 
-    with needs_server():
+    with needs("serve"):
         import uvicorn
 
         from sparsemm_edge.server import Slot, make_app
 
     frame, sampling = framed.arguments(), sampled.sampling()
+    system = frame.pop("system")
     with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as listening:
         listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
@@ -74,17 +71,12 @@ def serve(
             Conversation(
                 model,
                 n_ctx=(n_ctx := min(model.n_ctx_train, defaults.N_CTX) if n_ctx is None else n_ctx),
-                **asdict(cache),
-                chat_template=frame["chat_template"],
-                template_options=frame["template_options"],
-                eviction=evicted.eviction(),
-                reuse_evicted=kept.reuse_evicted,
+                **frame,
+                **kept.conversation(),
             ) as conversation,
         ):
             conversation.check(sampling)
-            with Slot(
-                conversation, sampling=sampling, n_predict=n_predict or n_ctx, system=frame["system"]
-            ) as slot:
+            with Slot(conversation, sampling=sampling, n_predict=n_predict or n_ctx, system=system) as slot:
                 app = make_app(slot, loaded.model.stem)
                 at = f"{f'[{host}]' if ':' in host else host}:{listening.getsockname()[1]}"
                 config = uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=2)

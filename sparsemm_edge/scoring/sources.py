@@ -10,7 +10,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from sparsemm_edge.extras import needs_torch
+from sparsemm_edge.extras import needs
 from sparsemm_edge.resources import usable_cores
 from sparsemm_edge.scoring.target_response import Reader
 
@@ -44,7 +44,7 @@ class Checkpoint:
     @contextmanager
     def reader(self, rank: int = 0, n_jobs: int = 1) -> Iterator[Reader]:
         """Load the model; process `rank` of several uses its share of GPUs or cores."""
-        with needs_torch():
+        with needs("score"):
             import torch
 
             from sparsemm_edge.scoring.models import load
