@@ -5,24 +5,23 @@ import secrets
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 from PIL import Image
+from rich import box
+from rich.table import Table
+from rich.text import Text
 
 from sparsemm_edge.errors import SparseMMError
 from sparsemm_edge.evaluation.metrics import edit_distance
+from sparsemm_edge.output import console
 from sparsemm_edge.pages.grid import FIRST_TRAINING_SEED, READ_PROMPT, SIZE, grid_page, lookup_prompt
 from sparsemm_edge.pictures import open_picture
 from sparsemm_edge.reports.head_map import save_head_map
 from sparsemm_edge.reports.kept_map import save_kept_map
+from sparsemm_edge.runtime import Eviction, GenerationStats, VisionModel, generate, start_session
 
-if TYPE_CHECKING:
-    from rich.text import Text
-
-    from sparsemm_edge.runtime import GenerationStats, VisionModel
-
-BUDGETS = (64, 32)
 WINDOW = 8
 N_PREDICT = 96
 
@@ -73,11 +72,7 @@ class DemoRun:
     budget: int | None
     errors: int
     text: str
-    stats: "GenerationStats"
-
-    @property
-    def heading(self) -> str:
-        return _HEADINGS[self.policy].format(self.budget)
+    stats: GenerationStats
 
     @property
     def memory(self) -> str:
@@ -109,34 +104,26 @@ class DemoReport:
 
     Attributes:
         seed: of the page; None with an image.
-        page, head_map, kept_map: the files written; None: not this one.
+        page, head_map, kept_map: paths of the files written; None: not this one.
         questions: each with its answers, the full cache's first.
     """
 
     seed: int | None
-    page: Path
-    head_map: Path | None
-    kept_map: Path | None
+    page: str
+    head_map: str | None
+    kept_map: str | None
     questions: list[tuple[DemoQuestion, list[DemoRun]]]
 
     def to_dict(self) -> dict[str, Any]:
         """As `demo --json` prints it."""
-        files = {"page": self.page, "head_map": self.head_map, "kept_map": self.kept_map}
         questions = [
-            {"prompt": question.prompt, "answer": question.answer, "runs": [run.to_dict() for run in runs]}
-            for question, runs in self.questions
+            {**vars(question), "runs": [run.to_dict() for run in runs]} for question, runs in self.questions
         ]
-        named = {name: None if path is None else str(path) for name, path in files.items()}
-        return {"seed": self.seed, **named, "questions": questions}
+        return {**vars(self), "questions": questions}
 
 
 def run(
-    out: Path,
-    *,
-    seed: int | None = None,
-    image: Path | None = None,
-    prompt: str | None = None,
-    budgets: Sequence[int] = BUDGETS,
+    out: Path, *, seed: int | None, image: Path | None, prompt: str | None, budgets: Sequence[int]
 ) -> DemoReport:
     """Draw a page and ask about it, with the full cache and with evicted ones.
 
@@ -152,15 +139,14 @@ def run(
     Raises:
         SparseMMError: the packaged model is missing, or an argument cannot be used.
     """
-    from sparsemm_edge.runtime import VisionModel
-
     files = DemoModel()
     try:
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise SparseMMError(f"cannot make the folder {out}: {error.strerror}") from error
     if image is not None:
-        seed, page, questions = None, _open(image), [DemoQuestion(READ_PROMPT, None)]
+        page = open_picture(image).resize((SIZE, SIZE), Image.Resampling.LANCZOS)
+        seed, questions = None, [DemoQuestion(READ_PROMPT, None)]
     else:
         seed, page, questions = _draw(seed)
     if prompt is not None:
@@ -172,25 +158,19 @@ def run(
         asked = [(each, _ask(model, files.scores, page, each, budgets)) for each in questions]
         if budgets:
             _draw_maps(model, files.scores, page, questions[-1], min(budgets), out)
-    head_map, kept_map = (out / "head-map.png", out / "kept-map.png") if budgets else (None, None)
-    return DemoReport(seed, out / "page.png", head_map, kept_map, asked)
+    head_map, kept_map = (str(out / f"{name}-map.png") if budgets else None for name in ("head", "kept"))
+    return DemoReport(seed, str(out / "page.png"), head_map, kept_map, asked)
 
 
 def show(report: DemoReport) -> None:
     """Print the answers side by side, wrong characters marked, and what they took."""
-    from rich import box
-    from rich.table import Table
-
-    from sparsemm_edge.output import console as output
-
-    console = output()
     drawn = "" if report.seed is None else f", drawn from seed {report.seed}"
     print(f"page: {report.page}{drawn}")
     for question, runs in report.questions:
         table = Table(title=f"\n{question.prompt}", title_justify="left", box=box.SIMPLE_HEAD)
         table.add_column("" if question.answer is None else "on the page")
         for run in runs:
-            table.add_column(run.heading)
+            table.add_column(_HEADINGS[run.policy].format(run.budget))
         truth = runs[0].text if question.answer is None else question.answer
         answers = [marked(run.text, truth) for run in runs]
         table.add_row(question.answer or "", *answers, end_section=True)
@@ -203,16 +183,14 @@ def show(report: DemoReport) -> None:
         }
         for name, cells in rows.items():
             table.add_row(name, *cells)
-        console.print(table)
+        console().print(table)
     if report.head_map is not None:
         print(f"head budgets: {report.head_map}")
         print(f"what the heads kept of the page: {report.kept_map}")
 
 
-def marked(said: str, true: str) -> "Text":
+def marked(said: str, true: str) -> Text:
     """What was said: characters that differ in red, a red dot for each that is missing."""
-    from rich.text import Text
-
     text = Text()
     for kind, a, b, c, d in difflib.SequenceMatcher(None, said, true, autojunk=False).get_opcodes():
         text.append(said[a:b], "" if kind == "equal" else "bold red")
@@ -230,16 +208,10 @@ def _draw(seed: int | None) -> tuple[int, Image.Image, list[DemoQuestion]]:
     return seed, page.image, [DemoQuestion(READ_PROMPT, page.text), DemoQuestion(lookup_prompt(key), answer)]
 
 
-def _open(path: Path) -> Image.Image:
-    return open_picture(path).resize((SIZE, SIZE), Image.Resampling.LANCZOS)
-
-
 def _ask(
-    model: "VisionModel", scores: Path, page: Image.Image, question: DemoQuestion, budgets: Sequence[int]
+    model: VisionModel, scores: Path, page: Image.Image, question: DemoQuestion, budgets: Sequence[int]
 ) -> list[DemoRun]:
     """One question with every cache."""
-    from sparsemm_edge.runtime import Eviction, generate
-
     runs: list[DemoRun] = []
     settings = [("full", None), *(("sparsemm", budget) for budget in budgets)]
     settings += [("uniform", budget) for budget in budgets[:1]]
@@ -255,11 +227,9 @@ def _ask(
 
 
 def _draw_maps(
-    model: "VisionModel", scores: Path, page: Image.Image, question: DemoQuestion, budget: int, out: Path
+    model: VisionModel, scores: Path, page: Image.Image, question: DemoQuestion, budget: int, out: Path
 ) -> None:
     """Head budgets, and over the page what the heads kept when they were asked this question."""
-    from sparsemm_edge.runtime import Eviction, start_session
-
     with model.tokenize(model.chat_prompt(question.prompt, 1), [page]) as prompt:
         grid = model.image_grid(prompt)
         eviction = Eviction(budget=budget, window=WINDOW, scores=scores)
