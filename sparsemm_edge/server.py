@@ -13,7 +13,7 @@ import uuid
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import aclosing, closing
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 from typing import Any, TypeVar, cast
 
 from fastapi import FastAPI, Request
@@ -33,17 +33,7 @@ from sparsemm_edge.runtime.chat_template import Turn
 _T = TypeVar("_T")
 _Pieces = AsyncGenerator["str | _Done", None]
 _ROLES = {"system": "system", "developer": "system", "user": "user", "assistant": "assistant"}
-_SAMPLED = (
-    "temperature",
-    "top_p",
-    "min_p",
-    "top_k",
-    "repeat_penalty",
-    "presence_penalty",
-    "frequency_penalty",
-    "seed",
-    "grammar",
-)
+_SAMPLED = {field.name for field in fields(Sampling)}
 _NOT_SUPPORTED = ("functions", "tools", "logprobs", "logit_bias", "mirostat_mode", "min_tokens")
 
 
@@ -73,7 +63,7 @@ class _Said:
 
 @dataclass(frozen=True)
 class _Job:
-    """A parsed request; n_predict None: no limit but the context."""
+    """A parsed request; go_on: it may continue the slot's conversation."""
 
     said: tuple[_Said, ...]
     sampling: Sampling
@@ -204,7 +194,6 @@ class Slot(Closing):
         }
         n_cached = 0
         if go_on:
-            assert conversation.session is not None
             last, n_cached = job.said[-1], conversation.n_held
             pieces = conversation.ask(last.turn.text, _opened(last.images), **options)
         else:
@@ -236,7 +225,7 @@ def make_app(slot: Slot, model_name: str) -> FastAPI:
 
     @app.exception_handler(Cancelled)
     async def stopping(_: Request, error: Cancelled) -> Response:
-        return JSONResponse({"error": _described("the server is being stopped")}, status_code=503)
+        return _error("the server is being stopped", status=503)
 
     @app.exception_handler(RequestValidationError)
     async def invalid(_: Request, error: RequestValidationError) -> Response:
@@ -355,23 +344,19 @@ def _said(message: dict[str, Any]) -> _Said:
 
 def _sampling(default: Sampling, request: ChatRequest) -> Sampling:
     """The sampling options of a request."""
-    given = {
-        name: getattr(request, name)
-        for name in _SAMPLED
-        if name in request.model_fields_set and getattr(request, name) is not None
-    }
+    given = {name: getattr(request, name) for name in request.model_fields_set & _SAMPLED}
+    given = {name: value for name, value in given.items() if value is not None}
     if request.stop is not None:
         given["stop"] = (request.stop,) if isinstance(request.stop, str) else tuple(request.stop)
-    wanted = request.response_format or {}
+    wanted: Any = request.response_format or {}
     kind = wanted.get("type", "text")
-    if kind == "json_object":
-        given["json_schema"] = json.dumps(wanted.get("schema") or {"type": "object"})
-    elif kind == "json_schema":
-        described = wanted.get("json_schema")
-        schema = described.get("schema") if isinstance(described, dict) else None
-        given["json_schema"] = json.dumps(schema or {"type": "object"})
-    elif kind != "text":
+    if kind not in ("text", "json_object", "json_schema"):
         raise SparseMMError(f"response_format {kind!r}: expected text, json_object or json_schema")
+    if kind == "json_schema":
+        wanted = wanted.get("json_schema")
+    if kind != "text":
+        schema = wanted.get("schema") if isinstance(wanted, dict) else None
+        given["json_schema"] = json.dumps(schema or {"type": "object"})
     if "json_schema" in given or "grammar" in given:
         default = replace(default, grammar=None, json_schema=None)
     return replace(default, **given)
