@@ -170,9 +170,7 @@ def fingerprint(model: Path) -> str:
     size = model.stat().st_size
     digest = hashlib.sha256(str(size).encode())
     with model.open("rb") as file:
-        for part in range(8):
-            file.seek(size * part // 8)
+        for start in (*(size * part // 8 for part in range(8)), max(size - _FINGERPRINT_SAMPLE, 0)):
+            file.seek(start)
             digest.update(file.read(_FINGERPRINT_SAMPLE))
-        file.seek(max(size - _FINGERPRINT_SAMPLE, 0), os.SEEK_SET)
-        digest.update(file.read(_FINGERPRINT_SAMPLE))
     return digest.hexdigest()

@@ -11,6 +11,8 @@ from sparsemm_edge.scores import group_scores
 PROMPT_LENGTHS = (640, 2944, 8192)
 """Prompts to state KV bytes for: one image in LLaVA-1.5, one in LLaVA-NeXT, several."""
 
+_SETTINGS = ("policy", "budget", "window", "floor_ratio", "pool_kernel", "vote", "residual")
+
 
 def to_dict(shape: ModelShape, metadata: SparseMMMetadata) -> dict[str, Any]:
     """Shape, settings and statistics of the table of head budgets (positions), ready for JSON.
@@ -20,18 +22,9 @@ def to_dict(shape: ModelShape, metadata: SparseMMMetadata) -> dict[str, Any]:
     table, spec = metadata.head_budgets, metadata.spec
     return {
         "architecture": shape.arch,
-        "name": shape.name,
-        "n_layer": shape.n_layer,
-        "n_head": shape.n_head,
-        "n_head_kv": shape.n_head_kv,
+        **{name: getattr(shape, name) for name in ("name", "n_layer", "n_head", "n_head_kv")},
         "enabled": metadata.enabled,
-        "policy": spec.policy,
-        "budget": spec.budget,
-        "window": spec.window,
-        "floor_ratio": spec.floor_ratio,
-        "pool_kernel": spec.pool_kernel,
-        "vote": spec.vote,
-        "residual": spec.residual,
+        **{name: getattr(spec, name) for name in _SETTINGS},
         "water_fill_length": metadata.water_fill_length,
         "head_budgets": {
             "min": int(table.min()),
