@@ -7,42 +7,35 @@ from pathlib import Path
 
 import psutil
 
-_ROOT = Path("/")
+_ROOT = Path("/")  # of /proc and /sys
 
 
-def usable_cores(root: Path = _ROOT) -> int:
+def usable_cores() -> int:
     """The number of physical cores that this process may use, within its container's CPU quota.
 
     Logical cores count where the system does not report physical ones.
-
-    Args:
-        root: where /proc and /sys are, for tests.
     """
     cores = psutil.cpu_count(logical=False) or psutil.cpu_count() or 1
     if hasattr(os, "sched_getaffinity"):
         cores = min(cores, len(os.sched_getaffinity(0)))
-    quotas = (_cpu_quota(group) for group in _control_groups(root, "cpu"))
-    return max(1, min([cores, *(math.ceil(quota) for quota in quotas if quota is not None)]))
+    quotas = (_cpu_quota(group) for group in _control_groups("cpu"))
+    return min([cores, *(math.ceil(quota) for quota in quotas if quota is not None)])
 
 
-def machine_memory(root: Path = _ROOT) -> tuple[int, int]:
-    """Total and available memory of this machine or container, in bytes.
-
-    Args:
-        root: as in usable_cores.
-    """
+def machine_memory() -> tuple[int, int]:
+    """Total and available memory of this machine or container, in bytes."""
     memory = psutil.virtual_memory()
     total, available = memory.total, memory.available
-    for group in _control_groups(root, "memory"):
+    for group in _control_groups("memory"):
         limit, left = _memory_limit(group) or (total, available)
         total, available = min(total, limit), min(available, left)
     return total, max(0, available)
 
 
-def _control_groups(root: Path, controller: str) -> Iterator[Path]:
+def _control_groups(controller: str) -> Iterator[Path]:
     """The folders of this process's control groups (v1 or v2) that may set a limit."""
     try:
-        lines = (root / "proc/self/cgroup").read_text().splitlines()
+        lines = (_ROOT / "proc/self/cgroup").read_text().splitlines()
     except OSError:
         return
     for line in lines:
@@ -52,7 +45,7 @@ def _control_groups(root: Path, controller: str) -> Iterator[Path]:
             continue
         # the group may be known by a name outside the container: then only its parents are found here
         for mount in (controllers, controller) if controllers else ("", "unified"):
-            top = root / "sys/fs/cgroup" / mount
+            top = _ROOT / "sys/fs/cgroup" / mount
             group = top / path.lstrip("/")
             for folder in (group, *group.parents):
                 if folder.is_relative_to(top):

@@ -17,7 +17,7 @@ import pytest
 import typer
 
 from helpers.command_line import CommandLine
-from sparsemm_edge import cli
+from sparsemm_edge import cli, resources
 from sparsemm_edge.commands.options import NUMBERS
 from sparsemm_edge.demo import DemoModel
 from sparsemm_edge.errors import SparseMMError
@@ -315,15 +315,17 @@ def test_threads_are_those_that_the_container_has_time_for(
 ) -> None:
     monkeypatch.setattr(psutil, "cpu_count", lambda logical=True: 16 if logical else 8)
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(16)), raising=False)
-    assert usable_cores(put(tmp_path, files)) == cores
+    monkeypatch.setattr(resources, "_ROOT", put(tmp_path, files))
+    assert usable_cores() == cores
 
 
 def test_where_no_physical_cores_are_known_all_count(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(psutil, "cpu_count", lambda logical=True: 6 if logical else None)
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(16)), raising=False)
-    assert usable_cores(tmp_path) == 6
+    monkeypatch.setattr(resources, "_ROOT", tmp_path)
+    assert usable_cores() == 6
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0, 5}, raising=False)
-    assert usable_cores(tmp_path) == 2
+    assert usable_cores() == 2
 
 
 GIB = 2**30
@@ -380,5 +382,5 @@ def test_memory_is_what_the_container_may_use(
 ) -> None:
     machine = SimpleNamespace(total=64 * GIB, available=40 * GIB)
     monkeypatch.setattr(psutil, "virtual_memory", lambda: machine)
-    root = put(tmp_path, files | {"proc/self/cgroup": cgroup})
-    assert machine_memory(root) == (total * GIB, available * GIB)
+    monkeypatch.setattr(resources, "_ROOT", put(tmp_path, files | {"proc/self/cgroup": cgroup}))
+    assert machine_memory() == (total * GIB, available * GIB)
