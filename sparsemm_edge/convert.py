@@ -14,7 +14,7 @@ from sparsemm_edge.errors import SparseMMError
 from sparsemm_edge.files import atomic_path
 from sparsemm_edge.gguf_copy import Progress, copy_with_fields
 from sparsemm_edge.gguf_header import read_header
-from sparsemm_edge.gguf_metadata import PREFIX, ModelShape, SparseMMMetadata, check_supported, model_shape
+from sparsemm_edge.gguf_metadata import ModelShape, SparseMMMetadata, check_supported, model_shape
 from sparsemm_edge.scores import HeadScores, group_scores
 
 
@@ -88,5 +88,5 @@ def convert(
         layers=shape.layers,
     )
     with atomic_path(out) as part:
-        copy_with_fields(header, part, metadata.fields(), PREFIX, progress)
+        copy_with_fields(header, part, metadata.fields(), progress)
     return Converted(out, shape, metadata)

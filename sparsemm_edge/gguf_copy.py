@@ -10,6 +10,7 @@ from gguf import GGUFWriter
 from gguf.constants import GGUFValueType
 
 from sparsemm_edge.gguf_header import DTYPES, GGUFField, GGUFHeader
+from sparsemm_edge.gguf_metadata import PREFIX
 
 _CHUNK = 2**24
 _SPLIT = ("split.no", "split.count", "split.tensors.count")
@@ -19,21 +20,20 @@ Progress = Callable[[int, int], None]
 
 
 def copy_with_fields(
-    header: GGUFHeader, target: Path, fields: Mapping[str, GGUFField], dropped_prefix: str, progress: Progress
+    header: GGUFHeader, target: Path, fields: Mapping[str, GGUFField], progress: Progress
 ) -> None:
     """Write a model, all parts of a split one, to one file.
 
     Args:
         header: of the model.
         target: the file to write.
-        fields: keys to add after those that are kept.
-        dropped_prefix: keys with this prefix are left out.
+        fields: keys to write after the model's own, of which those of an earlier conversion are left out.
         progress: called with the bytes copied and their total.
 
     Raises:
         OSError: a file cannot be read or written.
     """
-    kept = [key for key in header.entries if not key.startswith(dropped_prefix) and key not in _SPLIT]
+    kept = [key for key in header.entries if not key.startswith(PREFIX) and key not in _SPLIT]
     with target.open("wb") as out:
         n_fields = len(kept) + len(fields)
         out.write(struct.pack("<4sIQQ", b"GGUF", header.version, len(header.tensors), n_fields))
