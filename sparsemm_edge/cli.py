@@ -21,7 +21,7 @@ from sparsemm_edge.commands.generate import generate
 from sparsemm_edge.commands.inspect import inspect
 from sparsemm_edge.commands.kept import kept
 from sparsemm_edge.commands.mmproj import mmproj
-from sparsemm_edge.commands.options import checked
+from sparsemm_edge.commands.options import as_command
 from sparsemm_edge.commands.profile import profile
 from sparsemm_edge.commands.score import score
 from sparsemm_edge.commands.scores import scores
@@ -61,8 +61,8 @@ def _app(
 
 
 for _command in (score, convert, mmproj, inspect, generate, chat, serve, fit, profile, bench, kept, demo):
-    app.command()(checked(_command))
-app.command("eval")(checked(evaluate))
+    app.command()(as_command(_command))
+app.command("eval")(as_command(evaluate))
 app.add_typer(scores, name="scores")
 
 

@@ -10,7 +10,6 @@ from sparsemm_edge.commands import options
 from sparsemm_edge.errors import SparseMMError
 
 
-@options.grouped
 def chat(
     loaded: options.ModelOptions,
     sampled: options.SamplingOptions,

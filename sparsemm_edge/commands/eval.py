@@ -15,7 +15,6 @@ from sparsemm_edge.output import print_json
 _T = TypeVar("_T")
 
 
-@options.grouped
 def evaluate(
     loaded: options.ModelOptions,
     kept: options.ImageCacheOptions,

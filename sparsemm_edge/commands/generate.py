@@ -12,7 +12,6 @@ from sparsemm_edge.commands import options
 from sparsemm_edge.output import print_json
 
 
-@options.grouped
 def generate(
     loaded: options.ModelOptions,
     asked: options.QuestionOptions,

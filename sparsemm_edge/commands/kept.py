@@ -9,7 +9,6 @@ import typer
 from sparsemm_edge.commands import options
 
 
-@options.grouped
 def kept(
     loaded: options.ModelOptions,
     evicted: options.EvictionOptions,

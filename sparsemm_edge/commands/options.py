@@ -1,8 +1,7 @@
 """Options shared by several commands, and groups of them.
 
-A command takes a group as one parameter, which @grouped expands into options:
+A command takes a group as one parameter, which as_command expands into options:
 
-    @grouped
     def generate(loaded: options.ModelOptions, n_predict: ... = 256) -> None:
         with loaded.load() as model: ...
 """
@@ -409,32 +408,15 @@ NUMBERS: dict[str, tuple[float, float]] = {
 memory. Narrower limits are checked where they are known."""
 
 
-def checked(command: Callable[..., None]) -> Callable[..., None]:
-    """Make a command reject numbers outside NUMBERS."""
-
-    @functools.wraps(command)
-    def run(**given: Any) -> None:
-        for name, value in given.items():
-            if isinstance(value, int | float) and not isinstance(value, bool):
-                check_within(f"--{name.replace('_', '-')}", value, *NUMBERS[name])
-        command(**given)
-
-    return run
-
-
-def _without_last_line_end(text: str) -> str:
-    return text.removesuffix("\n").removesuffix("\r")
-
-
-def grouped(command: Callable[..., None]) -> Callable[..., None]:
-    """Replace a command's groups by their options, for typer.
+def as_command(function: Callable[..., None]) -> Callable[..., None]:
+    """A command for typer: its groups become their options, and numbers outside NUMBERS are refused.
 
     A group is a parameter whose type is a dataclass of options.
     """
-    hints = typing.get_type_hints(command, include_extras=True)
+    hints = typing.get_type_hints(function, include_extras=True)
     groups: dict[str, Any] = {name: kind for name, kind in hints.items() if is_dataclass(kind)}
     shown: list[inspect.Parameter] = []
-    for parameter in inspect.signature(command).parameters.values():
+    for parameter in inspect.signature(function).parameters.values():
         if parameter.name not in groups:
             shown.append(parameter.replace(annotation=hints[parameter.name]))
             continue
@@ -444,14 +426,21 @@ def grouped(command: Callable[..., None]) -> Callable[..., None]:
             kind = of_group[field.name]
             shown.append(inspect.Parameter(field.name, parameter.kind, default=default, annotation=kind))
 
-    @functools.wraps(command)
+    @functools.wraps(function)
     def run(**given: Any) -> None:
+        for name, value in given.items():
+            if isinstance(value, int | float) and not isinstance(value, bool):
+                check_within(f"--{name.replace('_', '-')}", value, *NUMBERS[name])
         for name, kind in groups.items():
             given[name] = kind(**{field.name: given.pop(field.name) for field in fields(kind)})
-        command(**given)
+        function(**given)
 
     # a parameter without a default may follow one with a default here: all are given by name
     keyword = [parameter.replace(kind=inspect.Parameter.KEYWORD_ONLY) for parameter in shown]
     run.__signature__ = inspect.Signature(keyword)  # type: ignore[attr-defined]
     run.__annotations__ = {parameter.name: parameter.annotation for parameter in shown}
     return run
+
+
+def _without_last_line_end(text: str) -> str:
+    return text.removesuffix("\n").removesuffix("\r")

@@ -10,7 +10,6 @@ from sparsemm_edge.commands import options
 from sparsemm_edge.output import print_json, print_table, whole_numbers
 
 
-@options.grouped
 def profile(
     loaded: options.ModelOptions,
     asked: options.QuestionOptions,

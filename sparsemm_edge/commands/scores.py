@@ -102,7 +102,7 @@ def compare(file: ScoresFile, other: ScoresFile, as_json: options.AsJson = False
 
 
 @scores.command()
-@options.checked
+@options.as_command
 def knockout(
     model: Annotated[
         str, typer.Argument(metavar="HF_MODEL", help="The scored checkpoint.", show_default=False)

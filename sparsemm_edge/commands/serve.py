@@ -18,7 +18,6 @@ class ServeSampling(options.SamplingOptions):
     seed: options.Seed = -1
 
 
-@options.grouped
 def serve(
     loaded: options.ModelOptions,
     host: Annotated[
