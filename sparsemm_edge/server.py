@@ -95,26 +95,25 @@ class _Done:
         }
 
 
+@dataclass
 class Slot(Closing):
     """The server's one conversation, for which requests queue.
 
     A request that continues the conversation computes only its new turns; any other starts a new one. Close
     it before the model, or use it in a `with`.
+
+    Attributes:
+        conversation: for the slot's exclusive use.
+        sampling, n_predict: defaults for requests.
+        system: the system message of requests without one.
     """
 
-    def __init__(
-        self, conversation: Conversation, *, sampling: Sampling, n_predict: int, system: str | None
-    ) -> None:
-        """Args:
-        conversation: for the slot's exclusive use.
-        sampling: defaults for requests.
-        n_predict: default for requests.
-        system: the system message of requests without one.
-        """
-        self._conversation = conversation
-        self._sampling = sampling
-        self._n_predict = n_predict
-        self._system = system
+    conversation: Conversation
+    sampling: Sampling
+    n_predict: int
+    system: str | None
+
+    def __post_init__(self) -> None:
         self._history: list[Any] | None = None
         self._thread = ThreadPoolExecutor(1, "slot")
         self._closing = threading.Event()
@@ -127,7 +126,7 @@ class Slot(Closing):
         """Stop, and free the context."""
         self.stop()
         self._thread.shutdown(cancel_futures=True)
-        self._conversation.close()
+        self.conversation.close()
 
     def job(self, request: ChatRequest) -> _Job:
         """Parse a request.
@@ -143,13 +142,13 @@ class Slot(Closing):
         said = tuple(_said(message) for message in request.messages)
         if said[-1].turn.role != "user":
             raise SparseMMError("the last message must be the user's")
-        if self._system is not None and said[0].turn.role != "system":
-            said = (_Said(Turn("system", self._system)), *said)
+        if self.system is not None and said[0].turn.role != "system":
+            said = (_Said(Turn("system", self.system)), *said)
         n_predict = request.max_completion_tokens or request.max_tokens
         return _Job(
             said,
-            _sampling(self._sampling, request),
-            self._n_predict if n_predict is None else n_predict,
+            _sampling(self.sampling, request),
+            self.n_predict if n_predict is None else n_predict,
             request.cache_prompt,
         )
 
@@ -184,7 +183,7 @@ class Slot(Closing):
 
     def _answer(self, job: _Job, gone: Callable[[], bool]) -> Iterator[str | _Done]:
         """answer(), in the slot's thread."""
-        conversation, identities = self._conversation, [said.identity for said in job.said]
+        conversation, identities = self.conversation, [said.identity for said in job.said]
         history, self._history = self._history, None  # unknown until the answer has ended
         go_on = job.go_on and history is not None and identities[:-1] == history
         options: dict[str, Any] = {

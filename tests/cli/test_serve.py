@@ -370,7 +370,7 @@ def test_an_answer_that_nobody_listens_to_is_given_up(llava: VisionModel) -> Non
         await asyncio.sleep(0.1)
         waiting.cancel()
         vain.cancel()
-        return await whole(slot.answer(job())), slot._conversation.stats()
+        return await whole(slot.answer(job())), slot.conversation.stats()
 
     with long_slot(llava) as slot:
         started = time.monotonic()
