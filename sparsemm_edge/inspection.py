@@ -45,11 +45,10 @@ def kv_bytes(shape: ModelShape, metadata: SparseMMMetadata) -> dict[str, dict[in
     """
     grouped = group_scores(metadata.head_scores, shape.n_head_kv)
 
-    def kept(policy: str | None, n_prompt: int) -> int:
+    def kept(row: str, n_prompt: int) -> int:
         table = metadata.head_budgets
-        if policy is not None:
-            table = metadata.spec.override(policy=policy).table(grouped, shape.kv_heads, n_prompt)
+        if row != "as stored":
+            table = metadata.spec.override(policy=row).table(grouped, shape.kv_heads, n_prompt)
         return shape.kv_bytes(int(np.minimum(table, n_prompt).sum(dtype=np.int64)))
 
-    rows: dict[str, str | None] = {"as stored": None} | {policy: policy for policy in POLICIES}
-    return {row: {n: kept(policy, n) for n in PROMPT_LENGTHS} for row, policy in rows.items()}
+    return {row: {n: kept(row, n) for n in PROMPT_LENGTHS} for row in ("as stored", *POLICIES)}
