@@ -13,13 +13,12 @@ from sparsemm_edge.output import print_figures, print_json, progress_bar
 
 
 def convert(
-    model: Annotated[Path, typer.Argument(help="The text model, a GGUF file.", show_default=False)],
+    model: Annotated[Path, typer.Argument(help="The text model, a GGUF file.")],
     scores: Annotated[
         Path,
         typer.Option(
             help="Head scores of this model, a JSON file; auto: <model>.scores.json beside the model,"
-            " made if it is not there.",
-            show_default=False,
+            " made if it is not there."
         ),
     ],
     mmproj: Annotated[
@@ -52,17 +51,10 @@ def convert(
         str, typer.Option(help="How positions are ranked: mixkv, or snapkv (as in the paper).")
     ] = defaults.VOTE,
     residual: Annotated[
-        bool,
-        typer.Option(
-            "--residual/--no-residual",
-            help="Keep one residual slot per evicting head, which summarises what it evicted.",
-        ),
+        bool, typer.Option(help="Keep one residual slot per evicting head, which summarises what it evicted.")
     ] = defaults.RESIDUAL,
     water_fill: Annotated[
-        bool,
-        typer.Option(
-            "--water-fill/--no-water-fill", help="Redistribute what a head cannot use to the other heads."
-        ),
+        bool, typer.Option(help="Redistribute what a head cannot use to the other heads.")
     ] = True,
     n_prompt: Annotated[int, typer.Option(help="Prompt length to water-fill for, in positions.")] = 2944,
     seed: Annotated[int, typer.Option("--seed", "-s", help="Seed of policy random.")] = 0,

@@ -20,7 +20,10 @@ def generate(
     kept: options.ConversationOptions,
     image: options.Images = None,
     n_predict: Annotated[int, typer.Option("--n-predict", "-n", help="Most tokens to generate.")] = 256,
-    n_ctx: options.NCtx = None,
+    n_ctx: Annotated[
+        int | None,
+        typer.Option("--n-ctx", "-c", help="Context size in positions [default: as prompt and reply need]."),
+    ] = None,
     save_session: Annotated[
         Path | None, typer.Option(help="Write the conversation to this file, to continue it later.")
     ] = None,

@@ -11,7 +11,7 @@ from sparsemm_edge.output import console, print_figures, print_json
 
 
 def inspect(
-    model: Annotated[Path, typer.Argument(help="A GGUF file.", show_default=False)],
+    model: Annotated[Path, typer.Argument(help="A GGUF file.")],
     plot: Annotated[
         Path | None, typer.Option(help="Draw the head map as a picture: layers x KV heads (PNG).")
     ] = None,

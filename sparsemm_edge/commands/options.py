@@ -24,7 +24,6 @@ from sparsemm_edge.files import check_text, decode_text, read_text
 if TYPE_CHECKING:
     from sparsemm_edge.runtime import Eviction, Loading, Sampling, VisionModel
 
-Model = Annotated[Path, typer.Option("--model", "-m", help="Text model, a GGUF file.")]
 Mmproj = Annotated[Path | None, typer.Option(help="Image encoder (mmproj), a GGUF file.")]
 Images = Annotated[
     list[str] | None,
@@ -50,10 +49,6 @@ NGpuLayers = Annotated[
 ]
 Seed = Annotated[int, typer.Option("--seed", "-s", help="Seed for sampling; -1: a new one each time.")]
 Verbose = Annotated[bool, typer.Option("--verbose", help="Show llama.cpp's log.")]
-NCtx = Annotated[
-    int | None,
-    typer.Option("--n-ctx", "-c", help="Context size in positions [default: as prompt and reply need]."),
-]
 ImageMemory = Annotated[
     int, typer.Option(help="MiB of encoded images to keep in memory, for images that come again.")
 ]
@@ -80,17 +75,12 @@ Vote = Annotated[
 ]
 Residual = Annotated[
     bool | None,
-    typer.Option(
-        "--residual/--no-residual",
-        help="Keep a residual slot per head that summarises what it evicted [default: the file's].",
-        show_default=False,
-    ),
+    typer.Option(help="Keep a residual slot per head that summarises what it evicted [default: the file's]."),
 ]
 KvMaxTail = Annotated[
     int | None,
     typer.Option(help="Most generated positions per KV head; the oldest are dropped [default: all]."),
 ]
-Evict = Annotated[bool, typer.Option("--evict/--no-evict", help="Evict, or keep the full cache.")]
 
 NCtxOfChat = Annotated[
     int | None,
@@ -117,17 +107,12 @@ def _alike(options: Any, kind: Any) -> dict[str, Any]:
 class ModelOptions:
     """The model and how it is loaded."""
 
-    model: Model
+    model: Annotated[Path, typer.Option("--model", "-m", help="Text model, a GGUF file.")]
     mmproj: Mmproj = None
     threads: Threads = None
     threads_batch: ThreadsBatch = None
     n_gpu_layers: NGpuLayers = None
-    mmproj_offload: Annotated[
-        bool,
-        typer.Option(
-            "--mmproj-offload/--no-mmproj-offload", help="Run the image encoder on the GPU, or not."
-        ),
-    ] = True
+    mmproj_offload: Annotated[bool, typer.Option(help="Run the image encoder on the GPU, or not.")] = True
     lora: Annotated[
         list[str] | None,
         typer.Option(
@@ -140,9 +125,7 @@ class ModelOptions:
         typer.Option(help="Fewest tokens of an image, for models with dynamic resolution (Qwen-VL)."),
     ] = None
     image_max_tokens: Annotated[int | None, typer.Option(help="Most tokens of an image, likewise.")] = None
-    mmap: Annotated[bool, typer.Option("--mmap/--no-mmap", help="Memory-map the model file, or read it.")] = (
-        True
-    )
+    mmap: Annotated[bool, typer.Option(help="Memory-map the model file, or read it.")] = True
     mlock: Annotated[
         bool, typer.Option("--mlock", help="Lock the weights in memory, if the system allows it.")
     ] = False
@@ -294,7 +277,7 @@ class EvictionOptions:
     vote: Vote = None
     residual: Residual = None
     kv_max_tail: KvMaxTail = None
-    evict: Evict = True
+    evict: Annotated[bool, typer.Option(help="Evict, or keep the full cache.")] = True
 
     def eviction(self) -> "Eviction":
         from sparsemm_edge.runtime import Eviction
