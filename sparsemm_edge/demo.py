@@ -31,12 +31,7 @@ _PACKAGED = Path(__file__).resolve().parent / "demo_model"
 
 @dataclass(frozen=True)
 class DemoModel:
-    """The files of the packaged model.
-
-    Attributes:
-        model, mmproj: GGUF files of the text model and of its image encoder.
-        scores: its head scores.
-    """
+    """The files of the packaged model: text model and image encoder in GGUF, head scores."""
 
     model: Path = _PACKAGED / "model-f16.gguf"
     mmproj: Path = _PACKAGED / "mmproj-f16.gguf"
@@ -61,11 +56,8 @@ class DemoRun:
     """One answer.
 
     Attributes:
-        policy: of the cache.
         budget: mean head budget in positions; None: the full cache.
         errors: edit distance in characters to the known answer, or else to the full cache's.
-        text: the answer.
-        stats: what it took.
     """
 
     policy: str

@@ -25,8 +25,6 @@ def copy_with_fields(
     """Write a model, all parts of a split one, to one file.
 
     Args:
-        header: of the model.
-        target: the file to write.
         fields: keys to write after the model's own, of which those of an earlier conversion are left out.
         progress: called with the bytes copied and their total.
 

@@ -170,14 +170,13 @@ def shown(value: Any) -> str:
     return reprlib.repr(value)
 
 
+@dataclass
 class _Walk:
     """One pass over the header's bytes."""
 
-    def __init__(self, path: Path, data: mmap.mmap) -> None:
-        self.path = path
-        self.data = data
-        self.size = len(data)
-        self.offset = len(_MAGIC)
+    path: Path
+    data: mmap.mmap
+    offset: int = len(_MAGIC)
 
     def header(self) -> GGUFHeader:
         version = self.number("<u4")
@@ -216,10 +215,10 @@ class _Walk:
         tensors = {}
         for name, tensor in listed.items():
             end = start + tensor.end
-            if end > self.size:
+            if end > len(self.data):
                 raise SparseMMError(
                     f"{self.path}: the file is cut short: the data of {shown(name)} ends at byte"
-                    f" {end}, the file has {self.size}"
+                    f" {end}, the file has {len(self.data)}"
                 )
             tensors[name] = replace(tensor, start=start + tensor.start, end=end)
         return GGUFHeader(self.path, version, fields, entries, tensors, alignment)
@@ -227,10 +226,10 @@ class _Walk:
     def take(self, n_bytes: int) -> int:
         """Step over n_bytes and return where they start."""
         start = self.offset
-        if n_bytes > self.size - start:
+        if n_bytes > len(self.data) - start:
             raise SparseMMError(
-                f"{self.path}: the file is cut short or damaged: its header goes on after byte {self.size},"
-                " where the file ends"
+                f"{self.path}: the file is cut short or damaged: its header goes on after byte"
+                f" {len(self.data)}, where the file ends"
             )
         self.offset += n_bytes
         return start

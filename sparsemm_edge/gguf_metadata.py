@@ -343,8 +343,8 @@ def sparsemm_metadata(header: GGUFHeader) -> SparseMMMetadata | None:
                 raise broken(f"{PREFIX}{key} is missing")
             values[key] = _OPTIONAL[key]
             continue
-        found = field.item_type if key in _ARRAYS else field.type
-        if found != kind or (field.item_type is not None) != (key in _ARRAYS):
+        expected = (GGUFValueType.ARRAY, kind) if key in _ARRAYS else (kind, None)
+        if (field.type, field.item_type) != expected:
             array = "array of " if key in _ARRAYS else ""
             raise broken(f"{PREFIX}{key} is not of type {array}{kind.name.lower()}")
         values[key] = field.value
@@ -358,9 +358,9 @@ def sparsemm_metadata(header: GGUFHeader) -> SparseMMMetadata | None:
 
     shape = model_shape(header)
     for key, columns in (("head_budgets", shape.n_head_kv), ("head_scores", shape.n_head)):
-        expected = shape.n_layer * columns
-        if values[key].size != expected:
-            raise broken(f"{PREFIX}{key} has {values[key].size} entries, the model needs {expected}")
+        n_entries = shape.n_layer * columns
+        if values[key].size != n_entries:
+            raise broken(f"{PREFIX}{key} has {values[key].size} entries, the model needs {n_entries}")
         values[key] = values[key].reshape(shape.n_layer, columns)
 
     if values["layers"] is not None:

@@ -14,12 +14,12 @@ from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, 
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import aclosing, closing
 from dataclasses import asdict, dataclass, fields, replace
-from typing import Any, TypeVar, cast
+from typing import Any, TypeVar
 
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, Response, StreamingResponse
-from llama_cpp.server.types import CreateChatCompletionRequest, ModelData, ModelList
+from llama_cpp.server.types import CreateChatCompletionRequest
 from PIL import Image
 from pydantic import Field
 from starlette.exceptions import HTTPException
@@ -242,9 +242,9 @@ def make_app(slot: Slot, model_name: str) -> FastAPI:
         return {"status": "ok"}
 
     @app.get("/v1/models", response_model=None)
-    async def models() -> ModelList:
+    async def models() -> dict[str, Any]:
         described = {"id": model_name, "object": "model", "created": created, "owned_by": "sparsemm-edge"}
-        return {"object": "list", "data": [cast(ModelData, {**described, "permissions": []})]}
+        return {"object": "list", "data": [{**described, "permissions": []}]}
 
     @app.post("/v1/chat/completions", response_model=None)
     async def complete(asked: ChatRequest, request: Request) -> Response:
@@ -269,9 +269,8 @@ async def _whole(pieces: _Pieces, head: dict[str, Any]) -> dict[str, Any]:
     text = ""
     async with aclosing(pieces) as listening:
         async for piece in listening:
-            if isinstance(piece, _Done):
-                break
-            text += piece
+            if not isinstance(piece, _Done):
+                text += piece
     assert isinstance(piece, _Done)
     message = {"role": "assistant", "content": text}
     choice = {"index": 0, "message": message, "logprobs": None, "finish_reason": piece.finish_reason}

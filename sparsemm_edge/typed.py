@@ -6,6 +6,8 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from types import FrameType
 
+from prompt_toolkit import PromptSession
+
 _QUOTES = '"""'
 _HINT = "Ctrl-D or /exit leaves the chat"
 
@@ -32,7 +34,7 @@ class Messages:
         """Iterate over messages, stripped of white space."""
         before = signal.signal(signal.SIGINT, self._note)
         try:
-            yield self._messages(self._terminal_line() if self.from_terminal else _piped_line)
+            yield self._messages(PromptSession[str]().prompt if self.from_terminal else _piped_line)
         finally:
             signal.signal(signal.SIGINT, before)
 
@@ -68,12 +70,6 @@ class Messages:
                 yield message.strip()
         if self.from_terminal:
             print()
-
-    def _terminal_line(self) -> Callable[[str], str]:
-        from prompt_toolkit import PromptSession
-
-        session: PromptSession[str] = PromptSession()
-        return session.prompt
 
 
 def _quoted(message: str, line: Callable[[str], str]) -> str:

@@ -26,7 +26,6 @@ def map_processes(
     Args:
         worker: runs in each process with its rank and an iterator of items; yields one result per item. It is
             pickled, as are items and results.
-        items: the work.
         n_jobs: processes; no more than items are started.
 
     Raises:

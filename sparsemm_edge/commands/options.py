@@ -9,9 +9,8 @@ A command takes a group as one parameter, which as_command expands into options:
 import functools
 import inspect
 import sys
-import typing
 from collections.abc import Callable
-from dataclasses import MISSING, dataclass, fields, is_dataclass
+from dataclasses import dataclass, fields, is_dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -396,18 +395,14 @@ def as_command(function: Callable[..., None]) -> Callable[..., None]:
 
     A group is a parameter whose type is a dataclass of options.
     """
-    hints = typing.get_type_hints(function, include_extras=True)
-    groups: dict[str, Any] = {name: kind for name, kind in hints.items() if is_dataclass(kind)}
+    groups: dict[str, Any] = {}
     shown: list[inspect.Parameter] = []
-    for parameter in inspect.signature(function).parameters.values():
-        if parameter.name not in groups:
-            shown.append(parameter.replace(annotation=hints[parameter.name]))
-            continue
-        of_group = typing.get_type_hints(groups[parameter.name], include_extras=True)
-        for field in fields(groups[parameter.name]):
-            default = parameter.empty if field.default is MISSING else field.default
-            kind = of_group[field.name]
-            shown.append(inspect.Parameter(field.name, parameter.kind, default=default, annotation=kind))
+    for name, parameter in inspect.signature(function).parameters.items():
+        if is_dataclass(parameter.annotation):
+            groups[name] = parameter.annotation
+            shown += inspect.signature(groups[name]).parameters.values()
+        else:
+            shown.append(parameter)
 
     @functools.wraps(function)
     def run(**given: Any) -> None:
