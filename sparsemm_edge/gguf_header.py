@@ -8,6 +8,7 @@ import mmap
 import re
 import reprlib
 import struct
+from collections.abc import Container
 from dataclasses import dataclass, replace
 from math import prod
 from pathlib import Path
@@ -190,27 +191,21 @@ class _Walk:
         entries: dict[str, slice] = {}
         for _ in range(n_fields):
             start = self.offset
-            key = self.name()
-            if key in fields:
-                raise SparseMMError(f"{self.path}: damaged GGUF file: the key {shown(key)} is there twice")
+            key = self.name("key", fields)
             fields[key] = self.field(self.type(key))
             entries[key] = slice(start, self.offset)
 
         listed: dict[str, GGUFTensor] = {}
         for _ in range(n_tensors):
             start = self.offset
-            name = self.name()
-            if name in listed:
-                raise SparseMMError(
-                    f"{self.path}: damaged GGUF file: the tensor {shown(name)} is there twice"
-                )
+            name = self.name("tensor", listed)
             listed[name] = self.tensor(name, start)
 
         alignment = GGUF_DEFAULT_ALIGNMENT
         if "general.alignment" in fields:
             alignment = fields["general.alignment"].value
             if not isinstance(alignment, int) or alignment < 1 or alignment & (alignment - 1):
-                raise SparseMMError(f"{self.path}: damaged GGUF file: general.alignment is {alignment!r}")
+                raise self.damaged(f"general.alignment is {alignment!r}")
         start = GGUFWriter.ggml_pad(self.offset, alignment)
         tensors = {}
         for name, tensor in listed.items():
@@ -222,6 +217,9 @@ class _Walk:
                 )
             tensors[name] = replace(tensor, start=start + tensor.start, end=end)
         return GGUFHeader(self.path, version, fields, entries, tensors, alignment)
+
+    def damaged(self, reason: str) -> SparseMMError:
+        return SparseMMError(f"{self.path}: damaged GGUF file: {reason}")
 
     def take(self, n_bytes: int) -> int:
         """Step over n_bytes and return where they start."""
@@ -243,18 +241,19 @@ class _Walk:
         start = self.take(length)
         return self.data[start : start + length].decode("utf-8", errors)
 
-    def name(self) -> str:
-        """A key or a tensor's name; bytes that are not UTF-8 are kept distinct."""
-        return self.text("surrogateescape")
+    def name(self, of: str, known: Container[str]) -> str:
+        """A name that is not known yet; bytes that are not UTF-8 are kept distinct."""
+        name = self.text("surrogateescape")
+        if name in known:
+            raise self.damaged(f"the {of} {shown(name)} is there twice")
+        return name
 
     def type(self, key: str) -> GGUFValueType:
         number = self.number("<u4")
         try:
             return GGUFValueType(number)
         except ValueError as error:
-            raise SparseMMError(
-                f"{self.path}: damaged GGUF file: the key {shown(key)} has the unknown type {number}"
-            ) from error
+            raise self.damaged(f"the key {shown(key)} has the unknown type {number}") from error
 
     def field(self, kind: GGUFValueType) -> GGUFField:
         if kind in DTYPES:
@@ -278,9 +277,7 @@ class _Walk:
         """An entry of the tensor list, which starts at `entry`; start and end count from the data section."""
         n_dims = self.number("<u4")
         if n_dims > _MAX_DIMS:
-            raise SparseMMError(
-                f"{self.path}: damaged GGUF file: the tensor {shown(name)} has {n_dims} dimensions"
-            )
+            raise self.damaged(f"the tensor {shown(name)} has {n_dims} dimensions")
         shape = tuple(self.number("<u8") for _ in range(n_dims))
         number = self.number("<u4")
         listed = slice(entry, self.offset)

@@ -87,7 +87,7 @@ def convert(
     )
     if str(scores) == "auto":
         check_out(model, out, force=force)  # known before the pages are read
-        scores = _score(model, mmproj, data, (threads, threads_batch), chat_template)
+        scores = _score(model, mmproj, data, chat_template, n_threads=threads, n_threads_batch=threads_batch)
     with progress_bar("copying", of_bytes=True) as progress:
         done = convert_model(
             model,
@@ -107,11 +107,7 @@ def convert(
 
 
 def _score(
-    model: Path,
-    mmproj: Path | None,
-    data: str,
-    threads: tuple[int | None, int | None],
-    chat_template: str | None,
+    model: Path, mmproj: Path | None, data: str, chat_template: str | None, **threads: int | None
 ) -> Path:
     """The file of the model's scores beside it; made, or gone on with, if it is not there."""
     from sparsemm_edge.commands.score import run
@@ -125,10 +121,7 @@ def _score(
         return path
     if mmproj is None:
         raise SparseMMError("--scores auto reads pages: give the model's image encoder with --mmproj")
-    template = options.template_text(chat_template)
-    source = GgufFiles(
-        model, mmproj, n_threads=threads[0], n_threads_batch=threads[1], chat_template=template
-    )
+    source = GgufFiles(model, mmproj, **threads, chat_template=options.template_text(chat_template))
     job = ScoringJob(source, data, 100, 0, SIZE, None, None)
     run(job, path, resume=path.with_name(f"{path.name}.partial").exists())
     return path
