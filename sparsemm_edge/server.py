@@ -185,14 +185,13 @@ class Slot(Closing):
         """answer(), in the slot's thread."""
         conversation, identities = self.conversation, [said.identity for said in job.said]
         history, self._history = self._history, None  # unknown until the answer has ended
-        go_on = job.go_on and history is not None and identities[:-1] == history
         options: dict[str, Any] = {
             "n_predict": job.n_predict,
             "sampling": job.sampling,
             "cancelled": gone,
         }
         n_cached = 0
-        if go_on:
+        if job.go_on and identities[:-1] == history:
             last, n_cached = job.said[-1], conversation.n_held
             pieces = conversation.ask(last.turn.text, _opened(last.images), **options)
         else:
