@@ -258,14 +258,14 @@ def _draw_maps(
     model: "VisionModel", scores: Path, page: Image.Image, question: DemoQuestion, budget: int, out: Path
 ) -> None:
     """Head budgets, and over the page what the heads kept when they were asked this question."""
-    from sparsemm_edge.runtime import Eviction, start_session
+    from sparsemm_edge.runtime import Eviction, context_for, encode
 
     with model.tokenize(model.chat_prompt(question.prompt, 1), [page]) as prompt:
         grid = model.image_grid(prompt)
         eviction = Eviction(budget=budget, window=WINDOW, scores=scores)
-        with start_session(model, prompt, n_predict=1, eviction=eviction) as session:
-            session.read_prompt()
-            kept = session.kept()
+        with context_for(model, prompt, n_predict=1, eviction=eviction) as context:
+            context.prefill(encode(model, prompt))
+            kept = context.kept()
     n_kept = np.array([[len(head) for head in layer] for layer in kept])
     save_head_map(n_kept, out / "head-map.png", title=f"positions kept, mean {budget}")
     save_kept_map(

@@ -204,7 +204,7 @@ class Slot(Closing):
         }
         n_cached = 0
         if go_on:
-            assert conversation.session is not None
+            assert conversation.context is not None
             last, n_cached = job.said[-1], conversation.n_held
             pieces = conversation.ask(last.turn.text, _opened(last.images), **options)
         else:

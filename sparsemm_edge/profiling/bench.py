@@ -23,8 +23,8 @@ from sparsemm_edge.profiling.profile import check_some_ran, model_figures, run_a
 from sparsemm_edge.profiling.progress import Progress
 from sparsemm_edge.profiling.runs import run_interleaved
 from sparsemm_edge.resources import machine_memory
+from sparsemm_edge.runtime.context import N_UBATCH
 from sparsemm_edge.runtime.loading import Loading
-from sparsemm_edge.runtime.session import N_UBATCH
 
 _N_PREDICT = 16  # tokens that a setting decodes in its own process
 _EMPTY = "depth 0"

@@ -12,9 +12,9 @@ from sparsemm_edge.gguf_header import read_header, weight_bytes
 from sparsemm_edge.gguf_metadata import ModelShape, check_supported, model_shape, sparsemm_metadata
 from sparsemm_edge.profiling import shapes
 from sparsemm_edge.resources import machine_memory
+from sparsemm_edge.runtime.context import N_UBATCH
 from sparsemm_edge.runtime.estimate import Estimate
 from sparsemm_edge.runtime.eviction import Eviction, HeadBudgetTable, plan
-from sparsemm_edge.runtime.session import N_UBATCH
 
 
 @dataclass(frozen=True)

@@ -22,11 +22,10 @@ from sparsemm_edge.errors import SparseMMError
 from sparsemm_edge.gguf_header import weight_bytes, weight_bytes_read
 from sparsemm_edge.profiling.jobs import CacheSetting, Event, Task
 from sparsemm_edge.profiling.memory import anon_bytes
-from sparsemm_edge.runtime import Eviction, Prompt, Session, VisionModel, library
+from sparsemm_edge.runtime import Context, Eviction, Prompt, VisionModel, context_for, encode, library
 from sparsemm_edge.runtime.first_token import FirstToken, Part
 from sparsemm_edge.runtime.process import rss_peak_bytes
 from sparsemm_edge.runtime.prompt import TextPart
-from sparsemm_edge.runtime.session import start_session
 
 N_TURNS, N_PER_TURN = 8, 5
 """Interleaved decoding: each context decodes this many tokens, the first of a turn is not counted. All of
@@ -46,16 +45,20 @@ def run(task: Task, setting: CacheSetting, emit: Emit) -> None:
         loaded = library.logged_buffers()
         phase("context")
         begun = time.perf_counter()
-        with _start(model, prompt, task, setting, n_reply=task.n_predict, on_phase=phase) as session:
-            sizes = session.context_sizes(task.n_predict)
-            session.read_prompt()
+        with _start(model, prompt, task, setting, n_reply=task.n_predict) as session:
+            sizes = session.sizes(prompt.n_tokens, task.n_predict)
+            if task.images:
+                phase("image")
+            encoded = encode(model, prompt)
+            phase("prompt")
+            session.prefill(encoded)
             chosen_at = time.perf_counter()
             token = int(session.logits().argmax())
             now = time.perf_counter()
             first_token = FirstToken(
                 prompt.images_ms + (now - begun) * 1000,
                 Part(prompt.images_ms),
-                session.vision_part,
+                encoded.vision,
                 session.prompt_part,
                 Part((now - chosen_at) * 1000),
             )
@@ -75,10 +78,10 @@ def run(task: Task, setting: CacheSetting, emit: Emit) -> None:
                 {
                     "event": "result",
                     "n_prompt": prompt.n_tokens,
-                    "n_prompt_calls": session.n_prompt_calls,
+                    "n_prompt_calls": len(encoded.batches),
                     "n_threads": model.n_threads,
                     "load_ms": model.load_ms,
-                    "image_ms": session.image_ms,
+                    "image_ms": encoded.vision.ms,
                     "prompt_ms": session.prompt_ms,
                     "first_token": asdict(first_token),
                     "token_bytes": weight_bytes_read(model.header) + kv.bytes_now,
@@ -103,12 +106,12 @@ def run_interleaved(task: Task, settings: list[CacheSetting], n_rounds: int, emi
     with _load(task) as model, _prompt(model, task) as prompt, _prompt(model, short) as two:
         for round_ in range(n_rounds):
             with ExitStack() as stack:
-                held: dict[str, Session] = {}
+                held: dict[str, Context] = {}
 
-                def open_session(setting: CacheSetting, stack: ExitStack, round_: int = round_) -> Session:
+                def open_session(setting: CacheSetting, stack: ExitStack, round_: int = round_) -> Context:
                     emit({"event": "phase", "name": f"round {round_ + 1}: prompt, {setting.name}"})
                     session = stack.enter_context(_start(model, prompt, task, setting, n_reply=n_reply))
-                    session.read_prompt()
+                    session.prefill(encode(model, prompt))
                     emit(
                         {
                             "event": "prompt",
@@ -125,7 +128,7 @@ def run_interleaved(task: Task, settings: list[CacheSetting], n_rounds: int, emi
                         held[setting.name] = open_session(setting, stack)
                 empty = CacheSetting(flash_attn=False)
                 held["depth 0"] = stack.enter_context(_start(model, two, short, empty, n_reply=n_reply))
-                held["depth 0"].read_prompt()
+                held["depth 0"].prefill(encode(model, two))
                 for setting in settings:
                     if setting.evicts:
                         continue
@@ -135,7 +138,7 @@ def run_interleaved(task: Task, settings: list[CacheSetting], n_rounds: int, emi
                         _decode_interleaved({setting.name: session, **held}, setting.name, round_, emit)
 
 
-def _decode_interleaved(sessions: dict[str, Session], against: str, round_: int, emit: Emit) -> None:
+def _decode_interleaved(sessions: dict[str, Context], against: str, round_: int, emit: Emit) -> None:
     for session in sessions.values():
         session.truncate_reply()
     for turn in range(N_TURNS):
@@ -188,10 +191,9 @@ def _start(
     setting: CacheSetting,
     *,
     n_reply: int,
-    on_phase: Callable[[str], None] | None = None,
-) -> Session:
+) -> Context:
     eviction = replace(task.eviction, budget=setting.budget) if setting.evicts else Eviction(False)
-    return start_session(
+    return context_for(
         model,
         prompt,
         n_predict=n_reply,
@@ -201,7 +203,6 @@ def _start(
         cache_type_v=setting.cache_type,
         eviction=eviction,
         flash_attn=setting.flash_attn,
-        on_phase=on_phase,
     )
 
 

@@ -9,11 +9,11 @@ from PIL import Image
 from sparsemm_edge.closing import Closing
 from sparsemm_edge.gguf_header import GGUFHeader
 from sparsemm_edge.runtime import library
+from sparsemm_edge.runtime.context import cache_type
 from sparsemm_edge.runtime.eviction import HeadBudgetTable
 from sparsemm_edge.runtime.library import ContextSizes, llama, mtmd
 from sparsemm_edge.runtime.loading import Loading
 from sparsemm_edge.runtime.prompt import image_marker, tokenize_with_images
-from sparsemm_edge.runtime.session import cache_type
 
 
 class Estimate(Closing):

@@ -7,9 +7,9 @@ from typing import Any
 
 import numpy as np
 
+from sparsemm_edge.runtime.context import SequenceState
 from sparsemm_edge.runtime.data_file import DataFile
 from sparsemm_edge.runtime.eviction import HeadBudgetTable
-from sparsemm_edge.runtime.session import SessionState
 
 _FILE = DataFile(
     "sparsemm-edge/session",
@@ -40,7 +40,7 @@ class SavedConversation:
     planned: tuple[int, int | None]
     n_ubatch: int
     pending: tuple[int, ...]
-    state: SessionState
+    state: SequenceState
 
 
 def write(path: Path, saved: SavedConversation) -> None:
@@ -95,7 +95,7 @@ def read(path: Path) -> SavedConversation:
         planned=field("planned", _planned),
         n_ubatch=field("n_ubatch", _positive),
         pending=field("pending", lambda tokens: tuple(map(_natural, tokens))),
-        state=SessionState(field("n_past", _natural), field("n_tokens", _natural), data),
+        state=SequenceState(field("n_past", _natural), field("n_tokens", _natural), data),
     )
 
 

@@ -34,8 +34,9 @@ from sparsemm_edge.profiling.runs import Run, run_setting
 from sparsemm_edge.reports import profile as profile_report
 from sparsemm_edge.reports import profiling_plots
 from sparsemm_edge.runtime import Eviction, VisionModel
+from sparsemm_edge.runtime.context import context_for
+from sparsemm_edge.runtime.encode import encode
 from sparsemm_edge.runtime.first_token import FirstToken, Part
-from sparsemm_edge.runtime.session import start_session
 from sparsemm_edge.scores import HeadScores
 
 SMALL = replace(shapes.SHAPES["llava-1.5-7b"], n_layer=2, n_embd=1024, n_ff=64)
@@ -439,9 +440,9 @@ def test_llama_cpp_reads_a_model_of_every_architecture(name: str, tmp_path: Path
         assert model.shape == cut.model_shape(model.shape.name)
         with (
             model.tokenize("one two three") as prompt,
-            start_session(model, prompt, n_predict=1, n_ctx=256, eviction=Eviction(enabled=False)) as session,
+            context_for(model, prompt, n_predict=1, n_ctx=256, eviction=Eviction(enabled=False)) as session,
         ):
-            session.read_prompt()
+            session.prefill(encode(model, prompt))
             assert np.isfinite(session.logits()).all()
             full = model.shape.n_layer * model.shape.n_head_kv * model.shape.kv_bytes(256)
             assert session.kv_stats().bytes_now == full
