@@ -132,18 +132,10 @@ class Context(Closing):
         self._cancelled: Callable[[], bool] | None = None
         self._types = (cache_type(cache_type_k), cache_type(cache_type_v))
 
-        params = llama.llama_context_default_params()
-        params.n_ctx = params.n_batch = n_ctx
-        params.n_ubatch = n_ubatch
-        params.n_seq_max = 1
-        params.swa_full = table is None  # True: windows hold all positions, which seq_rm needs
+        params = context_params(n_ctx, n_ubatch, *self._types, flash_attn, evicts=table is not None)
         params.n_outputs_max = n_outputs
         params.n_threads = model.n_threads
         params.n_threads_batch = model.n_threads_batch
-        params.flash_attn_type = (
-            llama.LLAMA_FLASH_ATTN_TYPE_ENABLED if flash_attn else llama.LLAMA_FLASH_ATTN_TYPE_DISABLED
-        )
-        params.type_k, params.type_v = (int(kind) for kind in self._types)
         self._attention = attention  # the context calls it as long as it lives
         if attention is not None:
             params.cb_eval = attention.callback
@@ -445,6 +437,27 @@ def _check_room(model: VisionModel, n_ctx: int, n_ubatch: int, table: HeadBudget
             f"a context of {n_ctx} positions takes more than {least / 2**30:.1f} GiB, this machine has"
             f" {total / 2**30:.1f} GiB: --n-ctx makes it smaller"
         )
+
+
+def context_params(
+    n_ctx: int,
+    n_ubatch: int,
+    type_k: GGMLQuantizationType,
+    type_v: GGMLQuantizationType,
+    flash_attn: bool,
+    evicts: bool,
+) -> Any:
+    """llama_context_params of a context with one sequence and one output."""
+    params = llama.llama_context_default_params()
+    params.n_ctx = params.n_batch = n_ctx
+    params.n_ubatch = n_ubatch
+    params.n_seq_max = params.n_outputs_max = 1
+    params.swa_full = not evicts  # True: windows hold all positions, which seq_rm needs
+    params.type_k, params.type_v = int(type_k), int(type_v)
+    params.flash_attn_type = (
+        llama.LLAMA_FLASH_ATTN_TYPE_ENABLED if flash_attn else llama.LLAMA_FLASH_ATTN_TYPE_DISABLED
+    )
+    return params
 
 
 def cache_type(name: str) -> GGMLQuantizationType:

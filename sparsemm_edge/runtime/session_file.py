@@ -54,16 +54,7 @@ def write(path: Path, saved: SavedConversation) -> None:
         "model": saved.model,
         "model_name": saved.model_name,
         "cache_types": saved.cache_types,
-        "eviction": None
-        if table is None
-        else {
-            "head_budgets": table.head_budgets.tolist(),
-            "window": table.window,
-            "pool_kernel": table.pool_kernel,
-            "max_tail": table.max_tail,
-            "vote": table.vote,
-            "residual": table.residual,
-        },
+        "eviction": table and {**vars(table), "head_budgets": table.head_budgets.tolist()},
         "planned": saved.planned,
         "n_ubatch": saved.n_ubatch,
         "pending": saved.pending,
