@@ -18,10 +18,10 @@ from sparsemm_edge.gguf_metadata import check_supported, model_shape, sparsemm_m
 from sparsemm_edge.profiling import machine as this_machine
 from sparsemm_edge.profiling import shapes
 from sparsemm_edge.profiling.figures import ModelFigures, SettingFigures, Spread, spread
-from sparsemm_edge.profiling.jobs import CacheSetting, Event, Task, full
+from sparsemm_edge.profiling.jobs import CacheSetting, Event, Task
 from sparsemm_edge.profiling.profile import check_some_ran, model_figures, run_and_say
 from sparsemm_edge.profiling.progress import Progress
-from sparsemm_edge.profiling.runs import run_interleaved
+from sparsemm_edge.profiling.runs import run_worker
 from sparsemm_edge.resources import machine_memory
 from sparsemm_edge.runtime.loading import Loading
 from sparsemm_edge.runtime.session import N_UBATCH
@@ -91,9 +91,7 @@ class Length:
     limits: Limits
 
     def to_dict(self) -> dict[str, Any]:
-        settings = [setting.to_dict() for setting in self.settings]
-        plain = replace(self, settings=[])
-        return asdict(plain) | {"settings": settings}
+        return asdict(self) | {"settings": [setting.to_dict() for setting in self.settings]}
 
 
 @dataclass(frozen=True)
@@ -179,13 +177,7 @@ class Bench:
 
     def to_dict(self) -> dict[str, Any]:
         """The content of bench.json."""
-        return {
-            "machine": self.machine,
-            "model": asdict(self.model),
-            "scores": self.scores,
-            "rows": [asdict(row) for row in self.rows],
-            "lengths": [length.to_dict() for length in self.lengths],
-        }
+        return asdict(self) | {"lengths": [length.to_dict() for length in self.lengths]}
 
 
 def bench(
@@ -230,9 +222,12 @@ def bench(
             )
     check_memory(weight_bytes(model) + shape.n_layer * shape.n_head_kv * shape.kv_bytes(max(n_prompts)))
     n_threads = n_threads or this_machine.usable_cores()
-    settings = [full(n_ubatch=n_ubatch)]
+    settings = [CacheSetting(n_ubatch=n_ubatch)]
     if n_rounds:
-        settings += [full(flash_attn=False, n_ubatch=n_ubatch), full("q8_0", n_ubatch=n_ubatch)]
+        settings += [
+            CacheSetting(flash_attn=False, n_ubatch=n_ubatch),
+            CacheSetting(cache_type="q8_0", n_ubatch=n_ubatch),
+        ]
     settings += [CacheSetting(budget, n_ubatch=n_ubatch) for budget in dict.fromkeys(budgets)]
     task = Task(str(model), n_predict=_N_PREDICT, n_threads=n_threads, loading=loading or Loading())
     progress.doing("reading memory")
@@ -287,7 +282,7 @@ def _measure(
                 progress.doing(f"interleaved, {event['name']}")
 
         progress.doing("interleaved: loading")
-        run = run_interleaved(task, [figures.setting for figures in able], n_rounds, listen)
+        run = run_worker(task, [figures.setting for figures in able], listen, n_rounds=n_rounds)
         status, reason = run.status, run.reason
         if status != "ok":
             progress.done(f"interleaved: {status}: {reason}")
@@ -376,9 +371,9 @@ def _row(length: Length, budget: int) -> BenchRow:
         decode_ratio_high=None if mine is None else mine.ratio.high,
         decode_limit_ratio=None if empty is None or whole is None else empty.tps / whole.tps,
         decode_limit_share=None if mine is None or empty is None else mine.tps / empty.tps,
-        decode_tps_full_flash_attn=tps.get(full().name),
-        decode_tps_full_no_flash_attn=tps.get(full(flash_attn=False).name),
-        decode_tps_full_q8_0=tps.get(full("q8_0").name),
+        decode_tps_full_flash_attn=tps.get(CacheSetting().name),
+        decode_tps_full_no_flash_attn=tps.get(CacheSetting(flash_attn=False).name),
+        decode_tps_full_q8_0=tps.get(CacheSetting(cache_type="q8_0").name),
         prompt_tps=prompt_tps(evicted.name),
         prompt_tps_full=max((t for f in full_f16 if (t := prompt_tps(f.name))), default=None),
         kv_bytes=None if done is None else done.kv.bytes_now,

@@ -1,11 +1,10 @@
 """Jobs of worker processes, and the events that they send."""
 
-from dataclasses import dataclass, field, replace
-from pathlib import Path
+from dataclasses import dataclass, field
 from typing import Any
 
 from sparsemm_edge.runtime.eviction import Eviction
-from sparsemm_edge.runtime.loading import Loading, Lora
+from sparsemm_edge.runtime.loading import Loading
 
 
 @dataclass(frozen=True)
@@ -34,11 +33,6 @@ class CacheSetting:
     @property
     def evicts(self) -> bool:
         return self.budget is not None
-
-
-def full(cache_type: str = "f16", flash_attn: bool = True, n_ubatch: int | None = None) -> CacheSetting:
-    """A full cache."""
-    return CacheSetting(None, cache_type, flash_attn, n_ubatch)
 
 
 @dataclass(frozen=True)
@@ -70,16 +64,6 @@ class Task:
     eviction: Eviction = field(default_factory=Eviction)
     loading: Loading = field(default_factory=Loading)
 
-    @classmethod
-    def from_json(cls, content: dict[str, Any]) -> "Task":
-        """Restore a task from JSON of dataclasses.asdict, where paths are text."""
-        loading, eviction = content["loading"], Eviction(**content["eviction"])
-        if eviction.scores is not None:
-            eviction = replace(eviction, scores=Path(eviction.scores))
-        loras = tuple(Lora(**lora) for lora in loading["loras"])
-        given = {"images": tuple(content["images"]), "loading": Loading(**{**loading, "loras": loras})}
-        return cls(**{**content, **given, "eviction": eviction})
-
 
 Event = dict[str, Any]
-"""An event of a worker: `event` is phase, kv, result, turn or failed; `t` is its time.monotonic."""
+"""An event of a worker: `event` is phase, result, prompt, turn or failed; `t` is its time.monotonic."""

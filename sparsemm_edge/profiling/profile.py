@@ -12,9 +12,9 @@ from sparsemm_edge.pictures import open_picture
 from sparsemm_edge.profiling import machine as this_machine
 from sparsemm_edge.profiling import shapes
 from sparsemm_edge.profiling.figures import ModelFigures, SettingFigures, setting_figures
-from sparsemm_edge.profiling.jobs import CacheSetting, Event, Task, full
+from sparsemm_edge.profiling.jobs import CacheSetting, Event, Task
 from sparsemm_edge.profiling.progress import Progress
-from sparsemm_edge.profiling.runs import run_setting
+from sparsemm_edge.profiling.runs import run_worker
 from sparsemm_edge.runtime.eviction import Eviction
 
 
@@ -36,8 +36,7 @@ class Profile:
 
     def to_dict(self) -> dict[str, Any]:
         """The content of profile.json."""
-        settings = [setting.to_dict() for setting in self.settings]
-        return vars(self) | {"model": asdict(self.model), "settings": settings}
+        return asdict(self) | {"settings": [setting.to_dict() for setting in self.settings]}
 
 
 def profile(
@@ -63,10 +62,10 @@ def profile(
         read_header(Path(task.mmproj))
     budgets = list(budgets) or [Eviction().spec(metadata).budget]
     settings = [
-        full(n_ubatch=n_ubatch),
-        full(flash_attn=False, n_ubatch=n_ubatch),
-        full("q8_0", n_ubatch=n_ubatch),
-        full("q4_0", n_ubatch=n_ubatch),
+        CacheSetting(n_ubatch=n_ubatch),
+        CacheSetting(flash_attn=False, n_ubatch=n_ubatch),
+        CacheSetting(cache_type="q8_0", n_ubatch=n_ubatch),
+        CacheSetting(cache_type="q4_0", n_ubatch=n_ubatch),
         *(CacheSetting(budget, n_ubatch=n_ubatch) for budget in dict.fromkeys(budgets)),
     ]
     with shapes.scores_file(shape, metadata, task.eviction.scores) as (path, source):
@@ -97,7 +96,7 @@ def run_and_say(task: Task, setting: CacheSetting, progress: Progress) -> Settin
             progress.doing(f"{setting.name}: {event['name']}")
 
     progress.doing(f"{setting.name}: starting")
-    figures = setting_figures(setting, run_setting(task, setting, listen))
+    figures = setting_figures(setting, run_worker(task, [setting], listen))
     done = figures.done
     if done is None:
         progress.done(f"{setting.name}: {figures.status}: {figures.reason}")

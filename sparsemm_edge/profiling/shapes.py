@@ -54,6 +54,8 @@ class TextShape:
         rotary_factor: fraction of it that is rotated.
         qk_norm: whether queries and keys are normed.
         n_deepstack: layers that add features of the image encoder.
+        full_every: one layer of so many has full attention; the others are recurrent or have a window.
+        n_swa: their sliding window in positions; 0: they are recurrent.
     """
 
     arch: str
