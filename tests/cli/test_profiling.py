@@ -27,7 +27,7 @@ from sparsemm_edge.gguf_metadata import model_shape, read_model_shape
 from sparsemm_edge.output import whole_numbers
 from sparsemm_edge.profiling import bench, profile, shapes
 from sparsemm_edge.profiling.figures import Spread, samples, setting_figures
-from sparsemm_edge.profiling.fit import FitRequest, fit
+from sparsemm_edge.profiling.fit import fit
 from sparsemm_edge.profiling.jobs import CacheSetting, Event, Task
 from sparsemm_edge.profiling.memory import MemoryTrace, watch_memory
 from sparsemm_edge.profiling.progress import Progress
@@ -56,9 +56,9 @@ def llava_task(models: Callable[[str], Any], tmp_path: Path) -> Task:
     page = tmp_path / "page.png"
     sample_image(files.image_size, seed=1).save(page)
     return Task(
-        str(files.gguf()),
-        str(files.mmproj()),
-        (str(page),),
+        files.gguf(),
+        files.mmproj(),
+        (page,),
         "What does the page say?",
         n_predict=4,
         n_threads=1,
@@ -86,14 +86,12 @@ def test_profile_runs_every_setting_and_fit_says_the_same_bytes(llava_task: Task
     assert {setting["status"] for setting in settings.values()} == {"ok"}
     n_prompt = settings["full"]["n_prompt"]
     said = fit(
-        FitRequest(
-            Path(llava_task.model),
-            Path(llava_task.mmproj or ""),
-            ((112, 112),),
-            n_text=n_prompt - 64,
-            n_predict=llava_task.n_predict,
-            budget=48,
-        )
+        llava_task.model,
+        llava_task.mmproj,
+        ((112, 112),),
+        n_text=n_prompt - 64,
+        n_predict=llava_task.n_predict,
+        budget=48,
     ).to_dict()
     assert said["n_prompt"] == n_prompt
     for row in said["rows"]:
@@ -173,7 +171,7 @@ def test_a_setting_that_is_refused_memory_says_so(small: Path) -> None:
 
     # without flash attention the attention of 3000 positions to 3000 is a matrix for each head: over a GB
     unfused = CacheSetting(flash_attn=False, n_ubatch=3000)
-    run = run_worker(Task(str(small), n_prompt=3000, n_threads=1), [unfused], limit)
+    run = run_worker(Task(small, n_prompt=3000, n_threads=1), [unfused], limit)
 
     assert run.status == "out of memory"
     assert "llama.cpp cannot make a context" in run.reason
@@ -181,7 +179,7 @@ def test_a_setting_that_is_refused_memory_says_so(small: Path) -> None:
 
 def test_a_mistake_that_no_setting_survives_is_an_error(small: Path) -> None:
     with pytest.raises(SparseMMError, match="no setting could be run; full: "):
-        measure(Task(str(small), prompt="Hello", n_threads=1, n_predict=10**6), [])
+        measure(Task(small, prompt="Hello", n_threads=1, n_predict=10**6), [])
 
 
 def test_a_phase_is_not_too_short_to_be_told() -> None:
@@ -208,7 +206,7 @@ def test_a_worker_that_cannot_start_is_a_failed_setting(
     broken.chmod(0o755)
     monkeypatch.setattr(sys, "executable", str(broken))
 
-    run = run_worker(Task("model.gguf", n_prompt=10), [CacheSetting()])
+    run = run_worker(Task(Path("model.gguf"), n_prompt=10), [CacheSetting()])
 
     assert (run.status, run.reason) == ("failed", "ended with exit code 3: no such luck")
     figures = setting_figures(CacheSetting(), run)
@@ -217,7 +215,7 @@ def test_a_worker_that_cannot_start_is_a_failed_setting(
 
 
 def test_a_worker_does_not_outlive_who_asked(small: Path) -> None:
-    job = (Task(str(small), n_prompt=1500, n_threads=1), [CacheSetting()], 0)
+    job = (Task(small, n_prompt=1500, n_threads=1), [CacheSetting()], 0)
     worker = subprocess.Popen(
         [sys.executable, "-m", "sparsemm_edge.profiling.worker"],
         stdin=subprocess.PIPE,
