@@ -7,6 +7,8 @@ from typing import Any
 
 import numpy as np
 
+from sparsemm_edge.gguf_header import GGUFHeader, weight_bytes
+from sparsemm_edge.gguf_metadata import model_shape
 from sparsemm_edge.profiling.jobs import CacheSetting, Event
 from sparsemm_edge.profiling.memory import SAMPLED, MemoryTrace
 from sparsemm_edge.profiling.runs import Phase, Run
@@ -160,6 +162,12 @@ class ModelFigures:
     n_head_kv: int
     weight_bytes: int
 
+    @classmethod
+    def of(cls, header: GGUFHeader) -> "ModelFigures":
+        shape, path = model_shape(header), header.path
+        heads = (shape.n_layer, shape.n_head, shape.n_head_kv)
+        return cls(shape.name, path.name, *heads, weight_bytes(path))
+
 
 def setting_figures(setting: CacheSetting, run: Run) -> SettingFigures:
     """The figures of one setting's run."""
@@ -209,11 +217,8 @@ def _measured(result: Event) -> Measured:
 def _breakdown(result: Event) -> Breakdown:
     sizes = {"weights_mapped": 0, "weights_copied": 0, "vision_compute": 0}
     for buffer in result["buffers"]:
-        if buffer["content"] == "model":
-            mapped = buffer["backend"].endswith("_Mapped")
-            sizes["weights_mapped" if mapped else "weights_copied"] += buffer["n_bytes"]
-        else:
-            sizes["vision_compute"] += buffer["n_bytes"]
+        weights = "weights_mapped" if buffer["backend"].endswith("_Mapped") else "weights_copied"
+        sizes[weights if buffer["content"] == "model" else "vision_compute"] += buffer["n_bytes"]
     kv, context = result["kv"], result["context"]
     return Breakdown(
         **sizes,
@@ -224,6 +229,11 @@ def _breakdown(result: Event) -> Breakdown:
         kv_peak=kv["bytes_peak"],
         kv_now=kv["bytes_now"],
     )
+
+
+def full_f16_of(settings: Sequence[SettingFigures]) -> list[SettingFigures]:
+    """The full f16 caches among them, with flash attention and without."""
+    return [each for each in settings if not each.setting.evicts and each.setting.cache_type == "f16"]
 
 
 def spread(values: Sequence[float]) -> Spread:

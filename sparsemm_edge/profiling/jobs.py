@@ -1,6 +1,8 @@
 """Jobs of worker processes, and the events that they send."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from sparsemm_edge.runtime.eviction import Eviction
@@ -43,7 +45,7 @@ class Task:
         model, mmproj: GGUF files.
         images: files.
         prompt: the user's message; None: n_prompt random tokens.
-        system, chat_template, template_options: see Conversation.
+        frame: system, chat_template and template_options, see VisionModel.chat_prompt.
         n_prompt: see prompt.
         n_predict: tokens to decode; the end of the answer does not stop it.
         n_threads: None: the physical cores.
@@ -51,13 +53,11 @@ class Task:
         loading: how the model is loaded.
     """
 
-    model: str
-    mmproj: str | None = None
-    images: tuple[str, ...] = ()
+    model: Path
+    mmproj: Path | None = None
+    images: tuple[Path, ...] = ()
     prompt: str | None = None
-    system: str | None = None
-    chat_template: str | None = None
-    template_options: dict[str, Any] | None = None
+    frame: Mapping[str, Any] = field(default_factory=dict)
     n_prompt: int = 0
     n_predict: int = 32
     n_threads: int | None = None

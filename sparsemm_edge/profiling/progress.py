@@ -1,9 +1,12 @@
 """Progress messages on stderr."""
 
+from collections.abc import Callable
+
 from rich.status import Status
 
 from sparsemm_edge.closing import Closing
 from sparsemm_edge.output import console
+from sparsemm_edge.profiling.jobs import Event
 
 
 class Progress(Closing):
@@ -19,6 +22,15 @@ class Progress(Closing):
 
     def doing(self, what: str) -> None:
         self._status.update(what)
+
+    def phases(self, before: str) -> Callable[[Event], None]:
+        """What shows the phases of a worker as they begin, each with this text before it."""
+
+        def listen(event: Event) -> None:
+            if event["event"] == "phase":
+                self.doing(before + event["name"])
+
+        return listen
 
     def done(self, what: str) -> None:
         self._console.print(what, soft_wrap=True)

@@ -14,7 +14,6 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, replace
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -85,7 +84,7 @@ def run(task: Task, setting: CacheSetting, emit: Emit) -> None:
                 kv=asdict(kv),
                 context=asdict(sizes),
                 rss_peak_bytes=rss_peak_bytes(),
-                vision_weight_bytes=0 if task.mmproj is None else weight_bytes(Path(task.mmproj)),
+                vision_weight_bytes=0 if task.mmproj is None else weight_bytes(task.mmproj),
                 buffers=[asdict(buffer) for buffer in (*loaded, *library.logged_buffers())],
             )
 
@@ -147,13 +146,7 @@ def _load(task: Task) -> VisionModel:
 
 def _prompt(model: VisionModel, task: Task) -> Prompt:
     if task.prompt is not None:
-        text = model.chat_prompt(
-            task.prompt,
-            len(task.images),
-            task.chat_template,
-            system=task.system,
-            template_options=task.template_options,
-        )
+        text = model.chat_prompt(task.prompt, len(task.images), **task.frame)
         return model.tokenize(text, task.images)
     first = min(_A_TOKEN, model.n_vocab - 1)
     tokens = np.random.default_rng(0).integers(first, model.n_vocab, task.n_prompt)

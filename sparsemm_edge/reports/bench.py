@@ -110,15 +110,14 @@ def write(folder: Path, found: Bench) -> None:
                 else profiling_plots.decode_bars(timed[0]),
             )
         )
-    over = {f"{length.n_prompt} positions": length.settings for length in found.lengths}
-    if any(figures.peak_over_weights for settings in over.values() for figures in settings):
+    if any(figures.peak_over_weights for length in found.lengths for figures in length.settings):
         pictures.append(
             html.Picture(
                 "memory",
                 "Memory over the weights",
                 "Anonymous memory beyond that of the loaded model. Dark: at the peak, while the prompt is"
                 " computed. Light: afterwards, while decoding.",
-                profiling_plots.over_weights_bars(over),
+                profiling_plots.over_weights_bars(found.lengths),
             )
         )
     for length in found.lengths:

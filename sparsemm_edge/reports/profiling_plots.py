@@ -2,7 +2,7 @@
 
 import io
 import itertools
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -84,18 +84,17 @@ def memory_bars(settings: Sequence[SettingFigures]) -> Figure:
     return figure
 
 
-def over_weights_bars(groups: Mapping[str, Sequence[SettingFigures]]) -> Figure:
-    """Memory beyond the weights: one bar per setting and group, at the peak and after the prompt.
+def over_weights_bars(lengths: Sequence[Length]) -> Figure:
+    """Memory beyond the weights: one bar per prompt length and setting, at the peak and after the prompt.
 
     What was not measured is left out.
     """
-    bars = [
-        (f"{group}\n{figures.name}" if index == 0 else figures.name, figures)
-        for group, settings in groups.items()
-        for index, figures in enumerate(
-            [each for each in settings if each.peak_over_weights is not None and each.done is not None]
-        )
-    ]
+    bars = []
+    for length in lengths:
+        measured = [each for each in length.settings if each.peak_over_weights is not None and each.done]
+        for index, figures in enumerate(measured):
+            name = figures.name if index else f"{length.n_prompt} positions\n{figures.name}"
+            bars.append((name, figures))
     figure = new_figure(_WIDTH, 1.0 + 0.42 * len(bars))
     axes = figure.add_subplot()
     peaks = [(figures.peak_over_weights or 0) / _MIB for _, figures in bars]
@@ -127,11 +126,11 @@ def speed_bars(settings: Sequence[SettingFigures]) -> Figure:
     """Tokens per second for the prompt and for decoding."""
     done = [(setting, setting.done) for setting in settings if setting.done is not None]
     figure = new_figure(_WIDTH, 0.95 + 0.34 * len(done))
-    left, right = figure.subplots(1, 2, sharey=True)
     names = [setting.name for setting, _ in done]
-    prompt, decode = ([each.prompt_tps for _, each in done], [each.decode_tps for _, each in done])
-    for axes, values, title in ((left, prompt, "prompt"), (right, decode, "decode")):
-        axes.barh(names, values, color=[_color(setting.setting.evicts) for setting, _ in done], height=0.68)
+    colors = [_color(setting.setting.evicts) for setting, _ in done]
+    for axes, title in zip(figure.subplots(1, 2, sharey=True), ("prompt", "decode"), strict=True):
+        values = [each.prompt_tps if title == "prompt" else each.decode_tps for _, each in done]
+        axes.barh(names, values, color=colors, height=0.68)
         _finish_bars(axes, values, [_short(value) for value in values], room=1.25)
         axes.xaxis.set_major_locator(MaxNLocator(4))
         axes.set_title(title, fontsize=9, loc="left", color=_INK)
