@@ -43,16 +43,7 @@ def kept(
         raise SparseMMError("what is kept of an image is drawn: give the model's image encoder with --mmproj")
     with (
         loaded.load(show_log=verbose) as model,
-        model.tokenize(
-            model.chat_prompt(
-                question,
-                1,
-                frame["chat_template"],
-                system=frame["system"],
-                template_options=frame["template_options"],
-            ),
-            [page],
-        ) as tokenized,
+        model.tokenize(model.chat_prompt(question, 1, **frame), [page]) as tokenized,
     ):
         grid = model.image_grid(tokenized)
         with context_for(

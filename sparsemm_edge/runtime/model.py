@@ -132,7 +132,7 @@ class VisionModel(Closing):
         self,
         prompt: str,
         n_images: int,
-        template: str | None = None,
+        chat_template: str | None = None,
         *,
         first: bool = True,
         system: str | None = None,
@@ -141,7 +141,7 @@ class VisionModel(Closing):
         """The text of one user message, see turns_prompt; `system` is a system message before it."""
         turns = [] if system is None else [Turn("system", system)]
         turns.append(Turn("user", prompt, n_images))
-        return self.turns_prompt(turns, template, first=first, template_options=template_options)
+        return self.turns_prompt(turns, chat_template, first=first, template_options=template_options)
 
     def turns_prompt(
         self,

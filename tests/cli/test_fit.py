@@ -16,7 +16,7 @@ from PIL import Image
 from helpers.command_line import CommandLine
 from sparsemm_edge.errors import SparseMMError
 from sparsemm_edge.gguf_header import read_header, weight_bytes
-from sparsemm_edge.profiling.fit import Fit, FitRequest, FitRow, fit
+from sparsemm_edge.profiling.fit import Fit, FitRow, fit
 from sparsemm_edge.profiling.shapes import SHAPES, header_of_shape, model_of_shape, scores_file
 from sparsemm_edge.runtime import Eviction, Prompt, VisionModel
 from sparsemm_edge.runtime.context import context_for
@@ -302,7 +302,7 @@ def test_images_take_the_tokens_that_mtmd_gives_them(
 ) -> None:
     files = models(name)
 
-    found = fit(FitRequest(files.gguf(), files.mmproj(), (size,), n_text=10))
+    found = fit(files.gguf(), files.mmproj(), (size,), n_text=10)
 
     assert found.image_tokens == [n_tokens]
     assert found.n_prompt == n_tokens + 10
@@ -317,7 +317,7 @@ def test_images_take_the_tokens_that_mtmd_gives_them(
 def test_the_total_is_the_sum_of_what_is_at_the_peak(models: Callable[[str], Any]) -> None:
     files = models("llava")
 
-    found = fit(FitRequest(files.gguf(), files.mmproj(), ((112, 112),), n_text=300, budget=64))
+    found = fit(files.gguf(), files.mmproj(), ((112, 112),), n_text=300, budget=64)
 
     assert [row.name for row in found.rows] == [
         "full",
@@ -337,7 +337,7 @@ def test_the_largest_budget_fits_and_the_next_does_not(small: VisionModel) -> No
     n_text = 600
 
     def evicted(budget: int, memory: int | None = None) -> Fit:
-        return fit(FitRequest(small.path, n_text=n_text, n_predict=1, budget=budget, memory=memory))
+        return fit(small.path, n_text=n_text, n_predict=1, budget=budget, memory=memory)
 
     # between two budgets, both far from the ends
     low, high = (evicted(budget).rows[-1].total for budget in (150, 400))
@@ -353,7 +353,7 @@ def test_the_largest_budget_fits_and_the_next_does_not(small: VisionModel) -> No
 
 
 def test_no_budget_fits_into_nothing(small: VisionModel) -> None:
-    found = fit(FitRequest(small.path, n_text=200, memory=2**20))
+    found = fit(small.path, n_text=200, memory=2**20)
 
     assert found.largest is None
     assert not any(row.fits for row in found.rows)
@@ -361,9 +361,9 @@ def test_no_budget_fits_into_nothing(small: VisionModel) -> None:
 
 def test_a_prompt_that_does_not_fit_the_context_is_one_clear_line(small: VisionModel) -> None:
     with pytest.raises(SparseMMError, match=r"the prompt takes 500 positions .* --n-ctx allows 300"):
-        fit(FitRequest(small.path, n_text=500, n_ctx=300))
+        fit(small.path, n_text=500, n_ctx=300)
     with pytest.raises(SparseMMError, match="give its file with --mmproj"):
-        fit(FitRequest(small.path, image_sizes=((10, 10),)))
+        fit(small.path, image_sizes=((10, 10),))
 
 
 @pytest.mark.parametrize(
@@ -421,8 +421,8 @@ def test_the_table_names_the_machine_and_the_largest_budget(
 
 def test_a_bounded_tail_bounds_what_fit_says(small: VisionModel) -> None:
     def evicted(n_predict: int, max_tail: int | None) -> FitRow:
-        request = FitRequest(small.path, n_text=200, n_predict=n_predict, budget=64, max_tail=max_tail)
-        return fit(request).rows[-1]
+        found = fit(small.path, n_text=200, n_predict=n_predict, budget=64, max_tail=max_tail)
+        return found.rows[-1]
 
     assert evicted(300, 40).kv == evicted(3000, 40).kv < evicted(300, None).kv
     with pytest.raises(SparseMMError, match=r"must be at least the observation window, 32"):
@@ -436,7 +436,7 @@ def _no_output_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_k_and_v_may_have_different_numbers(small: VisionModel) -> None:
     def row(**types: str) -> FitRow:
-        return fit(FitRequest(small.path, n_text=200, budget=64, **types)).rows[-1]  # type: ignore[arg-type]
+        return fit(small.path, n_text=200, budget=64, **types).rows[-1]  # type: ignore[arg-type]
 
     both, neither = row(cache_type_k="q8_0", cache_type_v="q8_0"), row()
     k, v = row(cache_type_k="q8_0"), row(cache_type_v="q8_0")
