@@ -20,7 +20,7 @@ from sparsemm_edge.pages.grid import FIRST_TRAINING_SEED, READ_PROMPT, SIZE, gri
 from sparsemm_edge.pictures import open_picture
 from sparsemm_edge.reports.head_map import save_head_map
 from sparsemm_edge.reports.kept_map import save_kept_map
-from sparsemm_edge.runtime import Eviction, GenerationStats, VisionModel, generate, start_session
+from sparsemm_edge.runtime import Eviction, GenerationStats, VisionModel, context_for, encode, generate
 
 WINDOW = 8
 N_PREDICT = 96
@@ -225,9 +225,9 @@ def _draw_maps(
     with model.tokenize(model.chat_prompt(question.prompt, 1), [page]) as prompt:
         grid = model.image_grid(prompt)
         eviction = Eviction(budget=budget, window=WINDOW, scores=scores)
-        with start_session(model, prompt, n_predict=1, eviction=eviction) as session:
-            session.read_prompt()
-            kept = session.kept()
+        with context_for(model, prompt, n_predict=1, eviction=eviction) as context:
+            context.prefill(encode(model, prompt))
+            kept = context.kept()
     n_kept = np.array([[len(head) for head in layer] for layer in kept])
     save_head_map(n_kept, out / "head-map.png", title=f"positions kept, mean {budget}")
     save_kept_map(

@@ -1,6 +1,7 @@
 """Open images as an image viewer shows them, for all commands and the API."""
 
 import warnings
+from contextlib import suppress
 from io import BytesIO
 from pathlib import Path
 
@@ -22,18 +23,7 @@ _NO_PICTURES = (
     (b"<svg", "an SVG drawing, not a picture: save it as PNG"),
     *(
         (b"ftyp" + brand, "a HEIC picture, which is not supported: save it as JPEG or PNG")
-        for brand in (
-            b"heic",
-            b"heix",
-            b"heim",
-            b"heis",
-            b"hevc",
-            b"hevx",
-            b"hevm",
-            b"hevs",
-            b"mif1",
-            b"msf1",
-        )
+        for brand in b"heic heix heim heis hevc hevx hevm hevs mif1 msf1".split()
     ),
     (b"ftypavif", "an AVIF picture, which this Pillow cannot read: save it as JPEG or PNG"),
 )
@@ -59,10 +49,9 @@ def open_picture(source: Picture, name: str = "") -> Image.Image:
         warnings.simplefilter("ignore")  # that it is large, or that its EXIF data is odd: see below
         try:
             opened = Image.open(BytesIO(source) if isinstance(source, bytes) else source)
-        except FileNotFoundError as error:
-            raise SparseMMError(f"{where}: no such file") from error
-        except IsADirectoryError as error:
-            raise SparseMMError(f"{where}: a folder, not a picture") from error
+        except (FileNotFoundError, IsADirectoryError) as error:
+            reason = "no such file" if isinstance(error, FileNotFoundError) else "a folder, not a picture"
+            raise SparseMMError(f"{where}: {reason}") from error
         except Image.DecompressionBombError as error:
             most = 2 * (Image.MAX_IMAGE_PIXELS or 0)
             raise SparseMMError(f"{where}: more than {most:,} pixels: make it smaller") from error
@@ -112,15 +101,10 @@ def _eight_bits(grey: npt.NDArray[np.generic]) -> npt.NDArray[np.uint8]:
 
 def _why_not(source: str | Path | bytes, error: Exception) -> str:
     """The error message for a file that is not an image."""
-    start = b""
-    if isinstance(source, bytes):
-        start = source[:512]
-    elif not isinstance(error, PermissionError):
-        try:
-            with Path(source).open("rb") as file:
-                start = file.read(512)
-        except (OSError, ValueError):
-            pass
+    start = source[:512] if isinstance(source, bytes) else b""
+    if not isinstance(source, bytes):
+        with suppress(OSError, ValueError), Path(source).open("rb") as file:
+            start = file.read(512)
     for magic, said in _NO_PICTURES:
         if start.startswith(magic) or start[4:].startswith(magic) or (magic == b"<svg" and magic in start):
             return said

@@ -70,9 +70,9 @@ def pages(tmp_path: Path) -> list[Path]:
 
 @pytest.fixture(scope="session")
 def preloaded_alloc(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """alloc.c as a library for LD_PRELOAD."""
-    if sys.platform != "linux" or not (compiler := shutil.which("cc")):
-        pytest.skip("LD_PRELOAD and a C compiler are needed")
+    """alloc.cpp as a library for LD_PRELOAD."""
+    if sys.platform != "linux" or not (compiler := shutil.which("c++")):
+        pytest.skip("LD_PRELOAD and a C++ compiler are needed")
     library = tmp_path_factory.mktemp("preload") / "alloc.so"
-    subprocess.run([compiler, "-shared", "-fPIC", "-o", library, HELPERS / "alloc.c"], check=True)
+    subprocess.run([compiler, "-shared", "-fPIC", "-o", library, HELPERS / "alloc.cpp"], check=True)
     return library

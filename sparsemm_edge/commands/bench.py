@@ -70,7 +70,7 @@ def bench(
             model = shapes.model_of_shape(
                 shape,
                 wanted_shape,
-                shapes.cache_dir(),
+                shapes.cache_dir("bench-models"),
                 lambda share: progress.doing(f"making {shape}: {share:.0%}"),
             )
         assert model is not None

@@ -2,7 +2,7 @@
 
 import os
 import re
-from dataclasses import replace
+from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -67,33 +67,33 @@ def fit(
       sparsemm-edge fit --shape qwen3-vl-8b --n-text 2944 --memory 8G
     """
     from sparsemm_edge.profiling import shapes
-    from sparsemm_edge.profiling.fit import FitRequest
     from sparsemm_edge.profiling.fit import fit as estimate
 
     if (model is None) == (shape is None):
         raise SparseMMError("fit needs a model: give one of MODEL.gguf and --shape NAME")
-    request = FitRequest(
-        model=model or Path(),
-        mmproj=mmproj,
-        image_sizes=tuple(_size(text) for text in image or []),
-        n_text=n_text,
-        n_predict=n_predict,
-        n_ctx=n_ctx,
-        cache_type_k=cache_type_k,
-        cache_type_v=cache_type_v,
-        budget=budget,
-        window=window,
-        max_tail=kv_max_tail,
-        n_ubatch=n_ubatch,
-        n_gpu_layers=n_gpu_layers,
-        scores=scores,
-        memory=None if memory is None else _bytes(memory),
-    )
-    if shape is None:
-        found = estimate(request)
-    else:
-        with shapes.header_of_shape(shape, shapes.find_shape(shape, None)) as header:
-            found = estimate(replace(request, model=header))
+    image_sizes = [_size(text) for text in image or []]
+    n_bytes = None if memory is None else _bytes(memory)
+    with ExitStack() as stack:
+        if shape is not None:
+            model = stack.enter_context(shapes.header_of_shape(shape, shapes.find_shape(shape, None)))
+        assert model is not None
+        found = estimate(
+            model,
+            mmproj,
+            image_sizes,
+            n_text=n_text,
+            n_predict=n_predict,
+            n_ctx=n_ctx,
+            cache_type_k=cache_type_k,
+            cache_type_v=cache_type_v,
+            budget=budget,
+            window=window,
+            max_tail=kv_max_tail,
+            n_ubatch=n_ubatch,
+            n_gpu_layers=n_gpu_layers,
+            scores=scores,
+            memory=n_bytes,
+        )
     if as_json:
         print_json(found.to_dict())
     else:

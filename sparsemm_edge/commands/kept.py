@@ -33,7 +33,7 @@ def kept(
     from sparsemm_edge.errors import SparseMMError
     from sparsemm_edge.image_urls import open_image
     from sparsemm_edge.reports.kept_map import check_picture, save_kept_map
-    from sparsemm_edge.runtime import start_session
+    from sparsemm_edge.runtime import context_for, encode
 
     check_picture(out, view)
     question, frame = asked.text(), framed.arguments()
@@ -42,34 +42,25 @@ def kept(
         raise SparseMMError("what is kept of an image is drawn: give the model's image encoder with --mmproj")
     with (
         loaded.load(show_log=verbose) as model,
-        model.tokenize(
-            model.chat_prompt(
-                question,
-                1,
-                frame["chat_template"],
-                system=frame["system"],
-                template_options=frame["template_options"],
-            ),
-            [page],
-        ) as tokenized,
+        model.tokenize(model.chat_prompt(question, 1, **frame), [page]) as tokenized,
     ):
         grid = model.image_grid(tokenized)
-        with start_session(
+        with context_for(
             model,
             tokenized,
             n_predict=1,
             **asdict(cache),
             eviction=evicted.eviction(),
-        ) as session:
-            session.read_prompt()
-            stats = session.kv_stats()
+        ) as context:
+            context.prefill(encode(model, tokenized))
+            stats = context.kv_stats()
             if stats.n_evictions == 0:
                 raise SparseMMError(
                     f"nothing is evicted from this prompt of {tokenized.n_tokens} positions:"
                     f" {loaded.model} holds no head budgets, or the budget is larger"
                     " (--budget, --policy, --scores)"
                 )
-            held = session.kept()
+            held = context.kept()
     mean, share = stats.positions_kept_mean, stats.positions_kept_mean / tokenized.n_tokens
     title = f"{question}: {mean:.0f} of {tokenized.n_tokens} positions kept ({share:.1%}), mean over heads"
     save_kept_map(page, held, grid, out, view=view, title=title)

@@ -51,22 +51,15 @@ def profile(
     html.make_folder(out)
     with TemporaryDirectory() as folder, Progress() as progress:
         task = Task(
-            model=str(loaded.model),
-            mmproj=None if loaded.mmproj is None else str(loaded.mmproj),
-            images=tuple(str(image_file(each, Path(folder))) for each in image or []),
+            model=loaded.model,
+            mmproj=loaded.mmproj,
+            images=tuple(image_file(each, Path(folder)) for each in image or []),
             prompt=question,
-            **frame,
+            frame=frame,
             n_predict=n_predict,
             n_threads=loaded.threads,
             loading=loading,
-            eviction=Eviction(
-                policy=policy,
-                window=window,
-                scores=scores,
-                max_tail=kv_max_tail,
-                vote=vote,
-                residual=residual,
-            ),
+            eviction=Eviction(True, policy, None, window, scores, kv_max_tail, vote, residual),
         )
         found = measure(task, wanted, progress, n_ubatch=n_ubatch)
     profile_report.write(out, found)

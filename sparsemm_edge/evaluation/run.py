@@ -19,10 +19,11 @@ from sparsemm_edge.evaluation import fidelity, metrics
 from sparsemm_edge.evaluation.datasets import DataSet, Question
 from sparsemm_edge.evaluation.settings import Setting
 from sparsemm_edge.runtime import VisionModel
+from sparsemm_edge.runtime.context import N_UBATCH, Context, SequenceState, cache_type
+from sparsemm_edge.runtime.encode import encode, encode_text, n_uncut
 from sparsemm_edge.runtime.eviction import Eviction, HeadBudgetTable, check_scores, model_scores
 from sparsemm_edge.runtime.loading import Loading
 from sparsemm_edge.runtime.prompt import ImagePart, Prompt, TextPart
-from sparsemm_edge.runtime.session import Prefix, Session, cache_type, start_session_with
 from sparsemm_edge.workers import map_processes
 
 _REFERENCE = Setting("full")
@@ -167,7 +168,7 @@ class _Reading:
     n_ctx: int = 0
     appended: dict[str, npt.NDArray[np.int32]] = field(default_factory=dict)
     full: dict[str, _Answer] = field(default_factory=dict)
-    prefix: Prefix | None = None
+    prefix: SequenceState | None = None
     prefix_of: tuple[str, int] = ("", 0)
 
 
@@ -261,16 +262,15 @@ class Evaluator(Closing):
         reading: _Reading,
         setting: Setting,
         table: HeadBudgetTable | None,
-        prompt: Prompt | None = None,
-    ) -> Session:
+    ) -> Context:
         longest = max((len(answer.tokens) - 1 for answer in reading.full.values()), default=0)
-        return start_session_with(
+        return Context(
             self._model,
-            prompt or reading.prompt,
             table,
             n_ctx=reading.n_ctx,
             cache_type_k=setting.cache_type,
             cache_type_v=setting.cache_type,
+            n_ubatch=max(N_UBATCH, n_uncut(self._model, reading.prompt)),
             n_outputs=max(2, longest),
         )
 
@@ -285,11 +285,15 @@ class Evaluator(Closing):
             prefix = self._prefix(reading, setting)
             if prefix is not None and prompt.n_tokens - prefix.n_tokens < setting.window:
                 prefix = None  # a part of the window is in it
-        with self._start(reading, setting, table, prompt) as session:
-            session.read_prompt(prefix)
+        with self._start(reading, setting, table) as session:
+            encoded = encode(self._model, prompt)
+            if prefix is not None:
+                session.restore(prefix)
+                encoded = encoded.split(prefix.n_tokens)[1]
+            session.prefill(encoded)
             evicted = session.state() if reading.asked[-1].instead and table is not None else None
             if prompt is not reading.prompt:
-                session.append(after)
+                session.append(encode_text(after, session.n_past))
             record, tokens = self._answer(session, reading, setting, reading.asked[0])
             records = [record]
             why_not = None
@@ -316,7 +320,7 @@ class Evaluator(Closing):
         return HeadBudgetTable.of(spec, spec.table(self._scores, self._model.shape.kv_heads, n_prompt))
 
     def _read_later(
-        self, session: Session, reading: _Reading, setting: Setting, asked: Asked, tokens: list[int]
+        self, session: Context, reading: _Reading, setting: Setting, asked: Asked, tokens: list[int]
     ) -> None:
         """Append a question to the answer before it, `tokens`."""
         # the question's text has the end of the turn; the last token of a cut answer is not in the cache yet
@@ -328,12 +332,13 @@ class Evaluator(Closing):
                 f"with this question the conversation takes {n_tokens} positions, the context has"
                 f" {reading.n_ctx}"
             )
+        encoded = encode_text(appended, session.n_past)
         if setting.later != "again" and setting.policy != "full":
-            session.append(appended)
+            session.append(encoded)
         else:
-            session.read(Prompt([TextPart(appended)]))
+            session.prefill(encoded)
 
-    def _ask_in_place(self, session: Session, reading: _Reading, setting: Setting, asked: Asked) -> Record:
+    def _ask_in_place(self, session: Context, reading: _Reading, setting: Setting, asked: Asked) -> Record:
         """Replace the first question by another, without restoring what was evicted from the image.
 
         Called with the cache as it was after the first question.
@@ -342,23 +347,24 @@ class Evaluator(Closing):
         if not session.truncate(before.n_pos, before.n_tokens):
             why_not = "the question that is taken back is longer than the window"
             return Record(**_identify(asked, setting), skipped=why_not)
-        session.append(self._appended(reading, asked))
+        session.append(encode_text(self._appended(reading, asked), session.n_past))
         return self._answer(session, reading, setting, asked)[0]
 
-    def _prefix(self, reading: _Reading, setting: Setting) -> Prefix | None:
+    def _prefix(self, reading: _Reading, setting: Setting) -> SequenceState | None:
         """The KV cache of all but the prompt's last tokens, not evicted; None if it cannot be split there."""
         wanted = (setting.cache_type, _n_rest(setting))
         if reading.prefix_of != wanted:
             reading.prefix, reading.prefix_of = None, wanted
             n_prefix = reading.prompt.n_tokens - _n_rest(setting)
             everything = np.full(self._model.shape.kv_heads, FULL, dtype=np.uint32)
-            if n_prefix > 0:
+            if n_prefix > 0 and not n_uncut(self._model, reading.prompt):
                 with self._start(reading, setting, HeadBudgetTable(everything, 1, POOL_KERNEL)) as session:
-                    reading.prefix = session.read_prefix(n_prefix) if session.takes_prefix else None
+                    session.append(encode(self._model, reading.prompt).split(n_prefix)[0])
+                    reading.prefix = session.state()
         return reading.prefix
 
     def _answer(
-        self, session: Session, reading: _Reading, setting: Setting, asked: Asked
+        self, session: Context, reading: _Reading, setting: Setting, asked: Asked
     ) -> tuple[Record, list[int]]:
         """Answer the question in the cache; returns its record and tokens, end token included.
 
@@ -398,7 +404,7 @@ class Evaluator(Closing):
 
     def _greedy(
         self,
-        session: Session,
+        session: Context,
         n_predict: int,
         tokens: list[int],
         logits: list[npt.NDArray[np.float32]] | None = None,
@@ -412,7 +418,7 @@ class Evaluator(Closing):
             tokens.append(int(found.argmax()))
         return tokens
 
-    def _held(self, reading: _Reading, setting: Setting, session: Session) -> dict[str, Any]:
+    def _held(self, reading: _Reading, setting: Setting, session: Context) -> dict[str, Any]:
         """The cache's statistics after a prompt, as fields of Record."""
         stats, shape, n_first = session.kv_stats(), self._model.shape, reading.prompt.n_tokens
         evicts = setting.policy != "full"

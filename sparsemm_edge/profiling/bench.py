@@ -4,7 +4,7 @@ Each setting runs twice: in its own process, to measure memory, and interleaved 
 process, to compare speeds.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -17,14 +17,14 @@ from sparsemm_edge.gguf_header import GGUFHeader, bytes_of, read_header, weight_
 from sparsemm_edge.gguf_metadata import check_supported, model_shape, sparsemm_metadata
 from sparsemm_edge.profiling import machine as this_machine
 from sparsemm_edge.profiling import shapes
-from sparsemm_edge.profiling.figures import ModelFigures, SettingFigures, Spread, spread
-from sparsemm_edge.profiling.jobs import CacheSetting, Event, Task, full
-from sparsemm_edge.profiling.profile import check_some_ran, model_figures, run_and_say
+from sparsemm_edge.profiling.figures import ModelFigures, SettingFigures, Spread, full_f16_of, spread
+from sparsemm_edge.profiling.jobs import CacheSetting, Event, Task
+from sparsemm_edge.profiling.profile import check_some_ran, run_and_say
 from sparsemm_edge.profiling.progress import Progress
-from sparsemm_edge.profiling.runs import run_interleaved
+from sparsemm_edge.profiling.runs import run_worker
 from sparsemm_edge.resources import machine_memory
+from sparsemm_edge.runtime.context import N_UBATCH
 from sparsemm_edge.runtime.loading import Loading
-from sparsemm_edge.runtime.session import N_UBATCH
 
 _N_PREDICT = 16  # tokens that a setting decodes in its own process
 _EMPTY = "depth 0"
@@ -91,9 +91,7 @@ class Length:
     limits: Limits
 
     def to_dict(self) -> dict[str, Any]:
-        settings = [setting.to_dict() for setting in self.settings]
-        plain = replace(self, settings=[])
-        return asdict(plain) | {"settings": settings}
+        return asdict(self) | {"settings": [setting.to_dict() for setting in self.settings]}
 
 
 @dataclass(frozen=True)
@@ -101,7 +99,7 @@ class BenchRow:
     """One prompt length and budget against the full f16 cache at its better flash-attention setting.
 
     Speeds are tokens per second. Bytes are from the runs in separate processes. None: not measured, because a
-    setting could not run.
+    setting could not run. `_full`: of the full settings, the fastest or the smallest.
 
     Attributes:
         n_prompt, budget, status: of the evicted setting.
@@ -110,14 +108,9 @@ class BenchRow:
         decode_ratio: evicted over full; decode_ratio_low, decode_ratio_high: quartiles over turns.
         decode_limit_ratio: depth 0 over full, the upper bound of eviction.
         decode_limit_share: fraction of that bound.
-        decode_tps_full_flash_attn, decode_tps_full_no_flash_attn, decode_tps_full_q8_0: of the full settings.
-        prompt_tps, prompt_tps_full: the latter of the faster setting.
         kv_bytes, kv_bytes_peak: K and V after the reply, and at their peak.
         kv_bytes_full: of the same positions in a full cache.
-        rss_peak, rss_peak_full: the latter of the smaller setting.
-        anon_peak, anon_peak_full: anonymous memory, likewise.
-        peak_over_weights, peak_over_weights_full: anonymous memory beyond that of the loaded model.
-        after_over_weights, after_over_weights_full: likewise after the last token.
+        rss_peak, anon_peak, peak_over_weights, after_over_weights: see SettingFigures.
         memory_setting: the smallest full setting.
         memory_difference: anon_peak (or rss_peak) minus that setting's.
         memory_difference_allocated: the same for K and V at their peak and compute buffers, as llama.cpp
@@ -179,13 +172,7 @@ class Bench:
 
     def to_dict(self) -> dict[str, Any]:
         """The content of bench.json."""
-        return {
-            "machine": self.machine,
-            "model": asdict(self.model),
-            "scores": self.scores,
-            "rows": [asdict(row) for row in self.rows],
-            "lengths": [length.to_dict() for length in self.lengths],
-        }
+        return asdict(self) | {"lengths": [length.to_dict() for length in self.lengths]}
 
 
 def bench(
@@ -230,11 +217,14 @@ def bench(
             )
     check_memory(weight_bytes(model) + shape.n_layer * shape.n_head_kv * shape.kv_bytes(max(n_prompts)))
     n_threads = n_threads or this_machine.usable_cores()
-    settings = [full(n_ubatch=n_ubatch)]
+    settings = [CacheSetting(n_ubatch=n_ubatch)]
     if n_rounds:
-        settings += [full(flash_attn=False, n_ubatch=n_ubatch), full("q8_0", n_ubatch=n_ubatch)]
+        settings += [
+            CacheSetting(flash_attn=False, n_ubatch=n_ubatch),
+            CacheSetting(cache_type="q8_0", n_ubatch=n_ubatch),
+        ]
     settings += [CacheSetting(budget, n_ubatch=n_ubatch) for budget in dict.fromkeys(budgets)]
-    task = Task(str(model), n_predict=_N_PREDICT, n_threads=n_threads, loading=loading or Loading())
+    task = Task(model, n_predict=_N_PREDICT, n_threads=n_threads, loading=loading or Loading())
     progress.doing("reading memory")
     bandwidth = this_machine.memory_bandwidth(n_threads)
 
@@ -246,7 +236,7 @@ def bench(
         ]
     return Bench(
         this_machine.machine() | {"n_threads": n_threads, "memory_bandwidth": bandwidth},
-        model_figures(header),
+        ModelFigures.of(header),
         source,
         [_row(length, budget) for length in lengths for budget in dict.fromkeys(budgets)],
         lengths,
@@ -271,23 +261,20 @@ def _measure(
     bandwidth: float,
     progress: Progress,
 ) -> Length:
-    """Measure one prompt length: each setting in its own process, then interleaved."""
+    """Measure each setting in its own process, then interleaved."""
     progress.done(f"prompt of {task.n_prompt} positions")
     found = [run_and_say(task, setting, progress) for setting in settings]
     check_some_ran(found)
-    able = [figures for figures in found if figures.done is not None]
-    prompts = {figures.name: [figures.done.prompt_ms] for figures in able if figures.done is not None}
+    able = [(figures, figures.done) for figures in found if figures.done is not None]
+    prompts = {figures.name: [done.prompt_ms] for figures, done in able}
     decode: dict[str, list[float]] = {}
     turns: list[Event] = []
     status, reason = "ok", ""
     if n_rounds:
-
-        def listen(event: Event) -> None:
-            if event["event"] == "phase":
-                progress.doing(f"interleaved, {event['name']}")
-
         progress.doing("interleaved: loading")
-        run = run_interleaved(task, [figures.setting for figures in able], n_rounds, listen)
+        run = run_worker(
+            task, [each.setting for each, _ in able], progress.phases("interleaved, "), n_rounds=n_rounds
+        )
         status, reason = run.status, run.reason
         if status != "ok":
             progress.done(f"interleaved: {status}: {reason}")
@@ -298,7 +285,11 @@ def _measure(
         for event in turns:
             decode.setdefault(event["setting"], []).extend(event["decode_ms"])
     tps = {name: 1000 / float(np.median(times)) for name, times in decode.items()}
-    depth_0 = tps.pop(_EMPTY, None)
+    depth_0, weights = tps.pop(_EMPTY, None), weight_bytes_read(header)
+    limits = Limits(weights)
+    if depth_0 is not None:
+        shares = {name: 1 - each / depth_0 for name, each in tps.items()}
+        limits = Limits(weights, weights * depth_0, weights * depth_0 / bandwidth, shares)
     return Length(
         n_prompt=task.n_prompt,
         settings=found,
@@ -307,13 +298,13 @@ def _measure(
         interleaved_reason=reason,
         prompt_ms={name: spread(times) for name, times in prompts.items()},
         decode_ms={name: spread(times) for name, times in decode.items()},
-        decode_tps={figures.name: tps[figures.name] for figures in able if figures.name in tps},
+        decode_tps={figures.name: tps[figures.name] for figures, _ in able if figures.name in tps},
         depth_0_tps=depth_0,
         against={against: _interleaved(turns, against) for against in {e["against"] for e in turns}},
         not_in_breakdown={
             figures.name: _not_in_breakdown(header, figures.setting, task.n_prompt) for figures in found
         },
-        limits=_limits(tps, depth_0, weight_bytes_read(header), bandwidth),
+        limits=limits,
     )
 
 
@@ -337,12 +328,7 @@ def _interleaved(turns: Sequence[Event], against: str) -> dict[str, Interleaved]
 
 def _row(length: Length, budget: int) -> BenchRow:
     evicted = next(figures for figures in length.settings if figures.setting.budget == budget)
-    done = evicted.done
-    full_f16 = [
-        figures
-        for figures in length.settings
-        if not figures.setting.evicts and figures.setting.cache_type == "f16"
-    ]
+    done, full_f16 = evicted.done, full_f16_of(length.settings)
     tps = length.decode_tps
     better = max((f.name for f in full_f16 if f.name in tps), key=tps.__getitem__, default=None)
     turns = {} if better is None else length.against.get(better, {})
@@ -354,15 +340,17 @@ def _row(length: Length, budget: int) -> BenchRow:
         return length.n_prompt / length.prompt_ms[name].median * 1000 if name in length.prompt_ms else None
 
     ran = [figures for figures in full_f16 if figures.done is not None]
-
-    def least(key: Callable[[SettingFigures], int | None]) -> int | None:
-        return min((value for figures in ran if (value := key(figures)) is not None), default=None)
+    memory: dict[str, Any] = {}
+    for name in ("rss_peak", "anon_peak", "peak_over_weights", "after_over_weights"):
+        known = [value for figures in ran if (value := getattr(figures, name)) is not None]
+        memory |= {name: getattr(evicted, name), f"{name}_full": min(known, default=None)}
 
     def measured(figures: SettingFigures) -> int:
         return figures.rss_peak if figures.anon_peak is None else figures.anon_peak
 
     small = min(ran, key=measured, default=None)
     less = None if done is None else small  # to compare with
+    difference = None if less is None else _allocated(evicted, length) - _allocated(less, length)
     return BenchRow(
         n_prompt=length.n_prompt,
         budget=budget,
@@ -376,28 +364,19 @@ def _row(length: Length, budget: int) -> BenchRow:
         decode_ratio_high=None if mine is None else mine.ratio.high,
         decode_limit_ratio=None if empty is None or whole is None else empty.tps / whole.tps,
         decode_limit_share=None if mine is None or empty is None else mine.tps / empty.tps,
-        decode_tps_full_flash_attn=tps.get(full().name),
-        decode_tps_full_no_flash_attn=tps.get(full(flash_attn=False).name),
-        decode_tps_full_q8_0=tps.get(full("q8_0").name),
+        decode_tps_full_flash_attn=tps.get(CacheSetting().name),
+        decode_tps_full_no_flash_attn=tps.get(CacheSetting(flash_attn=False).name),
+        decode_tps_full_q8_0=tps.get(CacheSetting(cache_type="q8_0").name),
         prompt_tps=prompt_tps(evicted.name),
         prompt_tps_full=max((t for f in full_f16 if (t := prompt_tps(f.name))), default=None),
         kv_bytes=None if done is None else done.kv.bytes_now,
         kv_bytes_peak=None if done is None else done.kv.bytes_peak,
         kv_bytes_full=None if done is None else done.kv.bytes_full,
-        rss_peak=evicted.rss_peak,
-        rss_peak_full=least(lambda figures: figures.rss_peak),
-        anon_peak=evicted.anon_peak,
-        anon_peak_full=least(lambda figures: figures.anon_peak),
-        peak_over_weights=evicted.peak_over_weights,
-        peak_over_weights_full=least(lambda figures: figures.peak_over_weights),
-        after_over_weights=evicted.after_over_weights,
-        after_over_weights_full=least(lambda figures: figures.after_over_weights),
         memory_setting=None if small is None else small.name,
         memory_difference=None if less is None else measured(evicted) - measured(less),
-        memory_difference_allocated=None
-        if less is None
-        else _allocated(evicted, length) - _allocated(less, length),
+        memory_difference_allocated=difference,
         status_full={f.name: f.status for f in length.settings if not f.setting.evicts},
+        **memory,
     )
 
 
@@ -423,14 +402,3 @@ def _not_in_breakdown(header: GGUFHeader, setting: CacheSetting, n_prompt: int) 
     )
     n_rows = min(setting.n_ubatch or N_UBATCH, n_prompt)
     return bytes_of(GGMLQuantizationType.Q8_0, max(n_embd, n_ff) * n_rows) - 4 * n_embd * n_rows
-
-
-def _limits(tps: dict[str, float], empty: float | None, weights: int, bandwidth: float) -> Limits:
-    if empty is None:
-        return Limits(weights)
-    return Limits(
-        weight_bytes=weights,
-        weight_bytes_per_s=weights * empty,
-        bandwidth_share=weights * empty / bandwidth,
-        attention_share={name: 1 - each / empty for name, each in tps.items()},
-    )

@@ -7,8 +7,10 @@ from typing import Any
 
 import numpy as np
 
+from sparsemm_edge.gguf_header import GGUFHeader, weight_bytes
+from sparsemm_edge.gguf_metadata import model_shape
 from sparsemm_edge.profiling.jobs import CacheSetting, Event
-from sparsemm_edge.profiling.memory import MemoryTrace
+from sparsemm_edge.profiling.memory import SAMPLED, MemoryTrace
 from sparsemm_edge.profiling.runs import Phase, Run
 from sparsemm_edge.runtime import KVStats
 from sparsemm_edge.runtime.first_token import FirstToken
@@ -125,18 +127,15 @@ class SettingFigures:
     @property
     def peak_over_weights(self) -> int | None:
         """Peak anonymous memory, beyond that of the loaded model."""
-        return (
-            None if self.anon_peak is None or self.anon_loaded is None else self.anon_peak - self.anon_loaded
-        )
+        return self._over_weights(self.anon_peak)
 
     @property
     def after_over_weights(self) -> int | None:
         """The same after the last token."""
-        return (
-            None
-            if self.anon_after is None or self.anon_loaded is None
-            else self.anon_after - self.anon_loaded
-        )
+        return self._over_weights(self.anon_after)
+
+    def _over_weights(self, anon: int | None) -> int | None:
+        return None if anon is None or self.anon_loaded is None else anon - self.anon_loaded
 
     def to_dict(self) -> dict[str, Any]:
         """For JSON, as one flat object."""
@@ -163,17 +162,21 @@ class ModelFigures:
     n_head_kv: int
     weight_bytes: int
 
+    @classmethod
+    def of(cls, header: GGUFHeader) -> "ModelFigures":
+        shape, path = model_shape(header), header.path
+        heads = (shape.n_layer, shape.n_head, shape.n_head_kv)
+        return cls(shape.name, path.name, *heads, weight_bytes(path))
+
 
 def setting_figures(setting: CacheSetting, run: Run) -> SettingFigures:
     """The figures of one setting's run."""
     phases = run.phases()
     zero = phases[0].start if phases else 0.0
     phases = [Phase(phase.name, round(phase.start - zero, 4), round(phase.end - zero, 4)) for phase in phases]
-    trace, begin = run.memory, run.start + zero
-    result = run.result
+    trace, result = run.memory, run.result
     # as the worker says itself: on a busy machine samples come late
     said = {event["name"]: event.get("anon") for event in run.events if event["event"] == "phase"}
-    anon_peak = max((n for n in (trace.peak("anon"), *said.values()) if n is not None), default=None)
     return SettingFigures(
         setting=setting,
         status=run.status,
@@ -181,13 +184,13 @@ def setting_figures(setting: CacheSetting, run: Run) -> SettingFigures:
         phases=phases,
         # a short run can end between two samples
         rss_peak=max(trace.rss_peak, 0 if result is None else result["rss_peak_bytes"]),
-        anon_peak=anon_peak,
+        anon_peak=max((n for n in (trace.peak("anon"), *said.values()) if n is not None), default=None),
         file_peak=trace.peak("file"),
         pss_peak=trace.peak("pss"),
         footprint_peak=trace.peak("footprint"),
         anon_loaded=said.get("context"),
         anon_after=said.get("end"),
-        memory=samples(trace, begin, phases[-1].end if phases else 0.0),
+        memory=samples(trace, run.start + zero, phases[-1].end if phases else 0.0),
         measured=None if result is None else _measured(result),
     )
 
@@ -214,11 +217,8 @@ def _measured(result: Event) -> Measured:
 def _breakdown(result: Event) -> Breakdown:
     sizes = {"weights_mapped": 0, "weights_copied": 0, "vision_compute": 0}
     for buffer in result["buffers"]:
-        if buffer["content"] == "model":
-            mapped = buffer["backend"].endswith("_Mapped")
-            sizes["weights_mapped" if mapped else "weights_copied"] += buffer["n_bytes"]
-        else:
-            sizes["vision_compute"] += buffer["n_bytes"]
+        weights = "weights_mapped" if buffer["backend"].endswith("_Mapped") else "weights_copied"
+        sizes[weights if buffer["content"] == "model" else "vision_compute"] += buffer["n_bytes"]
     kv, context = result["kv"], result["context"]
     return Breakdown(
         **sizes,
@@ -229,6 +229,11 @@ def _breakdown(result: Event) -> Breakdown:
         kv_peak=kv["bytes_peak"],
         kv_now=kv["bytes_now"],
     )
+
+
+def full_f16_of(settings: Sequence[SettingFigures]) -> list[SettingFigures]:
+    """The full f16 caches among them, with flash attention and without."""
+    return [each for each in settings if not each.setting.evicts and each.setting.cache_type == "f16"]
 
 
 def spread(values: Sequence[float]) -> Spread:
@@ -247,7 +252,7 @@ def samples(trace: MemoryTrace, zero: float, end: float) -> dict[str, list[Any]]
     edges = np.unique(np.linspace(begin, stop, _N_SAMPLES + 1).astype(int))
     spans = [slice(begin, end) for begin, end in pairwise(edges)]
     kept: dict[str, list[Any]] = {"t": [round(max(0.0, trace.t[span][0] - zero), 3) for span in spans]}
-    for name in ("rss", "anon", "file", "pss", "footprint"):
+    for name in SAMPLED:
         values = getattr(trace, name)
         if name == "rss" or any(value is not None for value in values):
             known = ([value for value in values[span] if value is not None] for span in spans)

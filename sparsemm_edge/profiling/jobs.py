@@ -1,11 +1,12 @@
 """Jobs of worker processes, and the events that they send."""
 
-from dataclasses import dataclass, field, replace
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from sparsemm_edge.runtime.eviction import Eviction
-from sparsemm_edge.runtime.loading import Loading, Lora
+from sparsemm_edge.runtime.loading import Loading
 
 
 @dataclass(frozen=True)
@@ -36,11 +37,6 @@ class CacheSetting:
         return self.budget is not None
 
 
-def full(cache_type: str = "f16", flash_attn: bool = True, n_ubatch: int | None = None) -> CacheSetting:
-    """A full cache."""
-    return CacheSetting(None, cache_type, flash_attn, n_ubatch)
-
-
 @dataclass(frozen=True)
 class Task:
     """A model, a prompt and the number of tokens to decode.
@@ -49,7 +45,7 @@ class Task:
         model, mmproj: GGUF files.
         images: files.
         prompt: the user's message; None: n_prompt random tokens.
-        system, chat_template, template_options: see Conversation.
+        frame: system, chat_template and template_options, see VisionModel.chat_prompt.
         n_prompt: see prompt.
         n_predict: tokens to decode; the end of the answer does not stop it.
         n_threads: None: the physical cores.
@@ -57,29 +53,17 @@ class Task:
         loading: how the model is loaded.
     """
 
-    model: str
-    mmproj: str | None = None
-    images: tuple[str, ...] = ()
+    model: Path
+    mmproj: Path | None = None
+    images: tuple[Path, ...] = ()
     prompt: str | None = None
-    system: str | None = None
-    chat_template: str | None = None
-    template_options: dict[str, Any] | None = None
+    frame: Mapping[str, Any] = field(default_factory=dict)
     n_prompt: int = 0
     n_predict: int = 32
     n_threads: int | None = None
     eviction: Eviction = field(default_factory=Eviction)
     loading: Loading = field(default_factory=Loading)
 
-    @classmethod
-    def from_json(cls, content: dict[str, Any]) -> "Task":
-        """Restore a task from JSON of dataclasses.asdict, where paths are text."""
-        loading, eviction = content["loading"], Eviction(**content["eviction"])
-        if eviction.scores is not None:
-            eviction = replace(eviction, scores=Path(eviction.scores))
-        loras = tuple(Lora(**lora) for lora in loading["loras"])
-        given = {"images": tuple(content["images"]), "loading": Loading(**{**loading, "loras": loras})}
-        return cls(**{**content, **given, "eviction": eviction})
-
 
 Event = dict[str, Any]
-"""An event of a worker: `event` is phase, kv, result, turn or failed; `t` is its time.monotonic."""
+"""An event of a worker: `event` is phase, result, prompt, turn or failed; `t` is its time.monotonic."""

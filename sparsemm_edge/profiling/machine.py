@@ -24,7 +24,7 @@ def machine() -> dict[str, Any]:
         "cores": usable_cores(),
         "threads": psutil.cpu_count() or 1,
         "architecture": platform.machine(),
-        "instruction_set": instruction_set(),
+        "instruction_set": _instruction_set(),
         "memory_bytes": total,
         "memory_available_bytes": available,
         "system": {"darwin": "macOS", "linux": "Linux", "win32": "Windows"}.get(sys.platform, sys.platform),
@@ -38,21 +38,15 @@ def in_words(machine: dict[str, Any]) -> str:
     return f"{machine['cores']} cores, {kind}, {memory:.0f} GiB memory, {machine['system']}"
 
 
-def instruction_set() -> str | None:
+def _instruction_set() -> str | None:
     """The widest vector instructions that the system reports."""
     if platform.machine() in ("arm64", "aarch64") and sys.platform == "darwin":
         return "NEON"
     try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        words = set(Path("/proc/cpuinfo").read_text().split())
     except OSError:
         return None
-    flags = {
-        flag
-        for line in lines
-        if line.partition(":")[0].strip() in ("flags", "Features")
-        for flag in line.partition(":")[2].split()
-    }
-    return next((name for flag, name in _INSTRUCTION_SETS.items() if flag in flags), None)
+    return next((name for flag, name in _INSTRUCTION_SETS.items() if flag in words), None)
 
 
 def memory_bandwidth(n_threads: int) -> float:

@@ -1,19 +1,25 @@
 """Sample the memory of a process from outside, which also works for a killed process."""
 
 import ctypes
-import os
+import itertools
 import sys
 import threading
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import psutil
 
 _PERIOD_S = 0.02
 _PSS_EVERY = 25  # samples: the kernel walks all pages for it
 
-_STATUS = {"VmHWM": "peak", "VmRSS": "rss", "RssAnon": "anon", "RssFile": "file"}
+# lines of /proc/PID/status and smaps_rollup
+_LINUX = {"VmHWM": "peak", "VmRSS": "rss", "RssAnon": "anon", "RssFile": "file", "Pss": "pss"}
+SAMPLED = ("rss", "anon", "file", "pss", "footprint")
+"""The quantities of a MemoryTrace."""
 
 
 @dataclass
@@ -43,78 +49,53 @@ class MemoryTrace:
         return max((value for value in getattr(self, what) if value is not None), default=None)
 
 
-class MemoryWatch:
-    """Samples a process in a thread, for the duration of a `with`.
+@contextmanager
+def watch_memory(pid: int) -> Iterator[MemoryTrace]:
+    """Sample a process in a thread, for the duration of a `with`."""
+    trace, end = MemoryTrace(), threading.Event()
 
-    with MemoryWatch(pid) as watch:
-        ...
-    watch.trace
-    """
+    def run() -> None:
+        try:
+            for count in itertools.count():
+                _sample(pid, trace, with_pss=count % _PSS_EVERY == 0)
+                if end.wait(_PERIOD_S):
+                    return
+        except (OSError, psutil.Error, KeyError):  # the process is gone; one not waited for has no memory
+            return
 
-    def __init__(self, pid: int) -> None:
-        self.trace = MemoryTrace()
-        self._pid = pid
-        self._end = threading.Event()
-        self._thread = threading.Thread(target=self._run, daemon=True)
+    thread = threading.Thread(target=run, daemon=True)
+    thread.start()
+    try:
+        yield trace
+    finally:
+        end.set()
+        thread.join()
 
-    def __enter__(self) -> "MemoryWatch":
-        self._thread.start()
-        return self
 
-    def __exit__(self, *_: object) -> None:
-        self._end.set()
-        self._thread.join()
-
-    def _run(self) -> None:
-        count = 0
-        while True:
-            try:
-                self._sample(with_pss=count % _PSS_EVERY == 0)
-            except (OSError, psutil.Error):  # the process is gone
-                return
-            count += 1
-            if self._end.wait(_PERIOD_S):
-                return
-
-    def _sample(self, with_pss: bool) -> None:
-        trace, now = self.trace, time.monotonic()
-        if sys.platform == "linux":
-            found = _linux_status(self._pid)
-            if "rss" not in found:  # a process that has ended and was not waited for
-                raise ProcessLookupError
-            pss = _linux_pss(self._pid) if with_pss else None
-            trace.rss_peak = max(trace.rss_peak, found["peak"], found["rss"])
-            rss, anon, file, footprint = found["rss"], found["anon"], found["file"], None
-        else:
-            rss, anon, file, pss = psutil.Process(self._pid).memory_info().rss, None, None, None
-            footprint = _macos_footprint(self._pid) if sys.platform == "darwin" else None
-            trace.rss_peak = max(trace.rss_peak, rss)
-        for name, value in (("anon", anon), ("file", file), ("pss", pss), ("footprint", footprint)):
-            getattr(trace, name).append(value)
-        trace.rss.append(rss)
-        trace.t.append(now)
+def _sample(pid: int, trace: MemoryTrace, with_pss: bool) -> None:
+    now = time.monotonic()
+    found: dict[str, Any]
+    if sys.platform == "linux":
+        found = _linux_bytes(f"{pid}/status") | (_linux_bytes(f"{pid}/smaps_rollup") if with_pss else {})
+    else:
+        found = {"rss": psutil.Process(pid).memory_info().rss}
+        if sys.platform == "darwin":
+            found["footprint"] = _macos_footprint(pid)
+    trace.rss_peak = max(trace.rss_peak, found["rss"], found.get("peak", 0))
+    trace.t.append(now)
+    for name in SAMPLED:
+        getattr(trace, name).append(found.get(name))
 
 
 def anon_bytes() -> int | None:
     """Anonymous memory of this process in bytes; None except on Linux."""
-    return _linux_status(os.getpid()).get("anon") if sys.platform == "linux" else None
+    return _linux_bytes("self/status").get("anon") if sys.platform == "linux" else None
 
 
-def _linux_status(pid: int) -> dict[str, int]:
-    """Bytes from /proc/PID/status, by the names of _STATUS' values."""
-    found = {}
-    for line in Path(f"/proc/{pid}/status").read_text().splitlines():
-        name, _, value = line.partition(":")
-        if name in _STATUS:
-            found[_STATUS[name]] = int(value.split()[0]) * 1024
-    return found
-
-
-def _linux_pss(pid: int) -> int | None:
-    for line in Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines():
-        if line.startswith("Pss:"):
-            return int(line.split()[1]) * 1024
-    return None
+def _linux_bytes(file: str) -> dict[str, int]:
+    """Bytes from a file in /proc, by the names of _LINUX' values."""
+    lines = (line.partition(":") for line in Path("/proc", file).read_text().splitlines())
+    return {_LINUX[name]: int(value.split()[0]) * 1024 for name, _, value in lines if name in _LINUX}
 
 
 def _macos_footprint(pid: int) -> int | None:

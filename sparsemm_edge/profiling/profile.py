@@ -2,19 +2,18 @@
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
-from pathlib import Path
 from typing import Any
 
 from sparsemm_edge.errors import SparseMMError
-from sparsemm_edge.gguf_header import GGUFHeader, read_header, weight_bytes
+from sparsemm_edge.gguf_header import read_header
 from sparsemm_edge.gguf_metadata import check_supported, model_shape, sparsemm_metadata
 from sparsemm_edge.pictures import open_picture
 from sparsemm_edge.profiling import machine as this_machine
 from sparsemm_edge.profiling import shapes
 from sparsemm_edge.profiling.figures import ModelFigures, SettingFigures, setting_figures
-from sparsemm_edge.profiling.jobs import CacheSetting, Event, Task, full
+from sparsemm_edge.profiling.jobs import CacheSetting, Task
 from sparsemm_edge.profiling.progress import Progress
-from sparsemm_edge.profiling.runs import run_setting
+from sparsemm_edge.profiling.runs import run_worker
 from sparsemm_edge.runtime.eviction import Eviction
 
 
@@ -36,8 +35,7 @@ class Profile:
 
     def to_dict(self) -> dict[str, Any]:
         """The content of profile.json."""
-        settings = [setting.to_dict() for setting in self.settings]
-        return vars(self) | {"model": asdict(self.model), "settings": settings}
+        return asdict(self) | {"settings": [setting.to_dict() for setting in self.settings]}
 
 
 def profile(
@@ -54,50 +52,31 @@ def profile(
     Raises:
         SparseMMError: an unsupported model, or no setting could run.
     """
-    header = read_header(Path(task.model))
+    header = read_header(task.model)
     shape, metadata = model_shape(header), sparsemm_metadata(header)
     check_supported(header, shape)
     for image in task.images:  # a mistake shows at once, not in every process
         open_picture(image)
     if task.mmproj is not None:
-        read_header(Path(task.mmproj))
+        read_header(task.mmproj)
     budgets = list(budgets) or [Eviction().spec(metadata).budget]
     settings = [
-        full(n_ubatch=n_ubatch),
-        full(flash_attn=False, n_ubatch=n_ubatch),
-        full("q8_0", n_ubatch=n_ubatch),
-        full("q4_0", n_ubatch=n_ubatch),
+        CacheSetting(n_ubatch=n_ubatch),
+        CacheSetting(flash_attn=False, n_ubatch=n_ubatch),
+        *(CacheSetting(cache_type=kind, n_ubatch=n_ubatch) for kind in ("q8_0", "q4_0")),
         *(CacheSetting(budget, n_ubatch=n_ubatch) for budget in dict.fromkeys(budgets)),
     ]
     with shapes.scores_file(shape, metadata, task.eviction.scores) as (path, source):
         task = replace(task, eviction=replace(task.eviction, scores=path))
         found = [run_and_say(task, setting, progress) for setting in settings]
     check_some_ran(found)
-    return Profile(this_machine.machine(), model_figures(header), source, found)
-
-
-def model_figures(header: GGUFHeader) -> ModelFigures:
-    """The model of a file."""
-    shape = model_shape(header)
-    return ModelFigures(
-        name=shape.name,
-        file=header.path.name,
-        n_layer=shape.n_layer,
-        n_head=shape.n_head,
-        n_head_kv=shape.n_head_kv,
-        weight_bytes=weight_bytes(header.path),
-    )
+    return Profile(this_machine.machine(), ModelFigures.of(header), source, found)
 
 
 def run_and_say(task: Task, setting: CacheSetting, progress: Progress) -> SettingFigures:
     """Run one setting, and print a line about it."""
-
-    def listen(event: Event) -> None:
-        if event["event"] == "phase":
-            progress.doing(f"{setting.name}: {event['name']}")
-
     progress.doing(f"{setting.name}: starting")
-    figures = setting_figures(setting, run_setting(task, setting, listen))
+    figures = setting_figures(setting, run_worker(task, [setting], progress.phases(f"{setting.name}: ")))
     done = figures.done
     if done is None:
         progress.done(f"{setting.name}: {figures.status}: {figures.reason}")

@@ -1,18 +1,20 @@
 """Start worker processes, read their events and sample their memory."""
 
 import json
+import pickle
 import signal
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
-from dataclasses import asdict, dataclass, field, replace
-from typing import IO, Any
+from dataclasses import dataclass, field, replace
+from itertools import pairwise
+from typing import IO
 
 from sparsemm_edge.profiling.jobs import CacheSetting, Event, Task
-from sparsemm_edge.profiling.memory import MemoryTrace, MemoryWatch
+from sparsemm_edge.profiling.memory import MemoryTrace, watch_memory
 
 _NO_MEMORY = ("insufficient memory", "failed to allocate", "bad_alloc", "out of memory", "Cannot allocate")
 
@@ -53,14 +55,11 @@ class Run:
         """The event with the results; None if the run is incomplete."""
         return next((event for event in self.events if event["event"] == "result"), None)
 
-    def phases(self) -> list["Phase"]:
+    def phases(self) -> list[Phase]:
         """The phases in order, in seconds since the start of the process."""
-        begun = [event for event in self.events if event["event"] == "phase"]
-        ends = [event["t"] for event in begun[1:]] + [self.end] * bool(begun)
-        following = [event["name"] for event in begun[1:]] + [""] * bool(begun)
+        begun = [(event["name"], event["t"]) for event in self.events if event["event"] == "phase"]
         phases: list[Phase] = []
-        for event, end, then in zip(begun, ends, following, strict=True):
-            name, start = event["name"], event["t"]
+        for (name, start), (then, end) in pairwise([*begun, ("", self.end)]):
             if name == "end":
                 break
             if name == "prompt" and then == "image" and end - start < 1e-3:
@@ -72,20 +71,10 @@ class Run:
         return phases
 
 
-def run_setting(task: Task, setting: CacheSetting, listen: Listener | None = None) -> Run:
-    """Run one setting in its own process."""
-    return _work({"task": asdict(task), "settings": [asdict(setting)], "n_rounds": 0}, listen)
-
-
-def run_interleaved(
-    task: Task, settings: list[CacheSetting], n_rounds: int, listen: Listener | None = None
+def run_worker(
+    task: Task, settings: Sequence[CacheSetting], listen: Listener | None = None, *, n_rounds: int = 0
 ) -> Run:
-    """Time settings interleaved, in one process (see worker.run_interleaved)."""
-    job = {"task": asdict(task), "settings": [asdict(s) for s in settings], "n_rounds": n_rounds}
-    return _work(job, listen)
-
-
-def _work(job: dict[str, Any], listen: Listener | None) -> Run:
+    """Run one setting in its own process, or with n_rounds several interleaved (see worker)."""
     start = time.monotonic()
     events: list[Event] = []
     with tempfile.TemporaryFile() as errors:
@@ -94,13 +83,12 @@ def _work(job: dict[str, Any], listen: Listener | None) -> Run:
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=errors,
-            text=True,
         )
         assert process.stdin is not None and process.stdout is not None
         try:
-            with MemoryWatch(process.pid) as watch:
+            with watch_memory(process.pid) as trace:
                 with suppress(BrokenPipeError):  # a worker that could not even start: its exit code tells
-                    process.stdin.write(json.dumps(job, default=str) + "\n")  # str: of paths
+                    pickle.dump((task, settings, n_rounds), process.stdin)
                     process.stdin.flush()  # and left open: its end tells the worker that we are gone
                 for line in process.stdout:
                     event = json.loads(line)
@@ -115,7 +103,7 @@ def _work(job: dict[str, Any], listen: Listener | None) -> Run:
             with suppress(BrokenPipeError):
                 process.stdin.close()
         status, reason = _outcome(code, events, errors)
-    return Run(status, reason, start, time.monotonic(), events, watch.trace)
+    return Run(status, reason, start, time.monotonic(), events, trace)
 
 
 def _outcome(code: int, events: list[Event], errors: IO[bytes]) -> tuple[str, str]:
@@ -138,5 +126,4 @@ def _outcome(code: int, events: list[Event], errors: IO[bytes]) -> tuple[str, st
 
 
 def _status(reason: str) -> str:
-    refused = any(sign in reason for sign in _NO_MEMORY)
-    return "out of memory" if refused else "failed"
+    return "out of memory" if any(sign in reason for sign in _NO_MEMORY) else "failed"

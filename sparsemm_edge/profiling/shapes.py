@@ -7,7 +7,7 @@ import os
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import astuple, dataclass, replace
 from hashlib import sha256
 from math import prod
@@ -17,12 +17,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 from gguf import GGUFReader, GGUFWriter, TokenType
-from gguf.constants import (
-    GGML_QUANT_SIZES,
-    GGUF_DEFAULT_ALIGNMENT,
-    GGMLQuantizationType,
-    GGUFValueType,
-)
+from gguf.constants import GGML_QUANT_SIZES, GGUF_DEFAULT_ALIGNMENT, GGMLQuantizationType
 from gguf.quants import quantize
 
 from sparsemm_edge.errors import SparseMMError
@@ -37,9 +32,8 @@ PUBLISHED_SCORES = Path(__file__).parents[2] / "scores" / "llava-v1.6-vicuna-7b.
 _WEIGHTS = GGMLQuantizationType.Q4_0
 _N_ROWS = 256  # a matrix repeats this many random rows
 _SEED = 0
-_GAMMA = (
-    0.12  # of scores as concentrated as the published: the top 5 % hold 56 % (55), the top 10 % 76 % (77)
-)
+# of scores as concentrated as the published: the top 5 % hold 56 % (55), the top 10 % 76 % (77)
+_GAMMA = 0.12
 
 
 @dataclass(frozen=True)
@@ -60,6 +54,8 @@ class TextShape:
         rotary_factor: fraction of it that is rotated.
         qk_norm: whether queries and keys are normed.
         n_deepstack: layers that add features of the image encoder.
+        full_every: one layer of so many has full attention; the others are recurrent or have a window.
+        n_swa: their sliding window in positions; 0: they are recurrent.
     """
 
     arch: str
@@ -120,17 +116,11 @@ class TextShape:
             if self.qk_norm:
                 block |= {"attn_q_norm.weight": (self.head_dim,), "attn_k_norm.weight": (self.head_dim,)}
             if self.arch in ("glm4", "gemma3"):  # norms on both sides
-                block |= {
-                    "post_attention_norm.weight": (self.n_embd,),
-                    "post_ffw_norm.weight": (self.n_embd,),
-                }
+                block["post_attention_norm.weight"] = block["post_ffw_norm.weight"] = (self.n_embd,)
             if self.arch == "glm4":  # gate and up in one
                 block["ffn_up.weight"] = (2 * self.n_ff, self.n_embd)
             else:
-                block |= {
-                    "ffn_gate.weight": (self.n_ff, self.n_embd),
-                    "ffn_up.weight": (self.n_ff, self.n_embd),
-                }
+                block["ffn_gate.weight"] = block["ffn_up.weight"] = (self.n_ff, self.n_embd)
             if self.arch == "qwen35":
                 block["post_attention_norm.weight"] = block.pop("ffn_norm.weight")
                 if (layer + 1) % self.full_every:
@@ -175,42 +165,25 @@ _DELTA_NET = {
     "group_count": 16,
 }
 
-_VICUNA = TextShape("llama", 32, 4096, 32, 32, 11008, 32000, 4096, 1e4, 1e-5, False, "llama-spm")
-_QWEN2 = TextShape(
-    "qwen2vl", 28, 3584, 28, 4, 18944, 152064, 32768, 1e6, 1e-6, False, "qwen2", True, (16, 24, 24, 0)
-)
-_QWEN3 = TextShape(
-    "qwen3", 36, 4096, 32, 8, 12288, 151936, 40960, 1e6, 1e-6, False, "qwen2", n_embd_head=128, qk_norm=True
-)
-_QWEN3_VL = replace(
-    _QWEN3,
-    arch="qwen3vl",
-    n_ctx=262144,
-    rope_base=5e6,
-    rope_sections=(24, 20, 20, 0),
-    n_deepstack=3,
-)
-_QWEN35 = TextShape(
-    "qwen35",
-    32,
-    4096,
-    16,
-    4,
-    12288,
-    248320,
-    262144,
-    1e7,
-    1e-6,
-    False,
-    "qwen35",
-    rope_sections=(11, 11, 10, 0),
-    n_embd_head=256,
-    rotary_factor=0.25,
-    qk_norm=True,
-    full_every=4,
-)
+# From the checkpoints' published config.json: arch, n_layer, n_embd, n_head, n_head_kv, n_ff, n_vocab, n_ctx,
+# rope_base, rms_eps, tied and vocab, then what only some have.
+# fmt: off
+_VICUNA = TextShape("llama",   32, 4096, 32, 32, 11008,  32000,   4096, 1e4, 1e-5, False, "llama-spm")
+_QWEN2 = TextShape("qwen2vl",  28, 3584, 28,  4, 18944, 152064,  32768, 1e6, 1e-6, False, "qwen2",
+                   qkv_bias=True, rope_sections=(16, 24, 24, 0))
+_QWEN3 = TextShape("qwen3",    36, 4096, 32,  8, 12288, 151936,  40960, 1e6, 1e-6, False, "qwen2",
+                   n_embd_head=128, qk_norm=True)
+_QWEN3_VL = replace(_QWEN3, arch="qwen3vl", n_ctx=262144, rope_base=5e6,
+                    rope_sections=(24, 20, 20, 0), n_deepstack=3)
+_QWEN35 = TextShape("qwen35",  32, 4096, 16,  4, 12288, 248320, 262144, 1e7, 1e-6, False, "qwen35",
+                    rope_sections=(11, 11, 10, 0), n_embd_head=256, rotary_factor=0.25, qk_norm=True,
+                    full_every=4)
+_GLM4 = TextShape("glm4",      40, 4096, 32,  2, 13696, 151552,  65536, 1e4, 1e-5, False, "llama-bpe",
+                  qkv_bias=True, rope_sections=(8, 12, 12, 0), rotary_factor=0.5)
+_GEMMA3 = TextShape("gemma3",  34, 2560,  8,  4, 10240, 262208, 131072, 1e6, 1e-6, True, "llama-spm",
+                    n_embd_head=256, qk_norm=True, full_every=6, n_swa=1024)
+_SMOLLM2 = TextShape("llama",  24, 2048, 32, 32,  8192,  49280,   8192, 273768, 1e-5, False, "llama-spm")
 
-# From the checkpoints' published config.json.
 SHAPES: dict[str, TextShape] = {
     "llava-1.5-7b": _VICUNA,
     "llava-1.5-13b": replace(_VICUNA, n_layer=40, n_embd=5120, n_head=40, n_head_kv=40, n_ff=13824),
@@ -218,74 +191,20 @@ SHAPES: dict[str, TextShape] = {
     "llava-next-mistral-7b": replace(_VICUNA, n_head_kv=8, n_ff=14336, n_ctx=32768, rope_base=1e6),
     "qwen2-vl-2b": replace(_QWEN2, n_embd=1536, n_head=12, n_head_kv=2, n_ff=8960, n_vocab=151936, tied=True),
     "qwen2-vl-7b": _QWEN2,
-    "qwen2.5-vl-3b": replace(
-        _QWEN2,
-        n_layer=36,
-        n_embd=2048,
-        n_head=16,
-        n_head_kv=2,
-        n_ff=11008,
-        n_vocab=151936,
-        n_ctx=128000,
-        tied=True,
-    ),
+    "qwen2.5-vl-3b": replace(_QWEN2, n_layer=36, n_embd=2048, n_head=16, n_head_kv=2, n_ff=11008,
+                             n_vocab=151936, n_ctx=128000, tied=True),
     "qwen2.5-vl-7b": replace(_QWEN2, n_ctx=128000),
     "qwen3-vl-2b": replace(_QWEN3_VL, n_layer=28, n_embd=2048, n_head=16, n_ff=6144, tied=True),
     "qwen3-vl-4b": replace(_QWEN3_VL, n_embd=2560, n_ff=9728, tied=True),
     "qwen3-vl-8b": _QWEN3_VL,
     "internvl3.5-8b": _QWEN3,
-    "glm-4.1v-9b": TextShape(
-        "glm4",
-        40,
-        4096,
-        32,
-        2,
-        13696,
-        151552,
-        65536,
-        1e4,
-        1e-5,
-        False,
-        "llama-bpe",
-        True,
-        (8, 12, 12, 0),
-        rotary_factor=0.5,
-    ),
+    "glm-4.1v-9b": _GLM4,
     "qwen3.5-4b": replace(_QWEN35, n_embd=2560, n_ff=9216, tied=True),
     "qwen3.5-9b": _QWEN35,
-    "gemma-3-4b": TextShape(
-        "gemma3",
-        34,
-        2560,
-        8,
-        4,
-        10240,
-        262208,
-        131072,
-        1e6,
-        1e-6,
-        True,
-        "llama-spm",
-        n_embd_head=256,
-        qk_norm=True,
-        full_every=6,
-        n_swa=1024,
-    ),
-    "smolvlm2-2.2b": TextShape(
-        "llama",
-        24,
-        2048,
-        32,
-        32,
-        8192,
-        49280,
-        8192,
-        273768,
-        1e-5,
-        False,
-        "llama-spm",
-    ),
+    "gemma-3-4b": _GEMMA3,
+    "smolvlm2-2.2b": _SMOLLM2,
 }
+# fmt: on
 """The text models of vision-language models, by the names that `bench --shape` takes."""
 
 
@@ -308,10 +227,10 @@ def find_shape(name: str, n_layer: int | None) -> TextShape:
     return replace(shape, n_layer=n_layer)
 
 
-def cache_dir() -> Path:
-    """The folder of the models made here."""
+def cache_dir(name: str) -> Path:
+    """A folder in the user's cache: `bench-models` made here, `source` as the build script unpacks it."""
     home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    return home / "sparsemm-edge" / "bench-models"
+    return home / "sparsemm-edge" / name
 
 
 def model_of_shape(
@@ -322,13 +241,13 @@ def model_of_shape(
     Args:
         name: what to call it.
         shape: its shape.
-        folder: see cache_dir.
+        folder: where it is looked for and made.
         progress: called with the fraction written.
 
     Raises:
         SparseMMError: the disk has no room for it.
     """
-    vocab = find_vocabulary(shape.vocab)
+    vocab = _find_vocabulary(shape.vocab)
     key = sha256(repr((astuple(shape), _WEIGHTS, _N_ROWS, _SEED, vocab is not None)).encode()).hexdigest()
     path = folder / f"{name}-{shape.n_layer}-layers-{key[:8]}.gguf"
     if path.exists():
@@ -340,11 +259,16 @@ def model_of_shape(
     needed, free = shape.weight_bytes() + 2**26, shutil.disk_usage(folder).free
     if needed > free:
         raise SparseMMError(
-            f"{path} would take {_gb(needed)}, the disk has {_gb(free)} free:"
+            f"{path} would take {needed / 2**30:.1f} GiB, the disk has {free / 2**30:.1f} GiB free:"
             " cut the model with --layers, or set XDG_CACHE_HOME to a larger disk"
         )
-    with atomic_path(path) as part:
-        _write(part, name, shape, vocab, progress or (lambda _: None))
+    written, total = 0, shape.weight_bytes()
+    with atomic_path(path) as part, closing(_write_header(part, name, shape, vocab)) as writer:
+        for data in _data(shape.tensors()):
+            writer.write_tensor_data(data)
+            written += data.nbytes
+            if progress is not None:
+                progress(written / total)
     return path
 
 
@@ -356,17 +280,17 @@ def header_of_shape(name: str, shape: TextShape) -> Iterator[Path]:
     """
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / f"{name}.gguf"
-        _write(path, name, shape, None, lambda _: None, weights=False)
+        _write_header(path, name, shape, None).close()
         sizes = [path.stat().st_size, *map(_tensor_bytes, shape.tensors().values())]
         os.truncate(path, sum(-(-size // GGUF_DEFAULT_ALIGNMENT) * GGUF_DEFAULT_ALIGNMENT for size in sizes))
         yield path
 
 
-def find_vocabulary(name: str) -> Path | None:
+def _find_vocabulary(name: str) -> Path | None:
     """llama.cpp's file of this vocabulary, if the pinned source is unpacked on this machine."""
-    home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    sources = [Path(stated) for stated in (os.environ.get("SPARSEMM_LLAMA_CPP_SOURCE"),) if stated]
-    sources += sorted((home / "sparsemm-edge" / "source").glob("*/vendor/llama.cpp"))
+    sources = sorted(cache_dir("source").glob("*/vendor/llama.cpp"))
+    if stated := os.environ.get("SPARSEMM_LLAMA_CPP_SOURCE"):
+        sources.insert(0, Path(stated))
     files = (source / "models" / f"ggml-vocab-{name}.gguf" for source in sources)
     return next((file for file in files if file.is_file()), None)
 
@@ -405,16 +329,8 @@ def scores_file(
             yield Path(folder) / "scores.json", source
 
 
-def _write(
-    path: Path,
-    name: str,
-    shape: TextShape,
-    vocab: Path | None,
-    progress: Callable[[float], None],
-    *,
-    weights: bool = True,
-) -> None:
-    """Write the file, with one tensor in memory at a time; without weights, only the header."""
+def _write_header(path: Path, name: str, shape: TextShape, vocab: Path | None) -> GGUFWriter:
+    """Begin the file: all but the tensors' data, which goes through the writer, one tensor at a time."""
     writer = GGUFWriter(path, shape.arch)
     writer.add_name(f"{name}, {shape.n_layer} layers, random weights")
     writer.add_block_count(shape.n_layer)
@@ -444,23 +360,12 @@ def _write(
     else:
         _add_vocabulary(writer, vocab, shape.n_vocab)
 
-    tensors = shape.tensors()
-    for tensor, dims in tensors.items():
-        kind = _WEIGHTS if _is_matrix(dims) else GGMLQuantizationType.F32
-        writer.add_tensor_info(tensor, dims, np.dtype(np.float32), _tensor_bytes(dims), kind)
-    try:
-        writer.write_header_to_file()
-        writer.write_kv_data_to_file()
-        writer.write_ti_data_to_file()
-        if not weights:
-            return
-        written, total = 0, shape.weight_bytes()
-        for data in _data(tensors):
-            writer.write_tensor_data(data)
-            written += data.nbytes
-            progress(written / total)
-    finally:
-        writer.close()
+    for tensor, dims in shape.tensors().items():
+        writer.add_tensor_info(tensor, dims, np.dtype(np.float32), _tensor_bytes(dims), _data_type(dims))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_ti_data_to_file()
+    return writer
 
 
 def _data(tensors: dict[str, tuple[int, ...]]) -> Iterator[npt.NDArray[Any]]:
@@ -468,7 +373,7 @@ def _data(tensors: dict[str, tuple[int, ...]]) -> Iterator[npt.NDArray[Any]]:
     rng = np.random.default_rng(_SEED)
     rows: dict[int, npt.NDArray[np.uint8]] = {}  # by length
     for name, dims in tensors.items():
-        if not _is_matrix(dims):
+        if _data_type(dims) != _WEIGHTS:
             value = -1 if name.endswith("ssm_a") else int(not name.endswith(".bias"))  # a: of a decay
             yield np.full(dims, value, dtype=np.float32)
             continue
@@ -481,21 +386,18 @@ def _data(tensors: dict[str, tuple[int, ...]]) -> Iterator[npt.NDArray[Any]]:
 
 def _add_vocabulary(writer: GGUFWriter, vocab: Path, n_vocab: int) -> None:
     """Copy a vocabulary's keys, with unused tokens up to n_vocab."""
-    for key, field in GGUFReader(vocab).fields.items():
-        if not key.startswith("tokenizer."):
-            continue
+    fields = {key: field for key, field in GGUFReader(vocab).fields.items() if key.startswith("tokenizer.")}
+    unused = range(len(fields["tokenizer.ggml.tokens"].data), n_vocab)
+    more = {
+        "tokenizer.ggml.tokens": [f"[PAD{index}]" for index in unused],
+        "tokenizer.ggml.token_type": [int(TokenType.UNUSED)] * len(unused),
+        "tokenizer.ggml.scores": [0.0] * len(unused),
+    }
+    for key, field in fields.items():
         value = field.contents()
-        if field.types[0] != GGUFValueType.ARRAY:
-            writer.add_key_value(key, value, field.types[0])
-            continue
-        unused = range(len(value), n_vocab) if key != "tokenizer.ggml.merges" else ()
-        if key == "tokenizer.ggml.tokens":
-            value += [f"[PAD{index}]" for index in unused]
-        elif key == "tokenizer.ggml.token_type":
-            value += [int(TokenType.UNUSED)] * len(unused)
-        elif unused:
-            value += [0.0] * len(unused)
-        writer.add_key_value(key, value, GGUFValueType.ARRAY, field.types[1])
+        if key in more:
+            value += more[key]
+        writer.add_key_value(key, value, *field.types)
 
 
 def _add_made_up_vocabulary(writer: GGUFWriter, n_vocab: int) -> None:
@@ -509,16 +411,11 @@ def _add_made_up_vocabulary(writer: GGUFWriter, n_vocab: int) -> None:
     writer.add_token_scores([0.0] * n_vocab)
 
 
-def _is_matrix(dims: tuple[int, ...]) -> bool:
-    """Whether a tensor is stored in _WEIGHTS; short convolutions are not."""
-    return len(dims) == 2 and dims[1] % GGML_QUANT_SIZES[_WEIGHTS][0] == 0
+def _data_type(dims: tuple[int, ...]) -> GGMLQuantizationType:
+    """Matrices are stored in _WEIGHTS, vectors and short convolutions in f32."""
+    whole_blocks = len(dims) == 2 and dims[1] % GGML_QUANT_SIZES[_WEIGHTS][0] == 0
+    return _WEIGHTS if whole_blocks else GGMLQuantizationType.F32
 
 
 def _tensor_bytes(dims: tuple[int, ...]) -> int:
-    if not _is_matrix(dims):
-        return prod(dims) * 4
-    return bytes_of(_WEIGHTS, prod(dims))
-
-
-def _gb(n_bytes: int) -> str:
-    return f"{n_bytes / 2**30:.1f} GiB"
+    return bytes_of(_data_type(dims), prod(dims))

@@ -18,12 +18,9 @@ def check_png(path: Path, what: str) -> None:
 
 def new_figure(width: float, height: float) -> "Figure":
     """A figure of this size in inches. No pyplot, so no display and no global state."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(width, height), layout="constrained")
-    FigureCanvasAgg(figure)
-    return figure
+    return Figure(figsize=(width, height), facecolor="white", layout="constrained")
 
 
 def save_png(figure: "Figure", path: Path, dpi: int = 120) -> None:

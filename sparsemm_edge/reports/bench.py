@@ -1,9 +1,10 @@
 """The output of `bench`: table and sentences on the screen, and the report folder."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
-from sparsemm_edge.profiling.bench import Bench, BenchRow, Length
+from sparsemm_edge.profiling.bench import Bench, BenchRow
 from sparsemm_edge.profiling.machine import in_words
 from sparsemm_edge.reports import html, profile, profiling_plots
 
@@ -96,40 +97,38 @@ def _of_row(row: BenchRow) -> list[str]:
 def write(folder: Path, found: Bench) -> None:
     """Write bench.json, bench.html and the pictures into the folder."""
     pictures = []
-    speeds = [speed for length in found.lengths if (speed := _decode_speed(length)) is not None]
-    if speeds:
+    timed = [length for length in found.lengths if length.depth_0_tps is not None]
+    if timed:
         pictures.append(
             html.Picture(
                 "decode",
                 "Decoding",
                 "Medians over interleaved decoding. The distance between a full and the empty cache is the"
                 " cost of attention, the most that eviction can save.",
-                profiling_plots.decode_over_length(speeds)
-                if len(speeds) > 1
-                else profiling_plots.decode_bars(speeds[0]),
+                profiling_plots.decode_over_length(timed)
+                if len(timed) > 1
+                else profiling_plots.decode_bars(timed[0]),
             )
         )
-    over = {f"{length.n_prompt} positions": length.settings for length in found.lengths}
-    if any(figures.peak_over_weights for settings in over.values() for figures in settings):
+    if any(figures.peak_over_weights for length in found.lengths for figures in length.settings):
         pictures.append(
             html.Picture(
                 "memory",
                 "Memory over the weights",
                 "Anonymous memory beyond that of the loaded model. Dark: at the peak, while the prompt is"
                 " computed. Light: afterwards, while decoding.",
-                profiling_plots.over_weights_bars(over),
+                profiling_plots.over_weights_bars(found.lengths),
             )
         )
     for length in found.lengths:
         title = f", {length.n_prompt} positions"
         for picture in profile.pictures(length.settings, f"{length.n_prompt}-")[:2]:
-            pictures.append(html.Picture(picture.name, picture.title + title, picture.note, picture.figure))
+            pictures.append(replace(picture, title=picture.title + title))
     rows = [_row(row) for row in found.rows]
     tables = [html.Table("Against the full cache", _COLUMNS, rows, [True] * len(rows))]
     for length in found.lengths:
-        one = profile.table(length.settings)
         title = f"Each setting in its own process, {length.n_prompt} positions"
-        tables.append(html.Table(title, one.columns, one.rows, one.stand_out))
+        tables.append(replace(profile.table(length.settings), title=title))
     html.write(
         folder,
         "bench",
@@ -147,17 +146,6 @@ def write(folder: Path, found: Bench) -> None:
             profile.READING_MEMORY,
         ],
     )
-
-
-def _decode_speed(length: Length) -> profiling_plots.DecodeSpeed | None:
-    if length.depth_0_tps is None:
-        return None
-    tps = {
-        figures.setting: length.decode_tps[figures.name]
-        for figures in length.settings
-        if figures.name in length.decode_tps
-    }
-    return profiling_plots.DecodeSpeed(length.n_prompt, tps, length.depth_0_tps)
 
 
 def _row(row: BenchRow) -> list[str]:

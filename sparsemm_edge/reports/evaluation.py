@@ -60,13 +60,11 @@ def _draw(axes: "Axes", rows: list[EvaluationRow]) -> None:
     ticks = set()
     for number, label in enumerate(dict.fromkeys(row.label for row in rows)):
         line = sorted((row for row in rows if row.label == label), key=lambda row: row.kv_share)
-        heights = [row.height for row in line]
-        means = np.array([height.mean for height in heights]) * 100
+        heights = np.array([(row.height.low, row.height.mean, row.height.high) for row in line])
+        low, means, high = heights.T * 100
         if line[0].setting == Setting("full"):
             axes.axhline(means[0], color="black", linestyle="--", linewidth=1, label="full cache")
             continue
-        below = means - np.array([height.low for height in heights]) * 100
-        above = np.array([height.high for height in heights]) * 100 - means
         method = method_of(line[0].setting)
         shares = [row.kv_share * 100 for row in line]
         ticks |= {round(share, 1) for share in shares if method == BASELINE}
@@ -76,7 +74,7 @@ def _draw(axes: "Axes", rows: list[EvaluationRow]) -> None:
         axes.errorbar(
             shares,
             means,
-            yerr=np.maximum([below, above], 0),
+            yerr=np.maximum([means - low, high - means], 0),
             label=label,
             marker=_MARKERS[number % len(_MARKERS)],
             markersize=5,

@@ -1,12 +1,16 @@
 """Plots of head budgets and head scores."""
 
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
 
 from sparsemm_edge.reports import check_png, new_figure, save_png
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.image import AxesImage
 
 
 def save_head_map(table: npt.NDArray[np.integer[Any]], path: Path, *, title: str) -> None:
@@ -59,16 +63,20 @@ def save_score_map(table: npt.NDArray[np.floating[Any]], path: Path, *, title: s
 def _map(table: npt.NDArray[Any], path: Path, title: str, across: str, norm: Any) -> tuple[Any, Any, Any]:
     """Figure, axes and image of a table of layers x heads."""
     check_png(path, "the head map")
-    from matplotlib.ticker import MaxNLocator  # takes half a second
-
     n_layer, n_heads = table.shape
     width, height = 4 + 0.19 * n_heads, 2.2 + 0.17 * n_layer
     figure = new_figure(min(width, 12), min(height, 12))
     axes = figure.add_subplot()
-    image = axes.imshow(table, aspect="auto", cmap="viridis", norm=norm)
     axes.set_title(title, fontsize=10, wrap=True)
+    return figure, axes, draw_heads(axes, table, across, norm=norm)
+
+
+def draw_heads(axes: "Axes", table: npt.NDArray[Any], across: str, **colours: Any) -> "AxesImage":
+    """Draw a table of layers x heads, its colours as for Axes.imshow."""
+    from matplotlib.ticker import MaxNLocator  # takes half a second
+
     axes.set_xlabel(across)
     axes.set_ylabel("layer")
     for axis in (axes.xaxis, axes.yaxis):
         axis.set_major_locator(MaxNLocator(integer=True, steps=[1, 2, 4, 5, 10]))
-    return figure, axes, image
+    return axes.imshow(table, aspect="auto", cmap="viridis", **colours)

@@ -1,7 +1,7 @@
 """Plot which image positions the heads kept, over the image, beside the head map."""
 
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -10,9 +10,7 @@ from PIL import Image, ImageOps
 from sparsemm_edge.errors import SparseMMError
 from sparsemm_edge.image_grid import ImageGrid, Kept, kept_on_grid
 from sparsemm_edge.reports import check_png, new_figure, save_png
-
-if TYPE_CHECKING:
-    from matplotlib.figure import SubFigure
+from sparsemm_edge.reports.head_map import draw_heads
 
 VIEWS = ("all", "layer", "head")
 
@@ -66,9 +64,8 @@ def save_kept_map(
     height = side * min(max(grid.n_rows / grid.n_columns, 0.25), 2.5)
     width = side * n_columns + 0.9
     figure = new_figure(width + 4.3, max(height * n_rows, 2.6) + 1.1)
-    left: SubFigure
-    right: SubFigure
-    left, right = figure.subfigures(1, 2, width_ratios=(width, 4.3))  # type: ignore[misc]
+    halves: Any = figure.subfigures(1, 2, width_ratios=(width, 4.3))
+    left, right = halves
     if title:
         figure.suptitle(title, fontsize=10, wrap=True)
 
@@ -88,12 +85,8 @@ def save_kept_map(
         bar.set_label("heads that keep it")
 
     heads = right.subplots()
-    table = heads.imshow(held.sum(axis=(2, 3)), aspect="auto", cmap="viridis", vmin=0)
+    table = draw_heads(heads, held.sum(axis=(2, 3)), "KV head", vmin=0)
     heads.set_title("image positions kept, by head", fontsize=9)
-    heads.set_xlabel("KV head")
-    heads.set_ylabel("layer")
-    for ticks in (heads.xaxis, heads.yaxis):
-        ticks.set_major_locator(MaxNLocator(integer=True, steps=[1, 2, 4, 5, 10]))
     right.colorbar(table, ax=heads, label=f"of {grid.n_rows * grid.n_columns}")
     save_png(figure, path)
 

@@ -3,7 +3,8 @@
 from collections.abc import Sequence
 from pathlib import Path
 
-from sparsemm_edge.profiling.figures import SettingFigures
+from sparsemm_edge.profiling.figures import SettingFigures, full_f16_of
+from sparsemm_edge.profiling.jobs import CacheSetting
 from sparsemm_edge.profiling.machine import in_words
 from sparsemm_edge.profiling.profile import Profile
 from sparsemm_edge.reports import html, profiling_plots
@@ -45,23 +46,13 @@ def table(settings: Sequence[SettingFigures]) -> html.Table:
     """One row per setting, also for failed ones."""
     rows = []
     for setting in settings:
-        memory = [_mib(setting.rss_peak), _mib(setting.anon_peak)]
-        if (done := setting.done) is None:
-            rows.append([setting.name, setting.status, "", *memory, "", "", "", ""])
-            continue
-        ms = done.decode_ms
-        rows.append(
-            [
-                setting.name,
-                _mib(done.kv.bytes_now),
-                _mib(done.kv.bytes_peak),
-                *memory,
-                _mib(done.breakdown.compute),
-                f"{done.prompt_tps:.1f}",
-                f"{done.decode_tps:.1f}",
-                f"{ms.median:.2f} ({ms.low:.2f} to {ms.high:.2f})",
-            ]
-        )
+        kv, speed = [setting.status, ""], ["", "", "", ""]
+        if (done := setting.done) is not None:
+            ms = done.decode_ms
+            kv = [_mib(done.kv.bytes_now), _mib(done.kv.bytes_peak)]
+            speed = [_mib(done.breakdown.compute), f"{done.prompt_tps:.1f}", f"{done.decode_tps:.1f}"]
+            speed.append(f"{ms.median:.2f} ({ms.low:.2f} to {ms.high:.2f})")
+        rows.append([setting.name, *kv, _mib(setting.rss_peak), _mib(setting.anon_peak), *speed])
     return html.Table("Every setting", _COLUMNS, rows, [setting.setting.evicts for setting in settings])
 
 
@@ -71,13 +62,13 @@ def first_tokens(settings: Sequence[SettingFigures]) -> list[str]:
         f"{setting.name}: {done.first_token.in_words(done.read_bytes_per_s)}"
         for setting in settings
         if (done := setting.done) is not None
-        and (setting.setting.evicts or (setting.setting.cache_type == "f16" and setting.setting.flash_attn))
+        and (setting.setting.evicts or setting.name == CacheSetting().name)
     ]
 
 
 def pictures(settings: Sequence[SettingFigures], prefix: str = "") -> list[html.Picture]:
-    """Memory over time, what the peak consists of, and speed."""
-    made = [
+    """Memory over time, what the peak consists of, and speed; at least one setting is done."""
+    return [
         html.Picture(
             f"{prefix}memory-over-time",
             "Memory over time",
@@ -85,24 +76,20 @@ def pictures(settings: Sequence[SettingFigures], prefix: str = "") -> list[html.
             " such as weights. Background: the phases. The eviction runs layer by layer inside the last batch"
             " of the prompt; the mark is where it is done.",
             profiling_plots.memory_over_time(settings),
-        )
+        ),
+        html.Picture(
+            f"{prefix}memory-peak",
+            "What the peak consists of",
+            "K and V and compute as llama.cpp allocated them, the rest as measured.",
+            profiling_plots.memory_bars(settings),
+        ),
+        html.Picture(
+            f"{prefix}speed",
+            "Speed",
+            "Longer is faster. Decoding is the median of the tokens.",
+            profiling_plots.speed_bars(settings),
+        ),
     ]
-    if any(setting.done for setting in settings):
-        made += [
-            html.Picture(
-                f"{prefix}memory-peak",
-                "What the peak consists of",
-                "K and V and compute as llama.cpp allocated them, the rest as measured.",
-                profiling_plots.memory_bars(settings),
-            ),
-            html.Picture(
-                f"{prefix}speed",
-                "Speed",
-                "Longer is faster. Decoding is the median of the tokens.",
-                profiling_plots.speed_bars(settings),
-            ),
-        ]
-    return made
 
 
 def write(folder: Path, found: Profile) -> None:
@@ -130,29 +117,23 @@ def write(folder: Path, found: Profile) -> None:
 
 def _cards(settings: Sequence[SettingFigures]) -> list[tuple[str, str]]:
     """The evicted setting with the largest budget, against the faster full setting."""
-    done = [(setting, setting.done) for setting in settings if setting.done is not None]
-    full = [(s, d) for s, d in done if not s.setting.evicts and s.setting.cache_type == "f16"]
-    evicted = [(s, d) for s, d in done if s.setting.evicts]
+    full, evicted = (
+        [(each, each.done) for each in group if each.done is not None]
+        for group in (full_f16_of(settings), [each for each in settings if each.setting.evicts])
+    )
     if not full or not evicted:
         return []
     best, best_done = max(full, key=lambda each: each[1].decode_tps)
     least, _ = min(full, key=lambda each: each[0].rss_peak)
     one, one_done = max(evicted, key=lambda each: each[0].setting.budget or 0)
     kv, memory = one_done.kv, one.rss_peak - least.rss_peak
+    reading = one_done.prompt_tps / max(done.prompt_tps for _, done in full)
+    remain = f"of the K and V of a full cache remain at budget {one.setting.budget}"
     return [
-        (
-            f"{kv.bytes_now / kv.bytes_full:.0%}",
-            f"of the K and V of a full cache remain at budget {one.setting.budget}",
-        ),
+        (f"{kv.bytes_now / kv.bytes_full:.0%}", remain),
         (f"{one_done.decode_tps / best_done.decode_tps:.2f}x", f"as fast as {best.name} at decoding"),
-        (
-            f"{memory / 2**20:+,.0f} MiB".replace("-", "\u2212"),
-            f"peak memory against {least.name}",
-        ),
-        (
-            f"{one_done.prompt_tps / max(d.prompt_tps for _, d in full):.2f}x",
-            "as fast as the full cache at reading the prompt",
-        ),
+        (f"{memory / 2**20:+,.0f} MiB".replace("-", "\u2212"), f"peak memory against {least.name}"),
+        (f"{reading:.2f}x", "as fast as the full cache at reading the prompt"),
     ]
 
 

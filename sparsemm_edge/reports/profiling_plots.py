@@ -1,17 +1,17 @@
 """Plots of profile and bench, narrow enough for a small screen."""
 
 import io
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+import itertools
+from collections.abc import Sequence
 
 from matplotlib.axes import Axes
-from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
+from sparsemm_edge.profiling.bench import Length
 from sparsemm_edge.profiling.figures import Breakdown, SettingFigures
-from sparsemm_edge.profiling.jobs import CacheSetting
 from sparsemm_edge.profiling.runs import Phase
+from sparsemm_edge.reports import new_figure
 
 _MIB = 2**20
 _WIDTH = 4.8  # inches
@@ -37,7 +37,7 @@ _PHASES = {
 
 def memory_over_time(settings: Sequence[SettingFigures]) -> Figure:
     """Resident memory of each setting's process over its phases; one row each, on the same axes."""
-    figure = _figure(0.7 + 1.15 * len(settings))
+    figure = new_figure(_WIDTH, 0.7 + 1.15 * len(settings))
     rows = figure.subplots(len(settings), 1, sharex=True, sharey=True, squeeze=False)[:, 0]
     top = max(1, *(setting.rss_peak / _MIB for setting in settings)) * 1.32
     end = max((setting.memory["t"] or [0])[-1] for setting in settings)
@@ -68,7 +68,7 @@ def memory_over_time(settings: Sequence[SettingFigures]) -> Figure:
 def memory_bars(settings: Sequence[SettingFigures]) -> Figure:
     """The parts of each setting's peak resident size, as stacked bars."""
     done = [(setting, setting.done) for setting in settings if setting.done is not None]
-    figure = _figure(1.25 + 0.42 * len(done))
+    figure = new_figure(_WIDTH, 1.25 + 0.42 * len(done))
     axes = figure.add_subplot()
     names = [setting.name for setting, _ in done]
     left = [0.0] * len(done)
@@ -78,45 +78,34 @@ def memory_bars(settings: Sequence[SettingFigures]) -> Figure:
         if max(sizes) > 0:
             axes.barh(names, sizes, left=left, color=color, label=part, height=0.68)
             left = [base + size for base, size in zip(left, sizes, strict=True)]
-    for index, total in enumerate(left):
-        axes.text(total, index, f" {total:,.0f}", va="center", fontsize=8.5, color=_INK)
-    axes.set_xlim(0, max(left) * 1.14)
-    axes.invert_yaxis()
+    _finish_bars(axes, left, [f"{total:,.0f}" for total in left], room=1.14)
     axes.set_xlabel("MiB at the peak, buffers as allocated")
-    _plain(axes)
-    axes.tick_params(axis="y", length=0, labelcolor=_INK)
     figure.legend(loc="outside upper left", ncols=3, fontsize=8.5, frameon=False, handlelength=1)
     return figure
 
 
-def over_weights_bars(groups: Mapping[str, Sequence[SettingFigures]]) -> Figure:
-    """Memory beyond the weights: one bar per setting and group, at the peak and after the prompt.
+def over_weights_bars(lengths: Sequence[Length]) -> Figure:
+    """Memory beyond the weights: one bar per prompt length and setting, at the peak and after the prompt.
 
     What was not measured is left out.
     """
-    bars = [
-        (f"{group}\n{figures.name}" if index == 0 else figures.name, figures)
-        for group, settings in groups.items()
-        for index, figures in enumerate(
-            [each for each in settings if each.peak_over_weights is not None and each.done is not None]
-        )
-    ]
-    figure = _figure(1.0 + 0.42 * len(bars))
+    bars = []
+    for length in lengths:
+        measured = [each for each in length.settings if each.peak_over_weights is not None and each.done]
+        for index, figures in enumerate(measured):
+            name = figures.name if index else f"{length.n_prompt} positions\n{figures.name}"
+            bars.append((name, figures))
+    figure = new_figure(_WIDTH, 1.0 + 0.42 * len(bars))
     axes = figure.add_subplot()
-    most = max((figures.peak_over_weights or 0) / _MIB for _, figures in bars)
-    for place, (_, figures) in enumerate(bars):
-        peak = (figures.peak_over_weights or 0) / _MIB
-        after = max(0, figures.after_over_weights or 0) / _MIB
-        color = _color(figures.setting.evicts)
-        axes.barh(place, peak, color=color, height=0.68)
-        axes.barh(place, after, color="white", alpha=0.45, height=0.34, lw=0)
-        axes.text(peak, place, f" {peak:,.0f}; {after:,.0f}", va="center", fontsize=8.5, color=_INK)
+    peaks = [(figures.peak_over_weights or 0) / _MIB for _, figures in bars]
+    afters = [max(0, figures.after_over_weights or 0) / _MIB for _, figures in bars]
+    colors = [_color(figures.setting.evicts) for _, figures in bars]
+    axes.barh(range(len(bars)), peaks, color=colors, height=0.68)
+    axes.barh(range(len(bars)), afters, color="white", alpha=0.45, height=0.34, lw=0)
     axes.set_yticks(range(len(bars)), [name for name, _ in bars])
-    axes.set_xlim(0, most * 1.25)
-    axes.invert_yaxis()
+    labels = [f"{peak:,.0f}; {after:,.0f}" for peak, after in zip(peaks, afters, strict=True)]
+    _finish_bars(axes, peaks, labels, room=1.25)
     axes.set_xlabel("MiB over the weights, at the peak; after the prompt")
-    _plain(axes)
-    axes.tick_params(axis="y", length=0, labelcolor=_INK)
     return figure
 
 
@@ -136,58 +125,42 @@ def memory_parts(setting: SettingFigures, sizes: Breakdown) -> dict[str, int]:
 def speed_bars(settings: Sequence[SettingFigures]) -> Figure:
     """Tokens per second for the prompt and for decoding."""
     done = [(setting, setting.done) for setting in settings if setting.done is not None]
-    figure = _figure(0.95 + 0.34 * len(done))
-    left, right = figure.subplots(1, 2, sharey=True)
+    figure = new_figure(_WIDTH, 0.95 + 0.34 * len(done))
     names = [setting.name for setting, _ in done]
-    prompt, decode = ([each.prompt_tps for _, each in done], [each.decode_tps for _, each in done])
-    for axes, values, title in ((left, prompt, "prompt"), (right, decode, "decode")):
-        axes.barh(names, values, color=[_color(setting.setting.evicts) for setting, _ in done], height=0.68)
-        for index, value in enumerate(values):
-            axes.text(value, index, f" {_short(value)}", va="center", fontsize=8.5, color=_INK)
-        axes.set_xlim(0, max(values) * 1.25)
+    colors = [_color(setting.setting.evicts) for setting, _ in done]
+    for axes, title in zip(figure.subplots(1, 2, sharey=True), ("prompt", "decode"), strict=True):
+        values = [each.prompt_tps if title == "prompt" else each.decode_tps for _, each in done]
+        axes.barh(names, values, color=colors, height=0.68)
+        _finish_bars(axes, values, [_short(value) for value in values], room=1.25)
         axes.xaxis.set_major_locator(MaxNLocator(4))
         axes.set_title(title, fontsize=9, loc="left", color=_INK)
         axes.set_xlabel("tokens/s")
-        _plain(axes)
-        axes.tick_params(axis="y", length=0, labelcolor=_INK)
-    left.invert_yaxis()
     return figure
 
 
-@dataclass(frozen=True)
-class DecodeSpeed:
-    """How fast each setting decodes after a prompt.
-
-    Attributes:
-        n_prompt: positions.
-        tps: tokens per second by setting.
-        depth_0_tps: with an empty cache.
-    """
-
-    n_prompt: int
-    tps: dict[CacheSetting, float]
-    depth_0_tps: float
-
-
-def decode_over_length(lengths: Sequence[DecodeSpeed]) -> Figure:
+def decode_over_length(lengths: Sequence[Length]) -> Figure:
     """Decoding speed over prompt length: a line for each setting, and the empty cache's."""
-    figure = _figure(3.0)
+    figure = new_figure(_WIDTH, 3.0)
     axes = figure.add_subplot()
-    settings = list(dict.fromkeys(setting for length in lengths for setting in length.tps))
-    styles = iter(("-", "--", ":", "-.") * len(settings))
-    marks = iter("osD^v<>p*h" * len(settings))
-    for setting in settings:
-        points = [(of.n_prompt, of.tps[setting]) for of in lengths if setting in of.tps]
+    evicts = {
+        figures.name: figures.setting.evicts
+        for length in lengths
+        for figures in length.settings
+        if figures.name in length.decode_tps
+    }
+    styles, marks = itertools.cycle(("-", "--", ":", "-.")), itertools.cycle("osD^v<>p*h")
+    for name, evicting in evicts.items():
+        points = [(of.n_prompt, of.decode_tps[name]) for of in lengths if name in of.decode_tps]
         axes.plot(
             *zip(*points, strict=True),
             marker=next(marks),
             ms=5,
             lw=1.6,
             ls=next(styles),
-            color=_color(setting.evicts),
-            label=setting.name,
+            color=_color(evicting),
+            label=name,
         )
-    limits = [of.depth_0_tps for of in lengths]
+    limits = [of.depth_0_tps or 0.0 for of in lengths]
     axes.plot([of.n_prompt for of in lengths], limits, color=_LIMIT, lw=1.4, label="empty cache")
     axes.set_ylim(0, None)
     axes.set_xticks([of.n_prompt for of in lengths])
@@ -198,35 +171,42 @@ def decode_over_length(lengths: Sequence[DecodeSpeed]) -> Figure:
     return figure
 
 
-def decode_bars(speed: DecodeSpeed) -> Figure:
+def decode_bars(length: Length) -> Figure:
     """Decoding speed by setting, and with an empty cache as a line."""
-    figure = _figure(1.0 + 0.34 * len(speed.tps))
+    names, values = list(length.decode_tps), list(length.decode_tps.values())
+    limit = length.depth_0_tps or 0.0
+    figure = new_figure(_WIDTH, 1.0 + 0.34 * len(names))
     axes = figure.add_subplot()
-    limit, values = speed.depth_0_tps, list(speed.tps.values())
-    names, colors = zip(*((setting.name, _color(setting.evicts)) for setting in speed.tps), strict=True)
+    colors = [_color(each.setting.evicts) for each in length.settings if each.name in length.decode_tps]
     axes.barh(names, values, color=colors, height=0.68)
-    for index, value in enumerate(values):
-        axes.text(value, index, f" {_short(value)}", va="center", fontsize=8.5, color=_INK)
+    _finish_bars(axes, values, [_short(value) for value in values], room=1.12)
     axes.axvline(limit, color=_LIMIT, lw=1.4, ls=(0, (4, 2)))
     axes.text(limit, -0.6, f"empty cache {_short(limit)} ", ha="right", va="bottom", fontsize=8, color=_LIMIT)
     axes.set_xlim(0, max([*values, limit]) * 1.12)
     axes.set_ylim(len(names) - 0.5, -1.1)
     axes.set_xlabel("tokens/s")
-    _plain(axes)
-    axes.tick_params(axis="y", length=0, labelcolor=_INK)
     return figure
 
 
 def svg(figure: Figure) -> str:
     """The figure as SVG text, the same for the same figure."""
     out = io.StringIO()
-    FigureCanvasSVG(figure)
     figure.savefig(out, format="svg", metadata={"Date": None, "Creator": None})
     return out.getvalue()
 
 
 def _short(value: float) -> str:
     return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
+
+
+def _finish_bars(axes: Axes, lengths: Sequence[float], labels: Sequence[str], room: float) -> None:
+    """Label horizontal bars at their ends, with the first at the top."""
+    for place, (length, label) in enumerate(zip(lengths, labels, strict=True)):
+        axes.text(length, place, f" {label}", va="center", fontsize=8.5, color=_INK)
+    axes.set_xlim(0, max(lengths) * room)
+    axes.yaxis.set_inverted(True)
+    _plain(axes)
+    axes.tick_params(axis="y", length=0, labelcolor=_INK)
 
 
 def _plain(axes: Axes) -> None:
@@ -238,12 +218,6 @@ def _plain(axes: Axes) -> None:
     axes.yaxis.label.set(color="#5c6670", fontsize=8.5)
 
 
-def _figure(height: float) -> Figure:
-    figure = Figure(figsize=(_WIDTH, height), layout="constrained")
-    figure.set_facecolor("white")
-    return figure
-
-
 def _draw_phase(axes: Axes, phase: Phase, end: float, top: float) -> None:
     start, stop = phase.start, phase.end
     if phase.name == "eviction":
@@ -252,15 +226,8 @@ def _draw_phase(axes: Axes, phase: Phase, end: float, top: float) -> None:
         return
     axes.axvspan(start, stop, color=_PHASES[phase.name], lw=0, zorder=0)
     if stop - start > 0.09 * end:
-        axes.text(
-            (start + stop) / 2,
-            top * 0.97,
-            phase.name,
-            fontsize=7.5,
-            color="#5c6670",
-            ha="center",
-            va="top",
-        )
+        middle = (start + stop) / 2
+        axes.text(middle, top * 0.97, phase.name, fontsize=7.5, color="#5c6670", ha="center", va="top")
 
 
 def _color(evicts: bool) -> str:

@@ -20,13 +20,14 @@ from sparsemm_edge.errors import ContextFullError, SparseMMError, check_within
 from sparsemm_edge.gguf_header import weight_bytes_read
 from sparsemm_edge.runtime import library, session_file
 from sparsemm_edge.runtime.chat_template import Turn
+from sparsemm_edge.runtime.context import N_UBATCH, Context, KVStats, cache_type
+from sparsemm_edge.runtime.encode import encode, encode_text, n_uncut
 from sparsemm_edge.runtime.eviction import Eviction, HeadBudgetTable, same_budgets
 from sparsemm_edge.runtime.first_token import FirstToken, Part
 from sparsemm_edge.runtime.model import VisionModel
 from sparsemm_edge.runtime.process import rss_peak_bytes
 from sparsemm_edge.runtime.prompt import Prompt, TextPart
 from sparsemm_edge.runtime.sampler import Sampler, Sampling, StopTexts
-from sparsemm_edge.runtime.session import N_UBATCH, KVStats, Session, cache_type, start_session_with
 
 
 @dataclass(frozen=True)
@@ -88,6 +89,7 @@ class _Asked:
     n_prompt: int
     said: Sequence[int]
     logits: npt.NDArray[np.float32]
+    image_ms: float
     first_token: FirstToken  # its total and its last part are not known yet
 
 
@@ -157,7 +159,7 @@ class Conversation(Closing):
         self._kept = model.disk_cache if reuse_evicted else None
         if reuse_evicted and self._kept is None:
             raise SparseMMError("evicted images are kept in a folder: give one with --image-cache")
-        self._session: Session | None = None
+        self._context: Context | None = None
         self._n_ctx = 0
         self._table: HeadBudgetTable | None = None
         self._planned: tuple[int, int | None] = (0, None)
@@ -176,25 +178,25 @@ class Conversation(Closing):
 
     def close(self) -> None:
         """Free the context. The next question starts a new conversation."""
-        if self._session is not None:
-            self._session.close()
-            self._session = None
+        if self._context is not None:
+            self._context.close()
+            self._context = None
         self._pending, self._resumed, self._asked, self.last_stats = (), None, None, None
 
     @property
-    def session(self) -> Session | None:
+    def context(self) -> Context | None:
         """The context; None before the first question."""
-        return self._session
+        return self._context
 
     @property
     def n_held(self) -> int:
         """Positions of all turns so far, kept or evicted."""
-        return 0 if self._session is None else self._session.n_tokens + len(self._pending)
+        return 0 if self._context is None else self._context.n_tokens + len(self._pending)
 
     @property
     def is_full(self) -> bool:
         """Whether the context is full."""
-        return self._session is not None and self.n_held >= self._n_ctx
+        return self._context is not None and self.n_held >= self._n_ctx
 
     @property
     def n_ctx(self) -> int:
@@ -235,7 +237,7 @@ class Conversation(Closing):
                 fit into the context, or an argument out of range. The conversation is unchanged.
             Cancelled: `cancelled` returned True. The conversation is unchanged.
         """
-        first = self._session is None and self._resumed is None
+        first = self._context is None and self._resumed is None
         text = self._text(question, len(images), first)
         yield from self._answer(text, images, first, n_predict, sampling or Sampling(), cancelled)
 
@@ -269,14 +271,14 @@ class Conversation(Closing):
         """
         started = time.perf_counter()
         check_within("n_predict", n_predict, 1, MAX_POSITIONS)
-        session, asked, sampling = self._session, self._asked, sampling or Sampling()
-        if session is None or asked is None:
+        context, asked, sampling = self._context, self._asked, sampling or Sampling()
+        if context is None or asked is None:
             raise SparseMMError("no message yet: there is nothing to answer again")
         with self._model.sampler(sampling, asked.said) as sampler:
-            session.truncate_reply()
+            context.truncate_reply()
             self._pending = ()
             asked = replace(asked, first_token=FirstToken())  # nothing is read again
-            yield from self._reply(session, asked, n_predict, sampler, sampling.stop, started)
+            yield from self._reply(context, asked, n_predict, sampler, sampling.stop, started)
 
     def check(self, sampling: Sampling | None = None) -> None:
         """Raise SparseMMError if template, cache types or budgets do not work with this model."""
@@ -289,9 +291,7 @@ class Conversation(Closing):
             table = model.plan(self._eviction, prompt.n_tokens, self._n_later)
             type_k, type_v = self._types
             small = min(n_ctx, prompt.n_tokens + 1)
-            start_session_with(
-                model, prompt, table, n_ctx=small, cache_type_k=type_k, cache_type_v=type_v
-            ).close()
+            Context(model, table, n_ctx=small, cache_type_k=type_k, cache_type_v=type_v).close()
 
     def save(self, path: Path) -> None:
         """Write the conversation to a file, for `resume`.
@@ -299,20 +299,20 @@ class Conversation(Closing):
         Raises:
             SparseMMError: nothing was asked yet, or the file cannot be written.
         """
-        if self._session is None:
+        if self._context is None:
             raise SparseMMError("no message yet: there is nothing to save")
-        session_file.write(path, self._saved(self._session))
+        session_file.write(path, self._saved(self._context))
 
-    def _saved(self, session: Session) -> session_file.SavedConversation:
+    def _saved(self, context: Context) -> session_file.SavedConversation:
         return session_file.SavedConversation(
             model=self._model.fingerprint,
             model_name=self._model.path.name,
             cache_types=self._types,
             table=self._table,
             planned=self._planned,
-            n_ubatch=session.n_ubatch,
+            n_ubatch=context.n_ubatch,
             pending=self._pending,
-            state=session.state(),
+            state=context.state(),
         )
 
     def _answer(
@@ -334,28 +334,28 @@ class Conversation(Closing):
                 sampler = stack.enter_context(self._model.sampler(sampling, said))
                 before, after = prompt.at_last_image()
                 apart = first and self._kept is not None and before.n_tokens > 0 and len(after) > 0
-                session = self._session_for(prompt, n_predict, before if apart else None)
+                context = self._context_for(prompt, n_predict, before if apart else None)
                 try:
                     if apart:
-                        self._read_images(session, before, cancelled)
-                        session.append(after)
+                        vision = self._read_images(context, before, cancelled)
+                        context.append(encode_text(after, context.n_past))
                     else:
-                        session.read(prompt, cancelled)
+                        encoded = encode(self._model, prompt, context.n_past, cancelled)
+                        vision = encoded.vision
+                        context.prefill(encoded, cancelled)
                 except BaseException:
-                    if first or not session.n_tokens:
+                    if first or not context.n_tokens:
                         self.close()
                     raise
                 self._pending = ()
-                parts = FirstToken(
-                    images=Part(prompt.images_ms), vision=session.vision_part, prompt=session.prompt_part
-                )
-                self._asked = _Asked(prompt.n_tokens, said, session.logits(), parts)
-            yield from self._reply(session, self._asked, n_predict, sampler, sampling.stop, started)
+                parts = FirstToken(images=Part(prompt.images_ms), vision=vision, prompt=context.prompt_part)
+                self._asked = _Asked(prompt.n_tokens, said, context.logits(), vision.ms, parts)
+            yield from self._reply(context, self._asked, n_predict, sampler, sampling.stop, started)
 
-    def _read_images(self, session: Session, images: Prompt, cancelled: Callable[[], bool] | None) -> None:
-        """Let the session hold images, and what stands before them, evicted by their own last positions.
+    def _read_images(self, context: Context, images: Prompt, cancelled: Callable[[], bool] | None) -> Part:
+        """Let the context hold images, and what stands before them, evicted by their own last positions.
 
-        They are read if they are not kept from another time.
+        They are read if they are not kept from another time. Returns the time to encode them.
         """
         assert self._kept is not None
         name = f"{self._digest(images)}.sequence"
@@ -365,13 +365,16 @@ class Conversation(Closing):
                 saved = session_file.read(path)
             except SparseMMError as error:
                 raise SparseMMError(f"{path}: not a kept sequence, or a damaged one") from error
-            session.restore(saved.state)
+            context.restore(saved.state)
             return True
 
-        if not self._kept.read(name, restore):
-            session.read(images, cancelled)
-            saved = self._saved(session)
-            self._kept.write(name, lambda path: session_file.write(path, saved))
+        if self._kept.read(name, restore):
+            return Part()
+        encoded = encode(self._model, images, cancelled=cancelled)
+        context.prefill(encoded, cancelled)
+        saved = self._saved(context)
+        self._kept.write(name, lambda path: session_file.write(path, saved))
+        return encoded.vision
 
     def _digest(self, images: Prompt) -> str:
         """Names a sequence that begins with images: by all that it depends on."""
@@ -402,18 +405,18 @@ class Conversation(Closing):
             template_options=self._template_options,
         )
 
-    def _session_for(self, prompt: Prompt, n_predict: int, images: Prompt | None) -> Session:
+    def _context_for(self, prompt: Prompt, n_predict: int, images: Prompt | None) -> Context:
         """The context, with room for this prompt: made for the first one.
 
         `images`: the first half of the prompt, if that is evicted by itself.
         """
-        if self._session is not None:
-            if self._session.n_tokens + prompt.n_tokens >= self._n_ctx:
+        if self._context is not None:
+            if self._context.n_tokens + prompt.n_tokens >= self._n_ctx:
                 raise ContextFullError(
-                    f"the context of {self._n_ctx} positions is full: {self._session.n_tokens} are taken and"
+                    f"the context of {self._n_ctx} positions is full: {self._context.n_tokens} are taken and"
                     f" the message takes {prompt.n_tokens}; --n-ctx makes it larger"
                 )
-            return self._session
+            return self._context
 
         saved, model = self._resumed, self._model
         n_ctx = model.n_ctx_for(
@@ -430,26 +433,25 @@ class Conversation(Closing):
             if images is not None and self._table is not None and eviction.window is None:
                 window = min(self._table.window, defaults.IMAGE_WINDOW)
                 self._table = model.plan(replace(eviction, window=window), *self._planned)
-        session = start_session_with(
+        context = Context(
             model,
-            prompt,
             self._table,
             n_ctx=n_ctx,
-            n_ubatch=n_ubatch,
+            n_ubatch=max(n_ubatch or N_UBATCH, n_uncut(model, prompt)),
             cache_type_k=self._types[0],
             cache_type_v=self._types[1],
             n_outputs=1 if images is None else 2,
         )
         if saved is not None:
             try:
-                session.restore(saved.state)
+                context.restore(saved.state)
             except BaseException:
-                session.close()
+                context.close()
                 raise
             self._resumed = None
         self._n_ctx = n_ctx
-        self._session = session
-        return session
+        self._context = context
+        return context
 
     def _check_resumed(self, path: Path, saved: session_file.SavedConversation) -> None:
         """Raise SparseMMError if the saved conversation does not fit the model or the options."""
@@ -478,7 +480,7 @@ class Conversation(Closing):
 
     def _reply(
         self,
-        session: Session,
+        context: Context,
         asked: "_Asked",
         n_predict: int,
         sampler: Sampler,
@@ -489,7 +491,7 @@ class Conversation(Closing):
 
         `asked_at`: time.perf_counter when the question was asked.
         """
-        n_predict = min(n_predict, self._n_ctx - session.n_tokens)
+        n_predict = min(n_predict, self._n_ctx - context.n_tokens)
         model = self._model
         tokens: list[int] = []
         decode_ms: list[float] = []
@@ -500,9 +502,9 @@ class Conversation(Closing):
             while len(tokens) < n_predict and not stops.found:
                 started, logits = time.perf_counter(), asked.logits
                 if tokens:
-                    session.decode(tokens[-1])
+                    context.decode(tokens[-1])
                     self._pending = ()
-                    logits = session.logits()
+                    logits = context.logits()
                 token = sampler.sample(logits)
                 now = time.perf_counter()
                 if tokens:
@@ -521,8 +523,8 @@ class Conversation(Closing):
                 yield rest
         finally:
             per_token = sum(decode_ms) / len(decode_ms) if decode_ms else None
-            timings = Timings(model.load_ms, session.image_ms, session.prompt_ms, per_token)
-            kv = session.kv_stats()
+            timings = Timings(model.load_ms, asked.image_ms, context.prompt_ms, per_token)
+            kv = context.kv_stats()
             per_token_bytes = weight_bytes_read(model.header) + kv.bytes_now
             self.last_stats = GenerationStats(
                 tuple(tokens),

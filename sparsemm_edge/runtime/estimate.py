@@ -9,11 +9,11 @@ from PIL import Image
 from sparsemm_edge.closing import Closing
 from sparsemm_edge.gguf_header import GGUFHeader
 from sparsemm_edge.runtime import library
+from sparsemm_edge.runtime.context import cache_type, context_params
 from sparsemm_edge.runtime.eviction import HeadBudgetTable
 from sparsemm_edge.runtime.library import ContextSizes, llama, mtmd
 from sparsemm_edge.runtime.loading import Loading
 from sparsemm_edge.runtime.prompt import image_marker, tokenize_with_images
-from sparsemm_edge.runtime.session import cache_type
 
 
 class Estimate(Closing):
@@ -104,15 +104,8 @@ class Estimate(Closing):
         Raises:
             SparseMMError: llama.cpp would not make this context.
         """
-        params = llama.llama_context_default_params()
-        params.n_ctx = n_ctx
-        params.n_batch = params.n_ubatch = n_ubatch
-        params.swa_full = table is None
-        params.n_seq_max = params.n_outputs_max = 1
-        params.type_k, params.type_v = int(cache_type(type_k)), int(cache_type(type_v))
-        params.flash_attn_type = (
-            llama.LLAMA_FLASH_ATTN_TYPE_ENABLED if flash_attn else llama.LLAMA_FLASH_ATTN_TYPE_DISABLED
-        )
+        types = (cache_type(type_k), cache_type(type_v))
+        params = context_params(n_ctx, n_ubatch, *types, flash_attn, evicts=table is not None)
         context = library.new_context(self._model or 0, params, table)
         try:
             return library.context_sizes(context, n_prompt, n_predict)

@@ -1,4 +1,4 @@
-"""A vision-language model in llama.cpp: load, tokenise, encode images. It knows no context (session.py)."""
+"""A vision-language model in llama.cpp: load, tokenise, encode images. It knows no context."""
 
 import ctypes
 import hashlib
@@ -132,7 +132,7 @@ class VisionModel(Closing):
         self,
         prompt: str,
         n_images: int,
-        template: str | None = None,
+        chat_template: str | None = None,
         *,
         first: bool = True,
         system: str | None = None,
@@ -141,7 +141,7 @@ class VisionModel(Closing):
         """The text of one user message, see turns_prompt; `system` is a system message before it."""
         turns = [] if system is None else [Turn("system", system)]
         turns.append(Turn("user", prompt, n_images))
-        return self.turns_prompt(turns, template, first=first, template_options=template_options)
+        return self.turns_prompt(turns, chat_template, first=first, template_options=template_options)
 
     def turns_prompt(
         self,
@@ -246,15 +246,13 @@ class VisionModel(Closing):
         assert self._vision is not None
         return self._vision
 
-    def unload_encoder(self) -> None:
-        """Free the image encoder, weights and compute buffer, until it is needed again."""
-        if self._vision:
+    def free_encoder(self) -> None:
+        """Free what only encoding needs: compute buffers and the last embeddings, or with
+        Loading.unload_mmproj the weights too, until they are needed again."""
+        if self._vision and self.loading.unload_mmproj:
             mtmd.mtmd_free(self._vision)
             self._vision = None
-
-    def free_encoder_buffers(self) -> None:
-        """Free what only encoding needs, compute buffers and the last embeddings; the weights stay."""
-        if self._vision:
+        elif self._vision:
             library.free_compute(self._vision)
 
     @cached_property
@@ -318,6 +316,16 @@ class VisionModel(Closing):
     def is_non_causal(self, image: ImagePart) -> bool:
         """Whether the tokens of an image attend to those after them."""
         return bool(mtmd.mtmd_decode_use_non_causal(self.vision, image.chunk))
+
+    def image_positions(self, image: ImagePart, n_past: int) -> npt.NDArray[np.int32]:
+        """Positions of an image that starts at n_past: [n], with M-RoPE [4, n] (time, height, width, 0)."""
+        if not self.uses_mrope:
+            return np.arange(n_past, n_past + image.n_tokens, dtype=np.int32)
+        found = (mtmd.mtmd_decoder_pos * image.n_tokens)()
+        tokens = mtmd.mtmd_input_chunk_get_tokens_image(image.chunk)
+        mtmd.mtmd_helper_image_get_decoder_pos(tokens, n_past, found)
+        t, x, y, z = np.ctypeslib.as_array(found).view(np.uint32).reshape(-1, 4).T
+        return np.stack([t, y, x, z]).astype(np.int32)
 
     def image_grid(self, prompt: Prompt) -> ImageGrid:
         """The grid of image tokens of a prompt with one image.

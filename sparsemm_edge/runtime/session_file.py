@@ -7,9 +7,9 @@ from typing import Any
 
 import numpy as np
 
+from sparsemm_edge.runtime.context import SequenceState
 from sparsemm_edge.runtime.data_file import DataFile
 from sparsemm_edge.runtime.eviction import HeadBudgetTable
-from sparsemm_edge.runtime.session import SessionState
 
 _FILE = DataFile(
     "sparsemm-edge/session",
@@ -40,7 +40,7 @@ class SavedConversation:
     planned: tuple[int, int | None]
     n_ubatch: int
     pending: tuple[int, ...]
-    state: SessionState
+    state: SequenceState
 
 
 def write(path: Path, saved: SavedConversation) -> None:
@@ -54,16 +54,7 @@ def write(path: Path, saved: SavedConversation) -> None:
         "model": saved.model,
         "model_name": saved.model_name,
         "cache_types": saved.cache_types,
-        "eviction": None
-        if table is None
-        else {
-            "head_budgets": table.head_budgets.tolist(),
-            "window": table.window,
-            "pool_kernel": table.pool_kernel,
-            "max_tail": table.max_tail,
-            "vote": table.vote,
-            "residual": table.residual,
-        },
+        "eviction": table and {**vars(table), "head_budgets": table.head_budgets.tolist()},
         "planned": saved.planned,
         "n_ubatch": saved.n_ubatch,
         "pending": saved.pending,
@@ -95,7 +86,7 @@ def read(path: Path) -> SavedConversation:
         planned=field("planned", _planned),
         n_ubatch=field("n_ubatch", _positive),
         pending=field("pending", lambda tokens: tuple(map(_natural, tokens))),
-        state=SessionState(field("n_past", _natural), field("n_tokens", _natural), data),
+        state=SequenceState(field("n_past", _natural), field("n_tokens", _natural), data),
     )
 
 

@@ -12,9 +12,10 @@ from sparsemm_edge.gguf_header import read_header
 from sparsemm_edge.gguf_metadata import check_supported
 from sparsemm_edge.runtime import VisionModel
 from sparsemm_edge.runtime.attention import StrongestPositions
+from sparsemm_edge.runtime.context import Context
+from sparsemm_edge.runtime.encode import encode, n_uncut
 from sparsemm_edge.runtime.library import llama, mtmd
 from sparsemm_edge.runtime.prompt import ImagePart, Prompt
-from sparsemm_edge.runtime.session import start_session_with
 from sparsemm_edge.scoring.mtmd_layout import ImageEncoder, Tile
 from sparsemm_edge.scoring.target_response import Answer
 
@@ -85,16 +86,14 @@ class GgufReader:
         """The greedy answer, and for each token the strongest positions [n_layer, n_head]."""
         tokens: list[int] = []
         strongest = []
-        with start_session_with(
+        with Context(
             self._model,
-            prompt,
-            None,
             n_ctx=self._model.n_ctx_for(prompt, limit, None),
-            n_ubatch=N_UBATCH,
+            n_ubatch=max(N_UBATCH, n_uncut(self._model, prompt)),
             flash_attn=False,
             attention=self._attention,
         ) as session:
-            session.read_prompt()
+            session.prefill(encode(self._model, prompt))
             while True:
                 strongest.append(self._attention.take())
                 tokens.append(int(session.logits().argmax()))

@@ -261,7 +261,7 @@ def test_a_short_first_question_does_not_cut_later_windows() -> None:
             list(conversation.ask("x", n_predict=1))
             first = conversation.stats()
             assert first.n_prompt < 32
-            assert conversation.session is not None and conversation.session.n_ubatch >= 32
+            assert conversation.context is not None and conversation.context.n_ubatch >= 32
 
 
 # --- threads and memory of a container

@@ -280,22 +280,21 @@ def test_a_conversation_that_does_not_fit_fails_where_it_is_full(models: Callabl
 def test_an_image_is_encoded_once_and_a_prompt_read_twice(
     models: Callable[[str], Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    from sparsemm_edge.runtime.context import Context
     from sparsemm_edge.runtime.image_store import ImageStore
-    from sparsemm_edge.runtime.session import Session
 
     calls = {"encode": 0, "prefix": 0, "whole": 0}
-    encode, prefix, prompt = ImageStore.put, Session.read_prefix, Session.read_prompt
 
     def count(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
         def counted(self: Any, *arguments: Any) -> Any:
-            calls[name] += name != "whole" or not any(arguments)
+            calls[name] += name == "encode" or self.n_tokens == 0
             return function(self, *arguments)
 
         return counted
 
-    monkeypatch.setattr(ImageStore, "put", count("encode", encode))  # what was encoded
-    monkeypatch.setattr(Session, "read_prefix", count("prefix", prefix))
-    monkeypatch.setattr(Session, "read_prompt", count("whole", prompt))
+    monkeypatch.setattr(ImageStore, "put", count("encode", ImageStore.put))  # what was encoded
+    monkeypatch.setattr(Context, "append", count("prefix", Context.append))
+    monkeypatch.setattr(Context, "prefill", count("whole", Context.prefill))
     questions = [question("a", picture(models, 1)), question("a", picture(models, 1), "And this?")]
     questions.append(question("b", picture(models, 2)))
     settings = [FULL] + [setting("uniform", budget) for budget in (10, 20, 30, 40)]

@@ -16,13 +16,14 @@ from PIL import Image
 from helpers.command_line import CommandLine
 from sparsemm_edge.errors import SparseMMError
 from sparsemm_edge.gguf_header import read_header, weight_bytes
-from sparsemm_edge.profiling.fit import Fit, FitRequest, FitRow, fit
+from sparsemm_edge.profiling.fit import Fit, FitRow, fit
 from sparsemm_edge.profiling.shapes import SHAPES, header_of_shape, model_of_shape, scores_file
 from sparsemm_edge.runtime import Eviction, Prompt, VisionModel
+from sparsemm_edge.runtime.context import context_for
+from sparsemm_edge.runtime.encode import encode
 from sparsemm_edge.runtime.estimate import Estimate
 from sparsemm_edge.runtime.eviction import plan
 from sparsemm_edge.runtime.prompt import ImagePart, TextPart, image_marker
-from sparsemm_edge.runtime.session import start_session
 
 # few layers, small heads, but as many heads as real models have: that is what groups are made of
 SMALL = replace(SHAPES["llava-1.5-7b"], n_layer=3, n_embd=1024, n_ff=64)
@@ -141,7 +142,7 @@ def said_and_allocated(
         wanted = Eviction(budget=budget, scores=scores, max_tail=max_tail)
         table = plan(wanted, None, model.shape, n_prompt, model.path)
         assert table is not None
-        with start_session(
+        with context_for(
             model,
             random_tokens(n_prompt),
             n_predict=n_reply,
@@ -151,8 +152,8 @@ def said_and_allocated(
             cache_type_v=cache_type,
             eviction=wanted,
         ) as session:
-            said = session.context_sizes(n_reply)
-            session.read_prompt()
+            said = session.sizes(n_prompt, n_reply)
+            session.prefill(encode(model, random_tokens(n_prompt)))
             for _ in range(n_reply):
                 session.decode(300)
             allocated = session.kv_stats()
@@ -174,7 +175,7 @@ def said_and_allocated(
 def test_bytes_of_a_full_cache_are_those_of_its_context(small: VisionModel, cache_type: str) -> None:
     """llama.cpp rounds a context up to 256 cells; K and V of a cell are known from the shape."""
     with (
-        start_session(
+        context_for(
             small,
             random_tokens(10),
             n_predict=1,
@@ -185,7 +186,7 @@ def test_bytes_of_a_full_cache_are_those_of_its_context(small: VisionModel, cach
         ) as session,
         Estimate(read_header(small.path), None) as estimate,
     ):
-        real = session.context_sizes(1)
+        real = session.sizes(10, 1)
         without_data = estimate.context_sizes(
             n_prompt=10, n_predict=1, n_ctx=700, n_ubatch=512, type_k=cache_type, type_v=cache_type
         )
@@ -205,7 +206,7 @@ def test_bytes_of_a_full_cache_are_those_of_its_context(small: VisionModel, cach
 def test_the_reserved_buffers_are_enough_for_a_prompt(mha: VisionModel, n_prompt: int, budget: int) -> None:
     with (
         scores_file(mha.shape, None, None) as (scores, _),
-        start_session(
+        context_for(
             mha,
             random_tokens(n_prompt),
             n_predict=1,
@@ -213,10 +214,10 @@ def test_the_reserved_buffers_are_enough_for_a_prompt(mha: VisionModel, n_prompt
             eviction=Eviction(budget=budget, scores=scores),
         ) as session,
     ):
-        reserved = session.context_sizes(1).compute
-        session.read_prompt()
+        reserved = session.sizes(n_prompt, 1).compute
+        session.prefill(encode(mha, random_tokens(n_prompt)))
 
-        assert session.context_sizes(1).compute == reserved
+        assert session.sizes(n_prompt, 1).compute == reserved
 
 
 @pytest.mark.parametrize("n_prompt", [600, 2000])
@@ -227,7 +228,7 @@ def test_prompts_take_what_is_computed_and_later_ones_what_is_held_more(
     with (
         scores_file(mha.shape, None, None) as (scores, _),
         Estimate(read_header(mha.path), None) as estimate,
-        start_session(
+        context_for(
             mha,
             random_tokens(n_prompt),
             n_predict=50,
@@ -240,12 +241,12 @@ def test_prompts_take_what_is_computed_and_later_ones_what_is_held_more(
         said = estimate.context_sizes(
             n_prompt=n_prompt, n_predict=0, n_ctx=n_prompt, n_ubatch=512, table=table
         )
-        reserved = session.context_sizes(0).compute
-        session.read_prompt()
-        first, compute_first = session.kv_stats(), session.context_sizes(0).compute
+        reserved = session.sizes(n_prompt, 0).compute
+        session.prefill(encode(mha, random_tokens(n_prompt)))
+        first, compute_first = session.kv_stats(), session.sizes(n_prompt, 0).compute
         session.decode(300)  # gives back what only a prompt needs
-        session.read(random_tokens(n_prompt))
-        later, compute_later = session.kv_stats(), session.context_sizes(0).compute
+        session.prefill(encode(mha, random_tokens(n_prompt), session.n_past))
+        later, compute_later = session.kv_stats(), session.sizes(n_prompt, 0).compute
 
     assert compute_first == reserved  # enough, for all layers of the prompt
     assert later.n_evictions == first.n_evictions + 1 == 2
@@ -265,13 +266,13 @@ def test_compute_bytes_are_those_of_a_real_context(small: VisionModel, wanted: E
     with scores_file(small.shape, None, None) as (scores, _):
         wanted = replace(wanted, scores=scores)
         table = plan(wanted, None, small.shape, n_prompt, small.path)
-        with start_session(
+        with context_for(
             small, random_tokens(n_prompt), n_predict=100, n_ctx=n_ctx, eviction=wanted
         ) as session:
-            real = session.context_sizes(100)
-            session.read_prompt()
+            real = session.sizes(n_prompt, 100)
+            session.prefill(encode(small, random_tokens(n_prompt)))
             session.decode(300)
-            after = session.context_sizes(100)
+            after = session.sizes(n_prompt, 100)
 
     with Estimate(read_header(small.path), None) as estimate:
         said, few = (
@@ -301,7 +302,7 @@ def test_images_take_the_tokens_that_mtmd_gives_them(
 ) -> None:
     files = models(name)
 
-    found = fit(FitRequest(files.gguf(), files.mmproj(), (size,), n_text=10))
+    found = fit(files.gguf(), files.mmproj(), (size,), n_text=10)
 
     assert found.image_tokens == [n_tokens]
     assert found.n_prompt == n_tokens + 10
@@ -316,7 +317,7 @@ def test_images_take_the_tokens_that_mtmd_gives_them(
 def test_the_total_is_the_sum_of_what_is_at_the_peak(models: Callable[[str], Any]) -> None:
     files = models("llava")
 
-    found = fit(FitRequest(files.gguf(), files.mmproj(), ((112, 112),), n_text=300, budget=64))
+    found = fit(files.gguf(), files.mmproj(), ((112, 112),), n_text=300, budget=64)
 
     assert [row.name for row in found.rows] == [
         "full",
@@ -336,7 +337,7 @@ def test_the_largest_budget_fits_and_the_next_does_not(small: VisionModel) -> No
     n_text = 600
 
     def evicted(budget: int, memory: int | None = None) -> Fit:
-        return fit(FitRequest(small.path, n_text=n_text, n_predict=1, budget=budget, memory=memory))
+        return fit(small.path, n_text=n_text, n_predict=1, budget=budget, memory=memory)
 
     # between two budgets, both far from the ends
     low, high = (evicted(budget).rows[-1].total for budget in (150, 400))
@@ -352,7 +353,7 @@ def test_the_largest_budget_fits_and_the_next_does_not(small: VisionModel) -> No
 
 
 def test_no_budget_fits_into_nothing(small: VisionModel) -> None:
-    found = fit(FitRequest(small.path, n_text=200, memory=2**20))
+    found = fit(small.path, n_text=200, memory=2**20)
 
     assert found.largest is None
     assert not any(row.fits for row in found.rows)
@@ -360,9 +361,9 @@ def test_no_budget_fits_into_nothing(small: VisionModel) -> None:
 
 def test_a_prompt_that_does_not_fit_the_context_is_one_clear_line(small: VisionModel) -> None:
     with pytest.raises(SparseMMError, match=r"the prompt takes 500 positions .* --n-ctx allows 300"):
-        fit(FitRequest(small.path, n_text=500, n_ctx=300))
+        fit(small.path, n_text=500, n_ctx=300)
     with pytest.raises(SparseMMError, match="give its file with --mmproj"):
-        fit(FitRequest(small.path, image_sizes=((10, 10),)))
+        fit(small.path, image_sizes=((10, 10),))
 
 
 @pytest.mark.parametrize(
@@ -420,8 +421,8 @@ def test_the_table_names_the_machine_and_the_largest_budget(
 
 def test_a_bounded_tail_bounds_what_fit_says(small: VisionModel) -> None:
     def evicted(n_predict: int, max_tail: int | None) -> FitRow:
-        request = FitRequest(small.path, n_text=200, n_predict=n_predict, budget=64, max_tail=max_tail)
-        return fit(request).rows[-1]
+        found = fit(small.path, n_text=200, n_predict=n_predict, budget=64, max_tail=max_tail)
+        return found.rows[-1]
 
     assert evicted(300, 40).kv == evicted(3000, 40).kv < evicted(300, None).kv
     with pytest.raises(SparseMMError, match=r"must be at least the observation window, 32"):
@@ -435,7 +436,7 @@ def _no_output_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_k_and_v_may_have_different_numbers(small: VisionModel) -> None:
     def row(**types: str) -> FitRow:
-        return fit(FitRequest(small.path, n_text=200, budget=64, **types)).rows[-1]  # type: ignore[arg-type]
+        return fit(small.path, n_text=200, budget=64, **types).rows[-1]  # type: ignore[arg-type]
 
     both, neither = row(cache_type_k="q8_0", cache_type_v="q8_0"), row()
     k, v = row(cache_type_k="q8_0"), row(cache_type_v="q8_0")

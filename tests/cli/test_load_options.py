@@ -16,8 +16,9 @@ from helpers.models import sample_image, test_model
 from sparsemm_edge import cli
 from sparsemm_edge.errors import SparseMMError
 from sparsemm_edge.runtime import Eviction, Loading, Lora, VisionModel
+from sparsemm_edge.runtime.context import context_for
+from sparsemm_edge.runtime.encode import encode
 from sparsemm_edge.runtime.library import llama
-from sparsemm_edge.runtime.session import start_session
 
 QUESTION = "What is written here?"
 
@@ -32,9 +33,9 @@ def tokens(model: VisionModel, images: Any = (), n_predict: int = 12, **options:
     text = model.chat_prompt(QUESTION, len(images))
     with (
         model.tokenize(text, images) as prompt,
-        start_session(model, prompt, n_predict=12, **options) as session,
+        context_for(model, prompt, n_predict=12, **options) as session,
     ):
-        session.read_prompt()
+        session.prefill(encode(model, prompt))
         found = []
         for _ in range(n_predict):
             found.append(int(session.logits().argmax()))
@@ -88,11 +89,11 @@ def test_a_lora_costs_an_evicting_cache_nothing(tmp_path: Path) -> None:
         with (
             load(loras=loras) as model,
             model.tokenize("x" * 300) as prompt,
-            start_session(
+            context_for(
                 model, prompt, n_predict=1, eviction=Eviction(policy="uniform", budget=64)
             ) as session,
         ):
-            session.read_prompt()
+            session.prefill(encode(model, prompt))
             stats.append(session.kv_stats())
     assert stats[0] == stats[1]
     assert stats[0].n_evictions == 1 and stats[0].bytes_peak < stats[0].bytes_full
@@ -128,9 +129,9 @@ def test_prompts_are_read_with_their_own_number_of_threads() -> None:
         with (
             load(**loading) as model,
             model.tokenize("x") as prompt,
-            start_session(model, prompt, n_predict=1) as session,
+            context_for(model, prompt, n_predict=1) as session,
         ):
-            context = session.context
+            context = session.pointer
             assert (llama.llama_n_threads(context), llama.llama_n_threads_batch(context)) == expected
 
 

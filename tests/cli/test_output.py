@@ -13,7 +13,7 @@ from helpers.command_line import CommandLine
 from sparsemm_edge.demo import DemoModel
 from sparsemm_edge.output import print_table, progress_bar
 from sparsemm_edge.profiling.progress import Progress
-from sparsemm_edge.runtime.session import KVStats
+from sparsemm_edge.runtime.context import KVStats
 
 FILES = DemoModel()
 MIB = 2**20

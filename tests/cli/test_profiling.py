@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import pickle
 import re
 import resource
 import signal
@@ -11,7 +12,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -26,16 +27,17 @@ from sparsemm_edge.gguf_metadata import model_shape
 from sparsemm_edge.output import whole_numbers
 from sparsemm_edge.profiling import bench, profile, shapes
 from sparsemm_edge.profiling.figures import Spread, samples, setting_figures
-from sparsemm_edge.profiling.fit import FitRequest, fit
-from sparsemm_edge.profiling.jobs import CacheSetting, Event, Task, full
-from sparsemm_edge.profiling.memory import MemoryTrace, MemoryWatch
+from sparsemm_edge.profiling.fit import fit
+from sparsemm_edge.profiling.jobs import CacheSetting, Event, Task
+from sparsemm_edge.profiling.memory import MemoryTrace, watch_memory
 from sparsemm_edge.profiling.progress import Progress
-from sparsemm_edge.profiling.runs import Run, run_setting
+from sparsemm_edge.profiling.runs import Run, run_worker
 from sparsemm_edge.reports import profile as profile_report
 from sparsemm_edge.reports import profiling_plots
 from sparsemm_edge.runtime import Eviction, VisionModel
+from sparsemm_edge.runtime.context import context_for
+from sparsemm_edge.runtime.encode import encode
 from sparsemm_edge.runtime.first_token import FirstToken, Part
-from sparsemm_edge.runtime.session import start_session
 from sparsemm_edge.scores import HeadScores
 
 SMALL = replace(shapes.SHAPES["llava-1.5-7b"], n_layer=2, n_embd=1024, n_ff=64)
@@ -55,9 +57,9 @@ def llava_task(models: Callable[[str], Any], tmp_path: Path) -> Task:
     page = tmp_path / "page.png"
     sample_image(files.image_size, seed=1).save(page)
     return Task(
-        str(files.gguf()),
-        str(files.mmproj()),
-        (str(page),),
+        files.gguf(),
+        files.mmproj(),
+        (page,),
         "What does the page say?",
         n_predict=4,
         n_threads=1,
@@ -85,14 +87,12 @@ def test_profile_runs_every_setting_and_fit_says_the_same_bytes(llava_task: Task
     assert {setting["status"] for setting in settings.values()} == {"ok"}
     n_prompt = settings["full"]["n_prompt"]
     said = fit(
-        FitRequest(
-            Path(llava_task.model),
-            Path(llava_task.mmproj or ""),
-            ((112, 112),),
-            n_text=n_prompt - 64,
-            n_predict=llava_task.n_predict,
-            budget=48,
-        )
+        llava_task.model,
+        llava_task.mmproj,
+        ((112, 112),),
+        n_text=n_prompt - 64,
+        n_predict=llava_task.n_predict,
+        budget=48,
     ).to_dict()
     assert said["n_prompt"] == n_prompt
     for row in said["rows"]:
@@ -145,14 +145,14 @@ def test_the_page_needs_nothing_but_itself(llava_task: Task, tmp_path: Path) -> 
 def test_a_setting_that_is_killed_is_reported_and_the_others_go_on(
     llava_task: Task, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def run_and_kill(task: Task, setting: CacheSetting, listen: Callable[[Event], None]) -> Any:
+    def run_and_kill(task: Task, settings: list[CacheSetting], listen: Callable[[Event], None]) -> Any:
         def kill(event: Event) -> None:
-            if setting.cache_type == "q8_0" and event.get("name") == "prompt":
+            if settings[0].cache_type == "q8_0" and event.get("name") == "prompt":
                 os.kill(event["pid"], signal.SIGKILL)
 
-        return run_setting(task, setting, kill)
+        return run_worker(task, settings, kill)
 
-    monkeypatch.setattr(profile, "run_setting", run_and_kill)
+    monkeypatch.setattr(profile, "run_worker", run_and_kill)
     found = measure(llava_task, [48])
 
     assert [setting.status for setting in found.settings] == ["ok", "ok", "killed", "ok", "ok"]
@@ -171,9 +171,8 @@ def test_a_setting_that_is_refused_memory_says_so(small: Path) -> None:
             resource.prlimit(event["pid"], resource.RLIMIT_AS, (most, most))
 
     # without flash attention the attention of 3000 positions to 3000 is a matrix for each head: over a GB
-    run = run_setting(
-        Task(str(small), n_prompt=3000, n_threads=1), full(flash_attn=False, n_ubatch=3000), limit
-    )
+    unfused = CacheSetting(flash_attn=False, n_ubatch=3000)
+    run = run_worker(Task(small, n_prompt=3000, n_threads=1), [unfused], limit)
 
     assert run.status == "out of memory"
     assert "llama.cpp cannot make a context" in run.reason
@@ -181,7 +180,7 @@ def test_a_setting_that_is_refused_memory_says_so(small: Path) -> None:
 
 def test_a_mistake_that_no_setting_survives_is_an_error(small: Path) -> None:
     with pytest.raises(SparseMMError, match="no setting could be run; full: "):
-        measure(Task(str(small), prompt="Hello", n_threads=1, n_predict=10**6), [])
+        measure(Task(small, prompt="Hello", n_threads=1, n_predict=10**6), [])
 
 
 def test_a_phase_is_not_too_short_to_be_told() -> None:
@@ -208,25 +207,23 @@ def test_a_worker_that_cannot_start_is_a_failed_setting(
     broken.chmod(0o755)
     monkeypatch.setattr(sys, "executable", str(broken))
 
-    run = run_setting(Task("model.gguf", n_prompt=10), full())
+    run = run_worker(Task(Path("model.gguf"), n_prompt=10), [CacheSetting()])
 
     assert (run.status, run.reason) == ("failed", "ended with exit code 3: no such luck")
-    figures = setting_figures(full(), run)
+    figures = setting_figures(CacheSetting(), run)
     assert figures.phases == [] and figures.measured is None
     assert profiling_plots.svg(profiling_plots.memory_over_time([figures]))
 
 
 def test_a_worker_does_not_outlive_who_asked(small: Path) -> None:
-    job = {"task": asdict(Task(str(small), n_prompt=1500, n_threads=1)), "n_rounds": 0}
-    job["settings"] = [vars(full())]
+    job = (Task(small, n_prompt=1500, n_threads=1), [CacheSetting()], 0)
     worker = subprocess.Popen(
         [sys.executable, "-m", "sparsemm_edge.profiling.worker"],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
-        text=True,
     )
     assert worker.stdin is not None and worker.stdout is not None
-    worker.stdin.write(json.dumps(job) + "\n")
+    pickle.dump(job, worker.stdin)
     worker.stdin.flush()
     assert json.loads(worker.stdout.readline())["event"] == "phase"
 
@@ -241,11 +238,10 @@ def test_memory_of_another_process_is_seen_from_outside() -> None:
     with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE) as process:
         assert process.stdout is not None
         process.stdout.readline()
-        with MemoryWatch(process.pid) as watch:
+        with watch_memory(process.pid) as trace:
             time.sleep(0.2)
         process.kill()
 
-    trace = watch.trace
     assert size < trace.rss_peak < size + 60 * 2**20
     assert len(trace.t) == len(trace.rss) == len(trace.anon) > 1
     if sys.platform == "linux":
@@ -439,9 +435,9 @@ def test_llama_cpp_reads_a_model_of_every_architecture(name: str, tmp_path: Path
         assert model.shape == cut.model_shape(model.shape.name)
         with (
             model.tokenize("one two three") as prompt,
-            start_session(model, prompt, n_predict=1, n_ctx=256, eviction=Eviction(enabled=False)) as session,
+            context_for(model, prompt, n_predict=1, n_ctx=256, eviction=Eviction(enabled=False)) as session,
         ):
-            session.read_prompt()
+            session.prefill(encode(model, prompt))
             assert np.isfinite(session.logits()).all()
             full = model.shape.n_layer * model.shape.n_head_kv * model.shape.kv_bytes(256)
             assert session.kv_stats().bytes_now == full

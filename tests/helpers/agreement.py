@@ -11,7 +11,8 @@ from helpers.contexts import evict_by, random_table, session_of, slots_of
 from helpers.models import sample_image, test_model
 from helpers.oracle import Agreement, Conversation, Oracle, OracleResult, Slot, compare_kept
 from sparsemm_edge.runtime import VisionModel
-from sparsemm_edge.runtime.session import KVStats, Session
+from sparsemm_edge.runtime.context import Context, KVStats
+from sparsemm_edge.runtime.encode import encode, encode_text
 
 TEXT = "The quick brown fox jumps over the lazy dog; 3 apples and 14 pears cost $7.50, no? " * 2
 QUESTION = "What is written here? Answer briefly, in the words of the page itself."
@@ -61,7 +62,7 @@ def keeps_alike(expected: OracleResult, kept: list[list[np.ndarray]]) -> Agreeme
     return agreement
 
 
-def answers_alike(session: Session, talk: Conversation, expected: OracleResult, n: int) -> None:
+def answers_alike(session: Context, talk: Conversation, expected: OracleResult, n: int) -> None:
     """After a prompt, of which `expected` should be kept: n tokens from there are the oracle's but for ties,
     and all heads then hold what the oracle's do."""
     kept = session.kept()
@@ -96,12 +97,12 @@ def three_turns(
         evict_by(model, table, window, max_tail or 0, vote, residual)
         talk = oracle.conversation(window, max_tail=max_tail, vote=vote, residual=residual)
         expected = talk.read(oracle.prompt(text, images), table)
-        with session_of(model, prompt, n_ctx=prompt.n_tokens + 512) as session:
-            session.read_prompt()
+        with session_of(model, n_ctx=prompt.n_tokens + 512) as session:
+            session.prefill(encode(model, prompt))
             for turn in (*TURNS, ""):
                 answers_alike(session, talk, expected, n_reply)
                 if turn:
                     ids = oracle.tokenizer.encode(turn, add_special_tokens=False)
-                    session._decode_tokens(np.array(ids, np.int32), n_outputs=1)
+                    session.prefill(encode_text(np.array(ids, np.int32), session.n_past))
                     expected = talk.read_tokens(ids, table)
             return session.kv_stats()

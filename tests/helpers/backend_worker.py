@@ -18,9 +18,10 @@ from typing import Any
 import numpy as np
 
 from sparsemm_edge.runtime import VisionModel, library
+from sparsemm_edge.runtime.context import Context
+from sparsemm_edge.runtime.encode import encode
 from sparsemm_edge.runtime.eviction import HeadBudgetTable
 from sparsemm_edge.runtime.library import llama
-from sparsemm_edge.runtime.session import Session
 
 
 def ggml(folder: str, name: str, function: str, result: Any, *arguments: Any) -> Any:
@@ -59,11 +60,9 @@ def answer(model: VisionModel, prompt: dict[str, Any], n_predict: int) -> dict[s
     heads = [(il, ih) for il in range(model.shape.n_layer) for ih in range(model.shape.n_head_kv)]
     with (
         model.tokenize(text, prompt["images"]) as tokenized,
-        Session(
-            model, tokenized, wanted, n_ctx=tokenized.n_tokens + n_predict, **prompt["options"]
-        ) as session,
+        Context(model, wanted, n_ctx=tokenized.n_tokens + n_predict, **prompt["options"]) as session,
     ):
-        session.read_prompt()
+        session.prefill(encode(model, tokenized))
         kept = [session.kept_positions(*head).tolist() for head in heads]
         tokens, leads = [], []
         for _ in range(n_predict):

@@ -12,10 +12,11 @@ from helpers.contexts import random_table
 from helpers.oracle import Grid, Oracle, compare_kept, leads
 from helpers.oracle import Prompt as OraclePrompt
 from sparsemm_edge.runtime import VisionModel
+from sparsemm_edge.runtime.context import Context
+from sparsemm_edge.runtime.encode import encode
 from sparsemm_edge.runtime.eviction import HeadBudgetTable
 from sparsemm_edge.runtime.library import mtmd
 from sparsemm_edge.runtime.prompt import ImagePart, Prompt
-from sparsemm_edge.runtime.session import Session, start_session_with
 
 WINDOW, N_PREDICT = 8, 24
 
@@ -30,10 +31,12 @@ class Case:
     budget: int
     n_ubatch: int | None = None
 
-    def session(self, table: np.ndarray | None) -> Session:
+    def session(self, table: np.ndarray | None) -> Context:
         budgets = None if table is None else HeadBudgetTable(table, WINDOW, 7, None, "mixkv", True)
-        n_ctx = self.prompt.n_tokens + 64
-        return start_session_with(self.model, self.prompt, budgets, n_ctx=n_ctx, n_ubatch=self.n_ubatch)
+        return Context(self.model, budgets, n_ctx=self.prompt.n_tokens + 64, n_ubatch=self.n_ubatch)
+
+    def read(self, session: Context) -> None:
+        session.prefill(encode(self.model, self.prompt))
 
     def table(self) -> np.ndarray:
         return random_table(self.model, self.budget, WINDOW, self.prompt.n_tokens, residual=True)
@@ -52,7 +55,7 @@ def oracle_prompt(case: Case, oracle: Oracle) -> OraclePrompt:
     return oracle.prompt_of(chunks)
 
 
-def answer(session: Session, n: int = N_PREDICT) -> tuple[list[int], np.ndarray]:
+def answer(session: Context, n: int = N_PREDICT) -> tuple[list[int], np.ndarray]:
     """A greedy answer, and the logits that it was chosen from [n, n_vocab]."""
     tokens, logits = [], []
     for _ in range(n):
@@ -68,8 +71,8 @@ def check_that_large_budgets_change_nothing(
     """The full cache says what PyTorch says but for `error`, the evicting one the same but for `rounding`."""
     enough = np.full_like(case.table(), case.prompt.n_tokens + 1)
     with case.session(None) as full, case.session(enough) as evicting:
-        full.read_prompt()
-        evicting.read_prompt()
+        case.read(full)
+        case.read(evicting)
         assert evicting.kv_stats().n_evictions == 0
         tokens, logits = answer(full)
         expected = oracle.run(oracle_prompt, force=tokens, n_predict=N_PREDICT)
@@ -88,7 +91,7 @@ def check_what_heads_keep_and_say(
     """Kept positions and greedy tokens are the oracle's, and logits but for `error`."""
     table = case.table()
     with case.session(table) as session:
-        session.read_prompt()
+        case.read(session)
         kept = session.kept()
         tokens, logits = answer(session)
         assert session.kv_stats().n_evictions == 1
@@ -104,7 +107,7 @@ def check_what_heads_keep_and_say(
 
 def check_that_a_saved_state_goes_on(case: Case) -> None:
     with case.session(case.table()) as session, case.session(case.table()) as other:
-        session.read_prompt()
+        case.read(session)
         answer(session, 4)
         state = session.state()
         other.restore(state)

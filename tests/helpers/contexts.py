@@ -9,10 +9,9 @@ import numpy as np
 
 from sparsemm_edge.budgets import POOL_KERNEL, BudgetSpec
 from sparsemm_edge.runtime import VisionModel, library
+from sparsemm_edge.runtime.context import Context
 from sparsemm_edge.runtime.eviction import HeadBudgetTable
 from sparsemm_edge.runtime.library import llama
-from sparsemm_edge.runtime.prompt import Prompt
-from sparsemm_edge.runtime.session import Session
 
 FORTY = np.full((5, 4), 40, np.uint32)  # head budgets of the test model llava: 5 layers x 4 KV heads
 _evicts_by: dict[int, HeadBudgetTable | None] = {}  # by llama_model pointer
@@ -33,8 +32,8 @@ def evict_by(
     _evicts_by[model.pointer] = wanted
 
 
-def session_of(model: VisionModel, prompt: Prompt, **options: Any) -> Session:
-    return Session(model, prompt, _evicts_by[model.pointer], **options)
+def session_of(model: VisionModel, **options: Any) -> Context:
+    return Context(model, _evicts_by[model.pointer], **options)
 
 
 def context(model: VisionModel, **changes: Any) -> int | None:
@@ -103,9 +102,9 @@ def restored(ctx: int, state: bytes, whole: bool) -> bool:
     return bool(llama.llama_state_seq_set_data(ctx, data, len(state), 0) == len(state))
 
 
-def slots_of(session: Session) -> list[list[Any]]:
+def slots_of(session: Context) -> list[list[Any]]:
     """slots[layer][head]: number, K and V of each KV head's residual slot, None where there is none."""
-    memory, shape = llama.llama_get_memory(session.context), session._model.shape
+    memory, shape = llama.llama_get_memory(session.pointer), session._model.shape
     return [
         [
             library.heads_residual(memory, il, ih, shape.n_embd_head_k, shape.n_embd_head_v)

@@ -1,4 +1,4 @@
-"""What models compute when new ggml buffers hold zeros, and when they hold NaN, for test_uninitialised_memory.py.
+"""What models compute in buffers of zeros and of NaN, for test_uninitialised_memory.py.
 
 Arguments: triples of name, model and mmproj. Prints a JSON object: name -> what is not the same, or None.
 """
@@ -12,10 +12,11 @@ import numpy as np
 from PIL import Image
 
 from sparsemm_edge.runtime import VisionModel
+from sparsemm_edge.runtime.context import Context
+from sparsemm_edge.runtime.encode import encode
 from sparsemm_edge.runtime.eviction import HeadBudgetTable
 from sparsemm_edge.runtime.library import llama
 from sparsemm_edge.runtime.prompt import ImagePart, image_marker
-from sparsemm_edge.runtime.session import start_session_with
 
 ZEROS, NANS = 0x00, 0xFF
 TEXTS = (
@@ -45,9 +46,9 @@ def computed(model_path: str, mmproj: str) -> Iterator[tuple[str, np.ndarray]]:
             if budget is not None:
                 budgets = np.full((shape.n_layer, shape.n_head_kv), budget, np.uint32)
                 table = HeadBudgetTable(budgets, 8, 7, None, "mixkv", True)
-            with start_session_with(model, prompts[0], table, n_ctx=1024) as session:
+            with Context(model, table, n_ctx=1024) as session:
                 for turn, prompt in enumerate(prompts):
-                    session.read(prompt)
+                    session.prefill(encode(model, prompt, session.n_past))
                     for step in range(4):
                         yield f"logits with budget {budget} of turn {turn}, step {step}", session.logits()
                         session.decode(10 + step)
@@ -57,7 +58,10 @@ def computed(model_path: str, mmproj: str) -> Iterator[tuple[str, np.ndarray]]:
 
 def main(arguments: list[str]) -> None:
     preloaded = ctypes.CDLL(None)
-    for name, function in (("next", "ggml_backend_buft_alloc_buffer"), ("clear", "ggml_backend_buffer_clear")):
+    for name, function in (
+        ("next", "ggml_backend_buft_alloc_buffer"),
+        ("clear", "ggml_backend_buffer_clear"),
+    ):
         pointer = ctypes.cast(getattr(llama._lib, function), ctypes.c_void_p)
         ctypes.c_void_p.in_dll(preloaded, f"alloc_{name}").value = pointer.value
     fill = ctypes.c_int.in_dll(preloaded, "alloc_fill")

@@ -20,6 +20,7 @@ from sparsemm_edge.budgets import BudgetSpec
 from sparsemm_edge.errors import SparseMMError
 from sparsemm_edge.runtime import Cancelled, Conversation, Eviction, VisionModel
 from sparsemm_edge.runtime.chat_template import render
+from sparsemm_edge.runtime.encode import encode
 from sparsemm_edge.runtime.library import llama
 from sparsemm_edge.runtime.prompt import TextPart
 
@@ -46,8 +47,8 @@ def test_three_turns_about_two_images_are_those_of_the_oracle(name: str) -> None
                 if session is None:
                     table = random_table(model, 48, window, prompt.n_tokens)
                     evict_by(model, table, window)
-                    session = session_of(model, prompt, n_ctx=2048)
-                session.read(prompt)
+                    session = session_of(model, n_ctx=2048)
+                session.prefill(encode(model, prompt, session.n_past))
             answers_alike(session, talk, talk.read(wanted, table), 12)
         assert session.kv_stats().n_evictions == 3
         session.close()
@@ -127,7 +128,7 @@ def test_an_answer_that_is_cut_short_is_part_of_the_conversation(llava: VisionMo
         stats = conversation.stats()
         assert stats.n_generated >= 1
         said(conversation, "And now?")
-        assert conversation.session is not None
+        assert conversation.context is not None
         later = conversation.stats()
     # the token that was said last was not in the cache yet: it goes with the next question
     assert later.kv.n_positions == stats.kv.n_positions + later.n_prompt + later.n_generated - 1
@@ -139,8 +140,8 @@ def test_a_short_first_question_does_not_make_all_heads_alike(llava: VisionModel
     with Conversation(llava, n_ctx=1024, eviction=budget) as conversation:
         said(conversation, "Hello")
         said(conversation, "Tell me more of it, please, and slowly. " * 8)
-        assert conversation.session is not None
-        lengths = {len(head) for heads in conversation.session.kept() for head in heads}
+        assert conversation.context is not None
+        lengths = {len(head) for heads in conversation.context.kept() for head in heads}
     assert len(lengths) > 5
 
 

@@ -18,8 +18,9 @@ from sparsemm_edge.errors import SparseMMError
 from sparsemm_edge.resources import usable_cores
 from sparsemm_edge.runtime import Eviction, GenerationStats, Sampling, VisionModel, generate, library
 from sparsemm_edge.runtime.chat_template import read_template, render
+from sparsemm_edge.runtime.context import context_for
+from sparsemm_edge.runtime.encode import encode
 from sparsemm_edge.runtime.library import llama
-from sparsemm_edge.runtime.session import start_session
 
 MODELS = ("llava", "llava-gqa", "llava-siglip", "qwen2vl")
 QUESTION = "What does the page say?"
@@ -64,16 +65,17 @@ def decode_greedily(model: VisionModel, text: str, images: list[Any], n: int = 8
     """Greedy tokens, their logits [n, n_vocab], and the number of calls that the prompt took."""
     with (
         model.tokenize(text, images) as prompt,
-        start_session(model, prompt, n_predict=n, **options) as session,
+        context_for(model, prompt, n_predict=n, **options) as session,
     ):
-        session.read_prompt()
+        encoded = encode(model, prompt)
+        session.prefill(encoded)
         tokens: list[int] = []
         logits = []
         for _ in range(n):
             logits.append(session.logits())
             tokens.append(int(logits[-1].argmax()))
             session.decode(tokens[-1])
-        return tokens, np.stack(logits), session.n_prompt_calls
+        return tokens, np.stack(logits), len(encoded.batches)
 
 
 def relative_error(a: np.ndarray, b: np.ndarray) -> float:
@@ -179,9 +181,9 @@ def test_every_head_keeps_its_budget_of_the_prompt_and_all_that_comes_after(name
     text, images = model.chat_prompt(QUESTION, 1), [picture(name)]
     with (
         model.tokenize(text, images) as prompt,
-        start_session(model, prompt, n_predict=8, eviction=eviction) as session,
+        context_for(model, prompt, n_predict=8, eviction=eviction) as session,
     ):
-        session.read_prompt()
+        session.prefill(encode(model, prompt))
         n = prompt.n_tokens
         for layer in range(model.shape.n_layer):
             for head in range(model.shape.n_head_kv):
@@ -210,8 +212,8 @@ def test_a_prompt_cut_so_that_one_token_is_left_over_still_evicts(loaded: Any) -
         eviction = Eviction(policy="uniform", budget=32, window=8)
         n_ubatch = (prompt.n_tokens - 1) // 2
         assert prompt.n_tokens % n_ubatch == 1
-        with start_session(model, prompt, n_predict=1, n_ubatch=n_ubatch, eviction=eviction) as session:
-            session.read_prompt()
+        with context_for(model, prompt, n_predict=1, n_ubatch=n_ubatch, eviction=eviction) as session:
+            session.prefill(encode(model, prompt))
             assert session.kv_stats().n_evictions == 1
 
 
@@ -239,8 +241,8 @@ def test_a_water_filled_file_is_shared_out_again_for_the_prompt(llava: Any, tmp_
     ).path
     with VisionModel.load(path, n_threads=1) as model, model.tokenize(LONG) as prompt:
         assert model.metadata is not None and model.metadata.head_budgets.max() > prompt.n_tokens > 150
-        with start_session(model, prompt, n_predict=1) as session:
-            session.read_prompt()
+        with context_for(model, prompt, n_predict=1) as session:
+            session.prefill(encode(model, prompt))
             kept = np.array([[len(head) for head in heads] for heads in session.kept()])
             # one place of a head that evicts is its residual slot's
             assert (kept + (kept < prompt.n_tokens)).mean() == 150
@@ -250,9 +252,9 @@ def test_a_water_filled_file_is_shared_out_again_for_the_prompt(llava: Any, tmp_
     with (
         VisionModel.load(path, n_threads=1) as model,
         model.tokenize(LONG) as prompt,
-        start_session(model, prompt, n_predict=1) as session,
+        context_for(model, prompt, n_predict=1) as session,
     ):
-        session.read_prompt()
+        session.prefill(encode(model, prompt))
         assert session.kv_stats().positions_kept_mean < 150
 
 

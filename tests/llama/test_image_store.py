@@ -24,10 +24,11 @@ from sparsemm_edge.runtime import (
     Eviction,
     Loading,
     VisionModel,
+    context_for,
+    encode,
     generate,
     image_file,
     library,
-    start_session,
 )
 from sparsemm_edge.runtime.disk_cache import DiskCache
 from sparsemm_edge.runtime.image_store import ImageStore
@@ -314,15 +315,15 @@ def test_the_encoder_keeps_no_compute_buffer_and_encodes_again_as_before(load: C
         first = model.encode_image(part)
         size = sum(buffer.n_bytes for buffer in library.logged_buffers() if buffer.content == "vision")
         held = allocated()
-        model.free_encoder_buffers()
+        model.free_encoder()
         assert size > 2**20 and held - allocated() > 0.9 * size + first.nbytes
         assert np.array_equal(model.encode_image(part), first)
 
         # reading a prompt leaves none either
-        model.free_encoder_buffers()
+        model.free_encoder()
         before = allocated()
-        with start_session(model, prompt, n_predict=1, eviction=Eviction(False)) as session:
-            session.read_prompt()
+        with context_for(model, prompt, n_predict=1, eviction=Eviction(False)) as session:
+            session.prefill(encode(model, prompt))
         assert allocated() - before < size / 2
 
 

@@ -27,7 +27,8 @@ from helpers.models import sample_image, test_model
 from sparsemm_edge.budgets import BudgetSpec
 from sparsemm_edge.convert import convert
 from sparsemm_edge.runtime import Eviction, VisionModel, generate, library
-from sparsemm_edge.runtime.session import Session, start_session
+from sparsemm_edge.runtime.context import Context, context_for
+from sparsemm_edge.runtime.encode import encode, encode_text
 
 LLAVAS = ("llava", "llava-gqa")
 MODELS = (*LLAVAS, "qwen2vl")
@@ -247,16 +248,16 @@ def test_llama_server_goes_on_from_what_it_holds(folder: Path, name: str) -> Non
             model.tokenize(prompt, [folder / f"{name}.png"]) as tokenized,
             model.tokenize(turns % (text_of(reply), OTHER_QUESTION[name])) as more,
             # in calls for text and image, as the server reads it
-            start_session(model, tokenized, n_predict=1, n_ctx=1024) as session,
+            context_for(model, tokenized, n_predict=1, n_ctx=1024) as session,
         ):
             tokens = more.parts[0].tokens
             tokens = tokens[int(library.llama.llama_vocab_get_add_bos(model._vocab)) :]
             assert n_prompt + len(tokens) == again["usage"]["prompt_tokens"]
-            session.read_prompt()
+            session.prefill(encode(model, tokenized))
             # what the server decoded token by token is decoded so here
             for token in tokens[: n_cached - n_prompt]:
                 session.decode(int(token))
-            session._decode_tokens(tokens[n_cached - n_prompt :], n_outputs=1)
+            session.prefill(encode_text(tokens[n_cached - n_prompt :], session.n_past))
             assert greedy(model, session) == text_of(again)
             assert session.kv_stats().n_evictions == 2
 
@@ -265,7 +266,7 @@ def _n_cached(reply: Any) -> int:
     return int(reply["usage"]["prompt_tokens_details"]["cached_tokens"])
 
 
-def greedy(model: VisionModel, session: Session) -> str:
+def greedy(model: VisionModel, session: Context) -> str:
     data = b""
     for _ in range(N_PREDICT):
         token = int(np.argmax(session.logits()))

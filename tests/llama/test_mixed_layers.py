@@ -26,9 +26,9 @@ from helpers.models import sample_image
 from helpers.oracle import Prompt as OraclePrompt
 from sparsemm_edge.runtime import VisionModel
 from sparsemm_edge.runtime.attention import StrongestPositions
+from sparsemm_edge.runtime.context import Context
 from sparsemm_edge.runtime.library import llama
 from sparsemm_edge.runtime.prompt import ImagePart, image_marker
-from sparsemm_edge.runtime.session import start_session_with
 
 # more than the cells that Gemma's layers with a sliding window have (256)
 TEXT = (
@@ -117,8 +117,8 @@ def test_an_image_that_attends_to_all_of_itself() -> None:
 def test_a_reply_is_dropped_if_all_layers_can(case: Case) -> None:
     """A sliding window can go back as far as it holds what came before, a recurrent state cannot."""
     with case.session(case.table()) as session:
-        session.read_prompt()
-        n_past, n_tokens = session._n_past, session.n_tokens
+        case.read(session)
+        n_past, n_tokens = session.n_past, session.n_tokens
         token = int(session.logits().argmax())
         tokens, logits = answer(session, 4)
         assert tokens[0] == token
@@ -146,10 +146,8 @@ def test_heads_of_the_layers_that_evict_can_be_scored(case: Case) -> None:
     n_layer = int(llama.llama_model_n_layer(case.model.pointer))
     attention = StrongestPositions(n_layer, shape.n_head, shape.layer_numbers)
     n_ctx = case.prompt.n_tokens + 8
-    with start_session_with(
-        case.model, case.prompt, None, n_ctx=n_ctx, n_ubatch=64, flash_attn=False, attention=attention
-    ) as session:
-        session.read_prompt()
+    with Context(case.model, n_ctx=n_ctx, n_ubatch=64, flash_attn=False, attention=attention) as session:
+        case.read(session)
         strongest = attention.take()
     assert strongest.shape == (shape.n_layer, shape.n_head)
     assert strongest.min() >= 0 and strongest.max() < case.prompt.n_tokens

@@ -14,8 +14,9 @@ from helpers.command_line import CommandLine
 from helpers.models import sample_image, test_model
 from sparsemm_edge.errors import SparseMMError
 from sparsemm_edge.runtime import Conversation, Eviction, GenerationStats, Loading, VisionModel, generate
+from sparsemm_edge.runtime.context import Context
+from sparsemm_edge.runtime.encode import encode
 from sparsemm_edge.runtime.library import llama
-from sparsemm_edge.runtime.session import start_session_with
 
 QUESTION, OTHER = "What is written here?", "And who wrote it, on which day?"
 EVICTION = Eviction(policy="uniform", budget=24)
@@ -99,15 +100,15 @@ def test_its_last_positions_vote_and_the_question_evicts_nothing(tmp_path: Path)
             images, after = prompt.at_last_image()
             table = model.plan(replace(EVICTION, window=6), images.n_tokens)  # a quarter of the budget
             assert table is not None
-            with start_session_with(model, images, table, n_ctx=prompt.n_tokens + 8) as session:
-                session.read_prompt()
+            with Context(model, table, n_ctx=prompt.n_tokens + 8) as session:
+                session.prefill(encode(model, images))
                 alone = session.kept()
         held = np.arange(images.n_tokens, images.n_tokens + len(after))
         for _ in range(2):  # read, and from the file
             with Conversation(model, eviction=EVICTION, multi_turn=False, reuse_evicted=True) as conversation:
                 list(conversation.ask(QUESTION, [image], n_predict=1))
-                assert conversation.session is not None
-                for heads, others in zip(conversation.session.kept(), alone, strict=True):
+                assert conversation.context is not None
+                for heads, others in zip(conversation.context.kept(), alone, strict=True):
                     for kept, expected in zip(heads, others, strict=True):
                         assert np.array_equal(kept, [*expected, *held])
 

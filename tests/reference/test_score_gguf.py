@@ -25,7 +25,8 @@ from sparsemm_edge.gguf_header import read_header
 from sparsemm_edge.gguf_metadata import sparsemm_metadata
 from sparsemm_edge.pages.readers import open_pages
 from sparsemm_edge.ranking import convergence, spearman
-from sparsemm_edge.runtime.session import start_session_with
+from sparsemm_edge.runtime.context import Context
+from sparsemm_edge.runtime.encode import encode
 from sparsemm_edge.scores import HeadScores
 from sparsemm_edge.scoring import gguf, run
 from sparsemm_edge.scoring.run import ScoringJob, score
@@ -273,9 +274,9 @@ def test_weights_that_llama_cpp_does_not_compute_are_not_taken_for_scores(llava:
     attention = StrongestPositions(llava.shape.n_layer, llava.shape.n_head, range(llava.shape.n_layer))
     with (
         llava.tokenize("a b c") as prompt,
-        start_session_with(llava, prompt, None, n_ctx=16, flash_attn=True, attention=attention) as session,
+        Context(llava, n_ctx=16, flash_attn=True, attention=attention) as session,
     ):
-        session.read_prompt()
+        session.prefill(encode(llava, prompt))
         with pytest.raises(SparseMMError, match="computed no attention weights in layer 0"):
             attention.take()
 
