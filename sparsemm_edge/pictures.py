@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 
 from sparsemm_edge.errors import SparseMMError
 
@@ -108,6 +108,8 @@ def _why_not(source: str | Path | bytes, error: Exception) -> str:
     for magic, said in _NO_PICTURES:
         if start.startswith(magic) or start[4:].startswith(magic) or (magic == b"<svg" and magic in start):
             return said
+    if isinstance(error, UnidentifiedImageError):
+        return "not an image that can be read (its kind is unknown)"
     return f"not an image that can be read ({_line(error)})"
 
 

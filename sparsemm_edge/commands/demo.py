@@ -13,7 +13,7 @@ def demo(
     seed: Annotated[
         int | None,
         typer.Option(
-            "--seed", "-s", help="The page to draw, 0 to 999999 [default: a new one].", show_default=""
+            "--seed", "-s", help="The page to draw, 0 to 999999 [default: a new one].", show_default=False
         ),
     ] = None,
     image: Annotated[

@@ -16,7 +16,8 @@ def profile(
     framed: options.TemplateOptions,
     image: options.Images = None,
     budgets: Annotated[
-        str, typer.Option(help="Budgets to evict to, such as 64,256 [default: the file's].", show_default="")
+        str,
+        typer.Option(help="Budgets to evict to, such as 64,256 [default: the file's].", show_default=False),
     ] = "",
     n_predict: Annotated[int, typer.Option("--n-predict", "-n", help="Tokens to decode.")] = 32,
     n_ubatch: options.NUbatch = None,

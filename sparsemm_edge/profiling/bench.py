@@ -300,7 +300,9 @@ def _measure(
         decode_ms={name: spread(times) for name, times in decode.items()},
         decode_tps={figures.name: tps[figures.name] for figures, _ in able if figures.name in tps},
         depth_0_tps=depth_0,
-        against={against: _interleaved(turns, against) for against in {e["against"] for e in turns}},
+        against={
+            against: _interleaved(turns, against) for against in dict.fromkeys(e["against"] for e in turns)
+        },
         not_in_breakdown={
             figures.name: _not_in_breakdown(header, figures.setting, task.n_prompt) for figures in found
         },
