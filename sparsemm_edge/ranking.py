@@ -14,15 +14,12 @@ N_SPLITS = 20
 """Random halvings that a convergence figure is the mean of."""
 
 
-def n_top(n_heads: int, share: float) -> int:
-    """The number of heads in the top `share` of `n_heads`: rounded down, at least one."""
-    return max(1, int(n_heads * share))
-
-
 def top_heads(scores: Scores, share: float) -> npt.NDArray[np.intp]:
-    """The flat indices of the top `share` of the heads, best first; the earlier head wins a tie."""
-    flat = scores.ravel()
-    return np.argsort(-flat, kind="stable")[: n_top(flat.size, share)]
+    """The flat indices of the top `share` of the heads, best first; the earlier head wins a tie.
+
+    Their number is rounded down, but is at least one.
+    """
+    return np.argsort(-scores.ravel(), kind="stable")[: max(1, int(scores.size * share))]
 
 
 def held_by_top(scores: Scores, share: float) -> float:
@@ -32,8 +29,7 @@ def held_by_top(scores: Scores, share: float) -> float:
 
 def overlap_of_top(one: Scores, other: Scores, share: float) -> float:
     """The fraction of the top `share` of the heads that two rankings have in common."""
-    common = np.intersect1d(top_heads(one, share), top_heads(other, share))
-    return len(common) / n_top(one.size, share)
+    return float(np.isin(top_heads(one, share), top_heads(other, share)).mean())
 
 
 def spearman(one: Scores, other: Scores) -> float:

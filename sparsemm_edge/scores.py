@@ -90,10 +90,6 @@ class HeadScores:
         """The scores divided by their sum: [n_layer, n_head], sum 1."""
         return self.scores / self.scores.sum()
 
-    def grouped(self, n_head_kv: int) -> npt.NDArray[np.float64]:
-        """The scores summed over each GQA group: [n_layer, n_head_kv], sum 1."""
-        return group_scores(self.scores, n_head_kv)
-
     def check_fits(self, n_layer: int, n_head: int, n_head_kv: int | None = None) -> None:
         """Raise SparseMMError, naming both shapes, unless the scores are those of a model of this shape."""
         kv_differs = None not in (self.n_head_kv, n_head_kv) and self.n_head_kv != n_head_kv
@@ -157,11 +153,8 @@ class HeadScores:
         if not isinstance(content["model"], str):
             raise SparseMMError(f"{where}: model is {content['model']!r}, expected a name")
         for key in ("n_layer", "n_head", "n_head_kv"):
-            value = content[key]
-            if (isinstance(value, bool) or not isinstance(value, int)) and not (
-                key == "n_head_kv" and value is None
-            ):
-                raise SparseMMError(f"{where}: {key} is {value!r}, expected a whole number")
+            if type(content[key]) is not int and (key, content[key]) != ("n_head_kv", None):
+                raise SparseMMError(f"{where}: {key} is {content[key]!r}, expected a whole number")
         rows = content["scores"]
         if not isinstance(rows, list) or not all(isinstance(row, list) for row in rows):
             raise SparseMMError(f"{where}: scores must be a list of n_layer lists of n_head numbers")
@@ -211,18 +204,13 @@ class HeadScores:
 
 def _check_provenance(content: dict[str, Any], where: str) -> None:
     """Raise SparseMMError unless what `scores show` reads of a file's other entries can be shown."""
-
-    def is_number(value: Any) -> bool:
-        return isinstance(value, int | float) and not isinstance(value, bool)
-
     for key in ("character_accuracy", "things_named"):
-        if not is_number(content.get(key, 0)):
+        if type(content.get(key, 0)) not in (int, float):
             raise SparseMMError(f"{where}: {key} is {content[key]!r}, expected a number")
     steps = content.get("convergence", [])
     for step in steps if isinstance(steps, list) else [steps]:
-        if not isinstance(step, dict) or not all(
-            is_number(step.get(key)) for key in ("n_pages", "spearman", "top_overlap")
-        ):
+        figures = step if isinstance(step, dict) else {}
+        if any(type(figures.get(key)) not in (int, float) for key in ("n_pages", "spearman", "top_overlap")):
             raise SparseMMError(
                 f"{where}: convergence holds {step!r}, expected n_pages, spearman and top_overlap"
             )
@@ -237,7 +225,7 @@ def _table(rows: list[list[Any]], where: str) -> npt.NDArray[np.float64]:
     """Rows of numbers of one length as an array, or a SparseMMError."""
     for row in rows:
         for value in row:
-            if isinstance(value, bool) or not isinstance(value, int | float):
+            if type(value) not in (int, float):
                 raise SparseMMError(f"{where}: {value!r} where a score was expected")
         if len(row) != len(rows[0]):
             raise SparseMMError(f"{where}: rows of {len(rows[0])} and {len(row)} scores in one table")

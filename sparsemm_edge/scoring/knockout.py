@@ -10,7 +10,7 @@ import torch
 
 from sparsemm_edge.errors import SparseMMError
 from sparsemm_edge.pages.readers import PageSource
-from sparsemm_edge.ranking import n_top, top_heads
+from sparsemm_edge.ranking import top_heads
 from sparsemm_edge.scores import HeadScores
 from sparsemm_edge.scoring.models import VisionLanguageModel
 from sparsemm_edge.scoring.reading import reading_accuracy
@@ -67,10 +67,7 @@ def knockout(
         raise SparseMMError(f"{n_draws} random draws: it must be at least 1")
     top = top_heads(scores.scores, share)
     rest = np.setdiff1d(np.arange(scores.scores.size), top)
-    draws = [
-        np.random.default_rng(seed + i).choice(rest, n_top(scores.scores.size, share), replace=False)
-        for i in range(n_draws)
-    ]
+    draws = [np.random.default_rng(seed + i).choice(rest, len(top), replace=False) for i in range(n_draws)]
     choices = [np.empty(0, np.intp), top, *draws]
     total = np.zeros(len(choices))
     for i in range(pages.n_pages):

@@ -6,7 +6,7 @@ import math
 import time
 from collections.abc import Callable, Generator, Iterator
 from contextlib import closing
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeGuard
 
@@ -21,7 +21,7 @@ from sparsemm_edge.pages.scenes import Scene
 from sparsemm_edge.ranking import convergence
 from sparsemm_edge.scores import HeadScores
 from sparsemm_edge.scoring.sources import Source
-from sparsemm_edge.scoring.target_response import PageScores, score_page
+from sparsemm_edge.scoring.target_response import score_page
 from sparsemm_edge.workers import map_processes
 
 SAVE_EVERY = 30.0  # seconds between two saves
@@ -33,7 +33,6 @@ ACCURACIES = {"reading": "character_accuracy", "scenes": "things_named"}
 
 FEW_TOKENS = 1000
 """Scored tokens below which a ranking is called unsettled (scores/README.md: how that was found)."""
-
 
 UNTIL = 0.95
 """Rank correlation of the halves of the pages from which on a ranking is called settled."""
@@ -86,8 +85,8 @@ class ScoringResult:
     """
 
     scores: HeadScores
-    unread: list[str] = field(default_factory=list)
-    warnings: list[str] = field(default_factory=list)
+    unread: list[str]
+    warnings: list[str]
 
 
 Progress = Callable[[int, int], None]
@@ -151,7 +150,7 @@ def score(
                         f"{partial} was made with a model of another shape: start anew with --force"
                     )
                 shape = found
-                done[index] = _to_json(index, pages, result)
+                done[index] = result
                 progress(len(done), pages.n_pages)
                 if n_pages := settled.after(done, shape):
                     break
@@ -169,30 +168,20 @@ def score(
     return report
 
 
-# --- results, page by page ----------------------------------------------------------------------------
-
-_Result = tuple[int, dict[str, int], PageScores]
-"""A page's index, the model's shape, and what the page says."""
+_Result = tuple[int, dict[str, int], dict[str, Any]]
+"""A page's index, the model's shape, and what is saved of the page."""
 
 
 def _results(job: ScoringJob, todo: list[int], n_jobs: int) -> Generator[_Result, None, None]:
-    if not todo:
-        return
-    if n_jobs == 1:
-        yield from _score_pages(job, iter(todo))
-        return
     n_jobs = min(n_jobs, len(todo))
-    yield from map_processes(functools.partial(_score_in_process, job, n_jobs), todo, n_jobs)
+    if n_jobs == 1:
+        yield from _score_pages(job, 1, 0, iter(todo))
+    else:
+        yield from map_processes(functools.partial(_score_pages, job, n_jobs), todo, n_jobs)
 
 
-def _score_in_process(job: ScoringJob, n_jobs: int, rank: int, indices: Iterator[int]) -> Iterator[_Result]:
-    """Score pages in a child process."""
-    yield from _score_pages(job, indices, rank, n_jobs)
-
-
-def _score_pages(
-    job: ScoringJob, indices: Iterator[int], rank: int = 0, n_jobs: int = 1
-) -> Iterator[_Result]:
+def _score_pages(job: ScoringJob, n_jobs: int, rank: int, indices: Iterator[int]) -> Iterator[_Result]:
+    """Score pages in process `rank` of n_jobs."""
     pages = job.pages()
     with job.source.reader(rank, n_jobs) as reader:
         shape = {"n_layer": reader.n_layer, "n_head": reader.n_head, "n_head_kv": reader.n_head_kv}
@@ -200,7 +189,18 @@ def _score_pages(
             page = pages.page(index)
             question = job.question or (page.question if isinstance(page, Scene) else pages.prompt)
             result = score_page(reader, page, question, job.max_new_tokens)
-            yield index, shape, result
+            heads = np.argwhere(result.scores).tolist()
+            yield (
+                index,
+                shape,
+                {
+                    "name": page.name,
+                    "n_tokens": result.n_tokens,
+                    "n_scored": result.n_scored,
+                    "accuracy": result.accuracy,
+                    "scores": [[il, ih, float(result.scores[il, ih])] for il, ih in heads],
+                },
+            )
 
 
 class _Settled:
@@ -228,20 +228,6 @@ def _tables(done: list[dict[str, Any]], shape: dict[str, int]) -> npt.NDArray[np
         for il, ih, value in page["scores"]:
             table[il, ih] = value
     return tables
-
-
-# --- partial results ----------------------------------------------------------------------------------
-
-
-def _to_json(index: int, pages: PageSource, result: PageScores) -> dict[str, Any]:
-    heads = np.argwhere(result.scores)
-    return {
-        "name": pages.page(index).name,
-        "n_tokens": result.n_tokens,
-        "n_scored": result.n_scored,
-        "accuracy": result.accuracy,
-        "scores": [[int(il), int(ih), float(result.scores[il, ih])] for il, ih in heads],
-    }
 
 
 def _write_partial(
@@ -283,20 +269,17 @@ def _is_shape(found: Any) -> TypeGuard[dict[str, int]]:
 
 
 def _is_page(found: Any, shape: dict[str, int]) -> bool:
-    """Whether this is a page's result for a model of this shape, as _to_json makes it."""
-    if not (isinstance(found, dict) and isinstance(found.get("scores"), list)):
-        return False
+    """Whether this is a page's result for a model of this shape, as _score_pages makes it."""
     return (
-        isinstance(found.get("name"), str)
+        isinstance(found, dict)
+        and isinstance(found.get("name"), str)
         and all(_is_count(found.get(name), 0, 2**31) for name in ("n_tokens", "n_scored"))
         and _is_number(found.get("accuracy"))
+        and isinstance(found.get("scores"), list)
         and all(isinstance(entry, list) and len(entry) == 3 for entry in found["scores"])
-        and all(
-            _is_count(il, 0, shape["n_layer"] - 1)
-            and _is_count(ih, 0, shape["n_head"] - 1)
-            and _is_number(value)
-            for il, ih, value in found["scores"]
-        )
+        and all(_is_count(il, 0, shape["n_layer"] - 1) for il, _, _ in found["scores"])
+        and all(_is_count(ih, 0, shape["n_head"] - 1) for _, ih, _ in found["scores"])
+        and all(_is_number(value) for _, _, value in found["scores"])
     )
 
 
@@ -306,9 +289,6 @@ def _is_count(value: Any, low: int, high: int) -> bool:
 
 def _is_number(value: Any) -> bool:
     return type(value) in (int, float) and 0 <= value <= 2**31  # nor NaN
-
-
-# --- the report ---------------------------------------------------------------------------------------
 
 
 def _report(
@@ -330,7 +310,6 @@ def _report(
             f"{job.source.label}: no head looked at what was being read, for {n_scored} tokens on"
             f" {len(done)} pages"
         )
-    halves = convergence(tables)
     scores = HeadScores(
         model=job.source.label,
         scores=tables.mean(axis=0),
@@ -345,7 +324,7 @@ def _report(
             "n_tokens_scored": n_scored,
             measure: round(accuracy, 4),
             "until": job.until,
-            "convergence": halves,
+            "convergence": convergence(tables),
             "created_by": f"sparsemm-edge {__version__}",
             **job.source.provenance(),
         },

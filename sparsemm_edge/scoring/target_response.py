@@ -47,15 +47,12 @@ class Reader(Protocol):
 
     def read(self, question: str, page: Image.Image, max_new_tokens: int) -> Answer:
         """Answer a question about a page greedily."""
-        ...
 
     def decode(self, tokens: list[int]) -> str:
         """Tokens as text, without special tokens."""
-        ...
 
     def n_text_tokens(self, text: str) -> int:
         """How many tokens a text takes, without special tokens."""
-        ...
 
 
 @dataclass(frozen=True)
