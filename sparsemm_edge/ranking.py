@@ -37,8 +37,11 @@ def spearman(one: Scores, other: Scores) -> float:
 
     A table of equal scores has a correlation of 0 with any other.
     """
-    ranks = [_ranks(table.ravel()) for table in (one, other)]
-    deviations = [rank - rank.mean() for rank in ranks]
+    deviations = []
+    for table in (one, other):
+        _, inverse, counts = np.unique(table.ravel(), return_inverse=True, return_counts=True)
+        ranks = (np.cumsum(counts) - (counts + 1) / 2)[inverse]
+        deviations.append(ranks - ranks.mean())
     norm = np.sqrt((deviations[0] ** 2).sum() * (deviations[1] ** 2).sum())
     return float((deviations[0] * deviations[1]).sum() / norm) if norm else 0.0
 
@@ -74,10 +77,3 @@ def convergence(pages: Scores, seed: int = 0) -> list[dict[str, float]]:
             {"n_pages": n, "spearman": float(np.mean(correlations)), "top_overlap": float(np.mean(overlaps))}
         )
     return report
-
-
-def _ranks(values: Scores) -> npt.NDArray[np.float64]:
-    """Ranks from 0 in ascending order, the mean rank for equal values."""
-    _, inverse, counts = np.unique(values, return_inverse=True, return_counts=True)
-    last = np.cumsum(counts)
-    return (last - (counts + 1) / 2)[inverse]

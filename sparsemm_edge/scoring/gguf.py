@@ -72,35 +72,29 @@ class GgufReader:
         return self._model.tokenize(text, first=False).n_tokens if text else 0
 
     def _read(self, question: str, page: Image.Image, max_new_tokens: int) -> Answer:
-        text = self._model.chat_prompt(question, 1, self._template)
-        page = page.convert("RGB")
-        with self._model.tokenize(text, [page]) as prompt:
+        model, page = self._model, page.convert("RGB")
+        with model.tokenize(model.chat_prompt(question, 1, self._template), [page]) as prompt:
             positions, grid = image_tokens(prompt)
             layout = self._encoder.layout((page.height, page.width), len(positions), grid)
-            limit = max(1, min(max_new_tokens, self._model.n_ctx_train - prompt.n_pos))
-            tokens, strongest = self._answer(prompt, limit)
-        return Answer(tokens, np.stack(strongest), positions, layout)
-
-    def _answer(self, prompt: Prompt, limit: int) -> tuple[list[int], list[npt.NDArray[np.int64]]]:
-        """The greedy answer, and for each token the strongest positions [n_layer, n_head]."""
-        tokens: list[int] = []
-        strongest = []
-        with start_session_with(
-            self._model,
-            prompt,
-            None,
-            n_ctx=self._model.n_ctx_for(prompt, limit, None),
-            n_ubatch=N_UBATCH,
-            flash_attn=False,
-            attention=self._attention,
-        ) as session:
-            session.read_prompt()
-            while True:
-                strongest.append(self._attention.take())
-                tokens.append(int(session.logits().argmax()))
-                if len(tokens) == limit or self._model.ends_turn(tokens[-1]):
-                    return tokens, strongest
-                session.decode(tokens[-1])
+            limit = max(1, min(max_new_tokens, model.n_ctx_train - prompt.n_pos))
+            tokens: list[int] = []
+            strongest = []
+            with start_session_with(
+                model,
+                prompt,
+                None,
+                n_ctx=model.n_ctx_for(prompt, limit, None),
+                n_ubatch=N_UBATCH,
+                flash_attn=False,
+                attention=self._attention,
+            ) as session:
+                session.read_prompt()
+                while True:
+                    strongest.append(self._attention.take())
+                    tokens.append(int(session.logits().argmax()))
+                    if len(tokens) == limit or model.ends_turn(tokens[-1]):
+                        return Answer(tokens, np.stack(strongest), positions, layout)
+                    session.decode(tokens[-1])
 
 
 def image_tokens(prompt: Prompt) -> tuple[npt.NDArray[np.int64], tuple[int, int]]:

@@ -13,8 +13,7 @@ from sparsemm_edge.pages.readers import PageSource
 from sparsemm_edge.ranking import top_heads
 from sparsemm_edge.scores import HeadScores
 from sparsemm_edge.scoring.models import VisionLanguageModel
-from sparsemm_edge.scoring.reading import reading_accuracy
-from sparsemm_edge.scoring.target_response import answer_limit
+from sparsemm_edge.scoring.target_response import answer_limit, reading_accuracy
 
 
 @dataclass(frozen=True)
@@ -22,7 +21,7 @@ class Knockout:
     """Character accuracies, means over the pages, 0 to 1.
 
     Attributes:
-        n_heads: number of silenced heads.
+        n_heads: silenced heads, and all.
         n_pages: pages read, each time the same.
         none: with all heads.
         top: without the heads with the highest scores.
@@ -63,8 +62,6 @@ def knockout(
     scores.check_fits(model.n_layer, model.n_head, model.n_head_kv)
     if not 0 < share <= 0.5:
         raise SparseMMError(f"the share of heads is {share}: it must be above 0 and at most 0.5")
-    if n_draws < 1:
-        raise SparseMMError(f"{n_draws} random draws: it must be at least 1")
     top = top_heads(scores.scores, share)
     rest = np.setdiff1d(np.arange(scores.scores.size), top)
     draws = [np.random.default_rng(seed + i).choice(rest, len(top), replace=False) for i in range(n_draws)]

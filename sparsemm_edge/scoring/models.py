@@ -18,11 +18,12 @@ import numpy.typing as npt
 import torch
 from PIL import Image
 from transformers import AutoConfig, AutoImageProcessor, AutoModelForImageTextToText, AutoTokenizer
+from transformers.feature_extraction_utils import BatchFeature
 from transformers.image_processing_utils import select_best_resolution
 from transformers.utils import cached_file, logging
 
 from sparsemm_edge.errors import SparseMMError, check_within
-from sparsemm_edge.files import read_json, read_text
+from sparsemm_edge.files import read_bytes, read_json, read_text
 from sparsemm_edge.scoring import geometry
 from sparsemm_edge.scoring.geometry import ImageLayout
 from sparsemm_edge.scoring.strongest import strongest_positions, table
@@ -50,19 +51,9 @@ class ScoringPrompt:
     layout: ImageLayout
 
 
-@dataclass(frozen=True)
-class View:
-    """An image as processed for one architecture.
-
-    Attributes:
-        text: replaces the image token in the prompt.
-        layout: of the image tokens in `text`.
-        batch: what the image processor returned.
-    """
-
-    text: str
-    layout: ImageLayout
-    batch: Any
+View = tuple[str, ImageLayout, Any]
+"""An image as processed for one architecture: what replaces the image token in the prompt, the layout of the
+image tokens in that text, and what the image processor returned."""
 
 
 class VisionLanguageModel:
@@ -137,30 +128,25 @@ class VisionLanguageModel:
                 raise SparseMMError(
                     f"the prompt must hold {self.image_token} once, not {text.count(self.image_token)}"
                 )
-            view = ARCHITECTURES[self.config.model_type](self, page.convert("RGB"))
-            text = text.replace(self.image_token, view.text)
+            of_image, layout, batch = ARCHITECTURES[self.config.model_type](self, page.convert("RGB"))
+            text = text.replace(self.image_token, of_image)
             bos = self.tokenizer.bos_token
             has_bos = bool(bos) and text.startswith(bos)
             ids = self.tokenizer(text, add_special_tokens=not has_bos, return_tensors="pt")["input_ids"]
             is_image = ids[0] == self.image_token_id
-            if int(is_image.sum()) != len(view.layout):
+            if int(is_image.sum()) != len(layout):
                 raise SparseMMError(
-                    f"{self.name}: {int(is_image.sum())} image tokens in the prompt,"
-                    f" {len(view.layout)} expected"
+                    f"{self.name}: {int(is_image.sum())} image tokens in the prompt, {len(layout)} expected"
                 )
-            inputs = {key: value for key, value in view.batch.items() if key in _IMAGE_INPUTS}
+            inputs = {key: value for key, value in batch.items() if key in _IMAGE_INPUTS}
             inputs |= {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
             if "mm_token_type_ids" in inspect.signature(self.model.forward).parameters:
                 inputs["mm_token_type_ids"] = is_image[None].int()
-            device, dtype = self.model.device, self.model.dtype
             return ScoringPrompt(
-                {
-                    k: v.to(device, dtype) if v.is_floating_point() else v.to(device)
-                    for k, v in inputs.items()
-                },
+                dict(BatchFeature(inputs).to(self.model.device, self.model.dtype)),
                 n_tokens=ids.shape[1],
                 image_positions=torch.nonzero(is_image)[:, 0].numpy(),
-                layout=view.layout,
+                layout=layout,
             )
 
     @torch.inference_mode()
@@ -192,9 +178,9 @@ class VisionLanguageModel:
             SparseMMError: prompt or processor do not fit the model, or it cannot answer.
         """
         prompt = self.prompt(question, page)
-        with strongest_positions(self.decoder, self.attentions, prompt.n_tokens) as taps:
+        with strongest_positions(self.decoder, self.attentions, prompt.n_tokens) as found:
             tokens = self.answer(prompt, max_new_tokens)
-            return Answer(tokens, table(taps), prompt.image_positions, prompt.layout)
+            return Answer(tokens, table(found), prompt.image_positions, prompt.layout)
 
     def decode(self, tokens: list[int]) -> str:
         """Tokens as text, without special tokens."""
@@ -228,7 +214,7 @@ def _view_llava(model: VisionLanguageModel, page: Image.Image) -> View:
         n_class_tokens=int(_has_class_token(model)),
         n_dropped=int(model.config.vision_feature_select_strategy == "default"),
     )
-    return View(model.image_token * len(layout), layout, batch)
+    return model.image_token * len(layout), layout, batch
 
 
 def _view_anyres(model: VisionLanguageModel, page: Image.Image) -> View:
@@ -256,7 +242,7 @@ def _view_anyres(model: VisionLanguageModel, page: Image.Image) -> View:
         patch=patch,
         max_tiles=None if ratio is None else int(ratio.removeprefix("anyres_max_")),
     )
-    return View(model.image_token * len(layout), layout, batch)
+    return model.image_token * len(layout), layout, batch
 
 
 def _view_qwen(model: VisionLanguageModel, page: Image.Image) -> View:
@@ -264,7 +250,7 @@ def _view_qwen(model: VisionLanguageModel, page: Image.Image) -> View:
     _, n_rows, n_columns = batch["image_grid_thw"][0].tolist()
     merge = model.config.vision_config.spatial_merge_size
     layout = geometry.merged_patches(page.size[::-1], (n_rows, n_columns), merge=merge)
-    return View(model.image_token * len(layout), layout, batch)
+    return model.image_token * len(layout), layout, batch
 
 
 def _view_internvl(model: VisionLanguageModel, page: Image.Image) -> View:
@@ -277,7 +263,7 @@ def _view_internvl(model: VisionLanguageModel, page: Image.Image) -> View:
     layout = geometry.stretched_tiles(page.size[::-1], geometry.tiling(page.size[::-1], n_tiles), side)
     start = getattr(model.tokenizer, "start_image_token", None) or "<img>"
     end = getattr(model.tokenizer, "end_image_token", None) or "</img>"
-    return View(f"{start}{model.image_token * len(layout)}{end}", layout, batch)
+    return f"{start}{model.image_token * len(layout)}{end}", layout, batch
 
 
 def _view_idefics3(model: VisionLanguageModel, page: Image.Image) -> View:
@@ -296,7 +282,7 @@ def _view_idefics3(model: VisionLanguageModel, page: Image.Image) -> View:
             for row in range(n_rows)
         )
         text = "\n".join(rows) + "\n\n" + text
-    return View(text, layout, batch)
+    return text, layout, batch
 
 
 ARCHITECTURES: dict[str, Callable[[VisionLanguageModel, Image.Image], View]] = {
@@ -366,11 +352,9 @@ def _readable(name: str) -> Iterator[str]:
     folder = Path(name).expanduser().resolve()
     anew = {}
     for path in sorted(folder.iterdir()):
-        if path.suffix in (".json", ".jinja", ".txt") and path.is_file():
-            with path.open("rb") as file:
-                encoding = json.detect_encoding(file.read(4))
-            if encoding != "utf-8":
-                anew[path.name] = read_text(path)
+        is_text = path.suffix in (".json", ".jinja", ".txt") and path.is_file()
+        if is_text and json.detect_encoding(read_bytes(path)[:4]) != "utf-8":
+            anew[path.name] = read_text(path)
     if not anew:
         yield str(folder)
         return
@@ -438,7 +422,8 @@ def _checked_device(device: str | None) -> str:
             ) from error
         return device
     if device is None:
-        device = _default_device()
+        gpus = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
+        device = next((gpu for gpu, found in gpus.items() if found), "cpu")
     try:
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError, ValueError) as error:
@@ -446,19 +431,9 @@ def _checked_device(device: str | None) -> str:
     return device
 
 
-def _default_device() -> str:
-    """The GPU if there is one, or the CPU."""
-    if torch.cuda.is_available():
-        return "cuda"
-    return "mps" if torch.backends.mps.is_available() else "cpu"
-
-
 def _chat_template(name: str, local: bool) -> str | None:
     """The processor's chat template, if the checkpoint has one beside the tokenizer's."""
-    for file, read in (
-        ("chat_template.jinja", read_text),
-        ("chat_template.json", lambda path: read_json(path)["chat_template"]),
-    ):
+    for file in ("chat_template.jinja", "chat_template.json"):
         path = cached_file(
             name,
             file,
@@ -469,7 +444,8 @@ def _chat_template(name: str, local: bool) -> str | None:
         )
         if path is not None:
             with _one_line(name, f"load {file}"):
-                return read(Path(path))
+                found = Path(path)
+                return read_text(found) if found.suffix == ".jinja" else read_json(found)["chat_template"]
     return None
 
 

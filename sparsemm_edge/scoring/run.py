@@ -34,9 +34,6 @@ ACCURACIES = {"reading": "character_accuracy", "scenes": "things_named"}
 FEW_TOKENS = 1000
 """Scored tokens below which a ranking is called unsettled (scores/README.md: how that was found)."""
 
-UNTIL = 0.95
-"""Rank correlation of the halves of the pages from which on a ranking is called settled."""
-
 _FIRST_CHECK, _CHECK_EVERY = 20, 10  # pages
 
 
@@ -59,7 +56,7 @@ class ScoringJob:
     size: tuple[int, int]
     question: str | None
     max_new_tokens: int | None
-    until: float = UNTIL
+    until: float = 0.95
 
     def pages(self) -> PageSource:
         return open_pages(self.data, self.n_pages, seed=self.seed, size=self.size)
@@ -89,10 +86,6 @@ class ScoringResult:
     warnings: list[str]
 
 
-Progress = Callable[[int, int], None]
-"""Called with the pages done and their number."""
-
-
 def score(
     job: ScoringJob,
     out: Path,
@@ -100,7 +93,7 @@ def score(
     n_jobs: int = 1,
     resume: bool = False,
     force: bool = False,
-    progress: Progress = lambda done, total: None,
+    progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> ScoringResult:
     """Score a model's heads and write them to `out`.
 
@@ -112,6 +105,7 @@ def score(
         n_jobs: processes, each with the model in its own memory (the i-th takes GPU i if there are several).
         resume: continue from `<out>.partial`.
         force: replace `out` and discard a partial result.
+        progress: called with the pages done and their number.
 
     Raises:
         SparseMMError: the model cannot be scored, the pages cannot be read, or a file exists.
@@ -122,13 +116,9 @@ def score(
         raise SparseMMError(f"{out} exists: choose another --out, or replace it with --force")
     if not out.absolute().parent.is_dir():
         raise SparseMMError(f"cannot write {out}: there is no directory {out.parent}")
-    if not 1 <= n_jobs <= 64:
-        raise SparseMMError(f"{n_jobs} processes: it must be 1 to 64")
     if not job.until > 0:
         raise SparseMMError(f"a rank correlation of {job.until}: it must be above 0")
-    if job.max_new_tokens is not None and job.max_new_tokens < 1:
-        raise SparseMMError(f"answers of at most {job.max_new_tokens} tokens: it must be at least 1")
-    done: dict[int, dict[str, Any]] = {}
+    done: dict[int, _Page] = {}
     shape: dict[str, int] = {}
     if resume:
         done, shape = _read_partial(partial, job, pages.n_pages)
@@ -168,7 +158,10 @@ def score(
     return report
 
 
-_Result = tuple[int, dict[str, int], dict[str, Any]]
+_Page = dict[str, Any]
+"""What is saved of a page, as _score_pages makes it."""
+
+_Result = tuple[int, dict[str, int], _Page]
 """A page's index, the model's shape, and what is saved of the page."""
 
 
@@ -189,18 +182,16 @@ def _score_pages(job: ScoringJob, n_jobs: int, rank: int, indices: Iterator[int]
             page = pages.page(index)
             question = job.question or (page.question if isinstance(page, Scene) else pages.prompt)
             result = score_page(reader, page, question, job.max_new_tokens)
-            heads = np.argwhere(result.scores).tolist()
-            yield (
-                index,
-                shape,
-                {
-                    "name": page.name,
-                    "n_tokens": result.n_tokens,
-                    "n_scored": result.n_scored,
-                    "accuracy": result.accuracy,
-                    "scores": [[il, ih, float(result.scores[il, ih])] for il, ih in heads],
-                },
-            )
+            saved = {
+                "name": page.name,
+                "n_tokens": result.n_tokens,
+                "n_scored": result.n_scored,
+                "accuracy": result.accuracy,
+                "scores": [
+                    [il, ih, float(result.scores[il, ih])] for il, ih in np.argwhere(result.scores).tolist()
+                ],
+            }
+            yield index, shape, saved
 
 
 class _Settled:
@@ -211,7 +202,7 @@ class _Settled:
         self._next = _FIRST_CHECK
         self._total = total
 
-    def after(self, done: dict[int, dict[str, Any]], shape: dict[str, int]) -> int | None:
+    def after(self, done: dict[int, _Page], shape: dict[str, int]) -> int | None:
         """The number of pages at which the ranking has converged; None if it has not."""
         while self._until <= 1 and self._next < self._total and all(i in done for i in range(self._next)):
             tables = _tables([done[i] for i in range(self._next)], shape)
@@ -221,7 +212,7 @@ class _Settled:
         return None
 
 
-def _tables(done: list[dict[str, Any]], shape: dict[str, int]) -> npt.NDArray[np.float64]:
+def _tables(done: list[_Page], shape: dict[str, int]) -> npt.NDArray[np.float64]:
     """The scores of each page: [n_pages, n_layer, n_head]."""
     tables = np.zeros((len(done), shape["n_layer"], shape["n_head"]))
     for table, page in zip(tables, done, strict=True):
@@ -230,17 +221,13 @@ def _tables(done: list[dict[str, Any]], shape: dict[str, int]) -> npt.NDArray[np
     return tables
 
 
-def _write_partial(
-    path: Path, job: ScoringJob, shape: dict[str, int], done: dict[int, dict[str, Any]]
-) -> None:
+def _write_partial(path: Path, job: ScoringJob, shape: dict[str, int], done: dict[int, _Page]) -> None:
     content = {"key": job.key(), "shape": shape, "pages": {str(index): done[index] for index in sorted(done)}}
     with atomic_path(path) as part:
         part.write_text(json.dumps(content), encoding="utf-8")
 
 
-def _read_partial(
-    path: Path, job: ScoringJob, n_pages: int
-) -> tuple[dict[int, dict[str, Any]], dict[str, int]]:
+def _read_partial(path: Path, job: ScoringJob, n_pages: int) -> tuple[dict[int, _Page], dict[str, int]]:
     if not path.exists():
         raise SparseMMError(f"nothing to resume: there is no {path}")
     content = read_json(path)
@@ -291,9 +278,7 @@ def _is_number(value: Any) -> bool:
     return type(value) in (int, float) and 0 <= value <= 2**31  # nor NaN
 
 
-def _report(
-    job: ScoringJob, pages: PageSource, shape: dict[str, int], done: list[dict[str, Any]]
-) -> ScoringResult:
+def _report(job: ScoringJob, pages: PageSource, shape: dict[str, int], done: list[_Page]) -> ScoringResult:
     tables = _tables(done, shape)
     n_scored = sum(page["n_scored"] for page in done)
     measure = ACCURACIES[pages.kind]
