@@ -197,11 +197,6 @@ def _interpolated(spans: Spans, n: int) -> Spans:
     return np.stack([spans[first, 0], spans[last, 1]], axis=1)
 
 
-def merged_patches(page: Size, grid: Size, *, merge: int) -> ImageLayout:
-    """The page resized to `grid` patches, merge x merge of which become one token (Qwen-VL)."""
-    return join((split(page, grid[0] // merge, grid[1] // merge), True))
-
-
 def stretched_tiles(page: Size, tiles: Size, side: int) -> ImageLayout:
     """The page resized to whole tiles, tile by tile; then a downscaled copy if there are several.
 

@@ -249,7 +249,7 @@ def _view_qwen(model: VisionLanguageModel, page: Image.Image) -> View:
     batch = model.image_processor([page], return_tensors="pt")
     _, n_rows, n_columns = batch["image_grid_thw"][0].tolist()
     merge = model.config.vision_config.spatial_merge_size
-    layout = geometry.merged_patches(page.size[::-1], (n_rows, n_columns), merge=merge)
+    layout = geometry.join((geometry.split(page.size[::-1], n_rows // merge, n_columns // merge), True))
     return model.image_token * len(layout), layout, batch
 
 

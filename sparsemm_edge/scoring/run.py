@@ -252,30 +252,26 @@ def _read_partial(path: Path, job: ScoringJob, n_pages: int) -> tuple[dict[int, 
 def _is_shape(found: Any) -> TypeGuard[dict[str, int]]:
     """Whether this is a model shape as _score_pages makes it."""
     names = ("n_layer", "n_head", "n_head_kv")
-    return isinstance(found, dict) and all(_is_count(found.get(name), 1, _MOST_HEADS) for name in names)
+    return isinstance(found, dict) and all(_is_within(found.get(name), 1, _MOST_HEADS, int) for name in names)
 
 
 def _is_page(found: Any, shape: dict[str, int]) -> bool:
-    """Whether this is a page's result for a model of this shape, as _score_pages makes it."""
+    """Whether this is a page's result for a model of this shape."""
     return (
         isinstance(found, dict)
         and isinstance(found.get("name"), str)
-        and all(_is_count(found.get(name), 0, 2**31) for name in ("n_tokens", "n_scored"))
-        and _is_number(found.get("accuracy"))
+        and all(_is_within(found.get(name), 0, 2**31, int) for name in ("n_tokens", "n_scored"))
+        and _is_within(found.get("accuracy"), 0, 2**31, int, float)
         and isinstance(found.get("scores"), list)
         and all(isinstance(entry, list) and len(entry) == 3 for entry in found["scores"])
-        and all(_is_count(il, 0, shape["n_layer"] - 1) for il, _, _ in found["scores"])
-        and all(_is_count(ih, 0, shape["n_head"] - 1) for _, ih, _ in found["scores"])
-        and all(_is_number(value) for _, _, value in found["scores"])
+        and all(_is_within(il, 0, shape["n_layer"] - 1, int) for il, _, _ in found["scores"])
+        and all(_is_within(ih, 0, shape["n_head"] - 1, int) for _, ih, _ in found["scores"])
+        and all(_is_within(value, 0, 2**31, int, float) for _, _, value in found["scores"])
     )
 
 
-def _is_count(value: Any, low: int, high: int) -> bool:
-    return type(value) is int and low <= value <= high
-
-
-def _is_number(value: Any) -> bool:
-    return type(value) in (int, float) and 0 <= value <= 2**31  # nor NaN
+def _is_within(value: Any, low: int, high: int, *kinds: type) -> bool:
+    return type(value) in kinds and low <= value <= high  # nor NaN
 
 
 def _report(job: ScoringJob, pages: PageSource, shape: dict[str, int], done: list[_Page]) -> ScoringResult:
