@@ -64,11 +64,9 @@ class GgufReader:
                 raise
 
     def decode(self, tokens: list[int]) -> str:
-        """Tokens as text, without special tokens."""
         return self._model.text_of(tokens)
 
     def n_text_tokens(self, text: str) -> int:
-        """How many tokens a text takes, without special tokens."""
         return self._model.tokenize(text, first=False).n_tokens if text else 0
 
     def _read(self, question: str, page: Image.Image, max_new_tokens: int) -> Answer:

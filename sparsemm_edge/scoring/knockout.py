@@ -1,7 +1,7 @@
 """Ablation: silence the heads with the highest scores, or random others, and measure reading accuracy."""
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 
 import numpy as np
@@ -86,23 +86,18 @@ def silenced(model: VisionLanguageModel, heads: npt.NDArray[np.intp]) -> Iterato
     Args:
         heads: flat indices, layer * n_head + head.
     """
-    handles = []
-    for il, attention in enumerate(model.attentions):
-        chosen = torch.as_tensor(heads[heads // model.n_head == il] % model.n_head)
-        if not len(chosen):
-            continue
+    with ExitStack() as hooks:
+        for il, attention in enumerate(model.attentions):
+            chosen = torch.as_tensor(heads[heads // model.n_head == il] % model.n_head)
 
-        def hook(
-            module: torch.nn.Module, arguments: tuple[torch.Tensor, ...], chosen: torch.Tensor = chosen
-        ) -> tuple[torch.Tensor, ...]:
-            # the projection's input holds the heads' outputs side by side
-            outputs = arguments[0].clone()
-            outputs.unflatten(-1, (model.n_head, -1))[..., chosen.to(outputs.device), :] = 0
-            return (outputs, *arguments[1:])
+            def hook(
+                module: torch.nn.Module, arguments: tuple[torch.Tensor, ...], chosen: torch.Tensor = chosen
+            ) -> tuple[torch.Tensor, ...]:
+                # the projection's input holds the heads' outputs side by side
+                outputs = arguments[0].clone()
+                outputs.unflatten(-1, (model.n_head, -1))[..., chosen.to(outputs.device), :] = 0
+                return (outputs, *arguments[1:])
 
-        handles.append(attention.o_proj.register_forward_pre_hook(hook))
-    try:
+            if len(chosen):
+                hooks.enter_context(attention.o_proj.register_forward_pre_hook(hook))
         yield
-    finally:
-        for handle in handles:
-            handle.remove()

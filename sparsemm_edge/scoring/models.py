@@ -57,7 +57,7 @@ image tokens in that text, and what the image processor returned."""
 
 
 class VisionLanguageModel:
-    """A loaded checkpoint that answers questions about pages greedily.
+    """A Reader on transformers: a loaded checkpoint.
 
     Attributes:
         name: the checkpoint's folder or hub id.
@@ -183,11 +183,9 @@ class VisionLanguageModel:
             return Answer(tokens, table(found), prompt.image_positions, prompt.layout)
 
     def decode(self, tokens: list[int]) -> str:
-        """Tokens as text, without special tokens."""
         return self.tokenizer.decode(tokens, skip_special_tokens=True)
 
     def n_text_tokens(self, text: str) -> int:
-        """How many tokens a text takes, without special tokens."""
         return len(self.tokenizer(text, add_special_tokens=False)["input_ids"])
 
 
