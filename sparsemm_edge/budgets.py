@@ -11,7 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from sparsemm_edge import defaults
-from sparsemm_edge.errors import SparseMMError
+from sparsemm_edge.errors import SparseMMError, check_within
 from sparsemm_edge.policies import POLICIES
 
 VOTES = {"mixkv": 1, "snapkv": 0}
@@ -79,10 +79,7 @@ class BudgetSpec:
         return int((self.budget - self.least) * self.floor_ratio)
 
     def table(
-        self,
-        scores: npt.NDArray[np.float64] | None,
-        shape: tuple[int, int],
-        n_prompt: int | None = None,
+        self, scores: npt.NDArray[np.float64] | None, shape: tuple[int, int], n_prompt: int | None = None
     ) -> npt.NDArray[np.uint32]:
         """Distribute `budget * n_layer * n_head_kv` positions over the heads.
 
@@ -142,10 +139,9 @@ class BudgetSpec:
             raise SparseMMError(f"the floor ratio is {self.floor_ratio}: it must be between 0 and 1")
         if self.vote not in VOTES:
             raise SparseMMError(f"unknown vote {self.vote!r}: expected one of {', '.join(VOTES)}")
-        if n_prompt is not None and not 1 <= n_prompt <= FULL:
-            raise SparseMMError(f"the prompt length is {n_prompt}: it must be 1 to {FULL}")
-        if not 0 <= self.seed < 2**32:
-            raise SparseMMError(f"the seed is {self.seed}: it must be 0 to {2**32 - 1}")
+        if n_prompt is not None:
+            check_within("the prompt length", n_prompt, 1, FULL)
+        check_within("the seed", self.seed, 0, 2**32 - 1)
 
 
 def window_for(budget: int, window: int = defaults.WINDOW) -> int:

@@ -29,10 +29,6 @@ class ImageGrid:
 
 def kept_on_grid(kept: Kept, grid: ImageGrid) -> npt.NDArray[np.bool_]:
     """Which image tokens each KV head holds: [n_layer, n_head_kv, n_rows, n_columns]."""
-    n_tokens = grid.n_rows * grid.n_columns
-    held = np.zeros((len(kept), len(kept[0]), n_tokens), dtype=bool)
-    for layer, heads in enumerate(kept):
-        for head, positions in enumerate(heads):
-            cells = np.asarray(positions) - grid.start
-            held[layer, head, cells[(cells >= 0) & (cells < n_tokens)]] = True
-    return held.reshape(len(kept), len(kept[0]), grid.n_rows, grid.n_columns)
+    tokens = np.arange(grid.start, grid.start + grid.n_rows * grid.n_columns)
+    held = np.array([[np.isin(tokens, positions) for positions in heads] for heads in kept])
+    return held.reshape(*held.shape[:2], grid.n_rows, grid.n_columns)

@@ -10,7 +10,9 @@ the last layer and the final layer norm are unused. Readers disagree on files wi
 the first layer.
 """
 
+import re
 from collections.abc import Iterator
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,27 +27,20 @@ from sparsemm_edge.files import atomic_path, read_json
 OUTTYPES = ("f16", "f32")
 
 # What transformers assumes where a config.json is silent (it leaves out what equals its defaults).
-_TOWER_DEFAULTS: dict[str, dict[str, Any]] = {
-    "clip_vision_model": {
-        "hidden_size": 768,
-        "intermediate_size": 3072,
-        "num_hidden_layers": 12,
-        "num_attention_heads": 12,
-        "image_size": 224,
-        "patch_size": 32,
-        "hidden_act": "quick_gelu",
-        "layer_norm_eps": 1e-5,
-    },
-    "siglip_vision_model": {
-        "hidden_size": 768,
-        "intermediate_size": 3072,
-        "num_hidden_layers": 12,
-        "num_attention_heads": 12,
-        "image_size": 224,
-        "patch_size": 16,
-        "hidden_act": "gelu_pytorch_tanh",
-        "layer_norm_eps": 1e-6,
-    },
+_CLIP_DEFAULTS: dict[str, Any] = {
+    "hidden_size": 768,
+    "intermediate_size": 3072,
+    "num_hidden_layers": 12,
+    "num_attention_heads": 12,
+    "image_size": 224,
+    "patch_size": 32,
+    "hidden_act": "quick_gelu",
+    "layer_norm_eps": 1e-5,
+}
+_SIGLIP_CHANGES = {"patch_size": 16, "hidden_act": "gelu_pytorch_tanh", "layer_norm_eps": 1e-6}
+_TOWER_DEFAULTS = {
+    "clip_vision_model": _CLIP_DEFAULTS,
+    "siglip_vision_model": _CLIP_DEFAULTS | _SIGLIP_CHANGES,
 }
 
 # LLaVA-NeXT's grid of resolutions (height, width), transformers' default.
@@ -55,10 +50,9 @@ _NEXT_PINPOINTS = [[336, 672], [672, 336], [672, 672], [1008, 336], [336, 1008]]
 # within f16 accuracy
 _USE_GELU = {"quick_gelu": False, "gelu": True, "gelu_new": True, "gelu_pytorch_tanh": True}
 
-# prefixes under which transformers has saved the parts, newest first
-_TOWER_PREFIXES = ("model.vision_tower.", "vision_tower.")
-_PROJECTOR_PREFIXES = ("model.multi_modal_projector.", "multi_modal_projector.")
-_NEWLINE_NAMES = ("model.image_newline", "image_newline", "language_model.model.image_newline")
+# how the names of tensors begin, see _newest_name
+_TOWER = "model.vision_tower.vision_model."
+_PROJECTOR = "model.multi_modal_projector."
 
 _LAYER_TENSORS = {
     "self_attn.q_proj": "attn_q",
@@ -73,57 +67,44 @@ _LAYER_TENSORS = {
 
 
 @dataclass(frozen=True)
-class MmprojSummary:
-    """What `convert_mmproj` wrote.
+class Tower:
+    """A vision tower's shape, from config.json with transformers' defaults filled in.
 
     Attributes:
-        path: the file.
-        tower: the tower's `model_type`, `clip_vision_model` or `siglip_vision_model`.
-        n_layer: layers written, all of which run.
+        model_type: `clip_vision_model` or `siglip_vision_model`.
+        n_layer: layers that run, the only ones written.
+        image_size, patch_size: side of the square image and of a patch, in pixels.
+        use_gelu, eps: of its layers.
         feature_layers: the hidden states that the projector reads, 0 = the input of the first layer.
-        image_size: side of the tower's square image, in pixels.
-        n_image_tokens: tokens that one such image becomes.
-        size: bytes of the file.
+        image_mean, image_std: of the pixels, per colour channel.
     """
-
-    path: Path
-    tower: str
-    n_layer: int
-    feature_layers: tuple[int, ...]
-    image_size: int
-    n_image_tokens: int
-    size: int
-
-
-@dataclass(frozen=True)
-class _Tower:
-    """A vision tower's shape, from config.json with transformers' defaults filled in."""
 
     model_type: str
     n_embd: int
     n_ff: int
-    n_layer: int  # layers that run
+    n_layer: int
     n_head: int
     image_size: int
     patch_size: int
     use_gelu: bool
     eps: float
     feature_layers: tuple[int, ...]
+    image_mean: list[float]
+    image_std: list[float]
 
     @property
     def n_patches(self) -> int:
+        """The tokens that one image becomes."""
         return (self.image_size // self.patch_size) ** 2
 
 
-def convert_mmproj(
-    hf_dir: Path | str, out: Path | str | None = None, *, outtype: str = "f16", force: bool = False
-) -> MmprojSummary:
+def convert_mmproj(hf_dir: Path, out: Path, *, outtype: str = "f16", force: bool = False) -> Tower:
     """Write the vision tower and projector of a LLaVA-1.5 or LLaVA-NeXT checkpoint as a GGUF for mtmd.
 
     Args:
         hf_dir: folder with `config.json`, `preprocessor_config.json` and `*.safetensors` (transformers
             layout; f32, f16 or bf16).
-        out: the file to write, `mmproj.gguf` in the current directory if None.
+        out: the file to write.
         outtype: `f16` or `f32`, the type of the matrices; vectors and position embeddings are always f32.
         force: replace `out` if it exists.
 
@@ -131,7 +112,6 @@ def convert_mmproj(
         SparseMMError: the folder is not such a checkpoint, is incomplete, or uses something that mtmd's
             LLaVA graph cannot compute; or `out` exists.
     """
-    hf_dir, out = Path(hf_dir), Path("mmproj.gguf" if out is None else out)
     if outtype not in OUTTYPES:
         raise SparseMMError(f"outtype {outtype!r} is not one of {', '.join(OUTTYPES)}")
     if out.exists() and not force:
@@ -140,31 +120,17 @@ def convert_mmproj(
     config = _read_json(hf_dir, "config.json")
     _check_is_llava(hf_dir, config)
     tower = _read_tower(hf_dir, config)
-    mean, std = _read_image_statistics(hf_dir)
-    tensors = _Checkpoint(hf_dir)
+    checkpoint = _Checkpoint(hf_dir)
 
-    with atomic_path(out) as part:
-        writer = gguf.GGUFWriter(part, "clip")
-        try:
-            _add_metadata(writer, hf_dir, config, tower, mean, std, outtype)
-            for name, data in _mmproj_tensors(tensors, config, tower):
-                writer.add_tensor(name, _as_outtype(name, data, outtype))
-            writer.add_vision_projection_dim(tensors.shape_of(_PROJECTOR_PREFIXES, "linear_2.weight")[0])
-            writer.write_header_to_file()
-            writer.write_kv_data_to_file()
-            writer.write_tensors_to_file()
-        finally:
-            writer.close()
-        size = part.stat().st_size
-    return MmprojSummary(
-        path=out,
-        tower=tower.model_type,
-        n_layer=tower.n_layer,
-        feature_layers=tower.feature_layers,
-        image_size=tower.image_size,
-        n_image_tokens=tower.n_patches,
-        size=size,
-    )
+    with atomic_path(out) as part, closing(gguf.GGUFWriter(part, "clip")) as writer:
+        _add_metadata(writer, hf_dir, config, tower, outtype)
+        for name, data in _mmproj_tensors(checkpoint, config, tower):
+            writer.add_tensor(name, _as_outtype(name, data, outtype))
+        writer.add_vision_projection_dim(checkpoint.find(_PROJECTOR + "linear_2.weight").shape[0])
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_tensors_to_file()
+    return tower
 
 
 def _read_json(hf_dir: Path, name: str) -> dict[str, Any]:
@@ -197,7 +163,7 @@ def _check_is_llava(hf_dir: Path, config: dict[str, Any]) -> None:
     )
 
 
-def _read_tower(hf_dir: Path, config: dict[str, Any]) -> _Tower:
+def _read_tower(hf_dir: Path, config: dict[str, Any]) -> Tower:
     path = hf_dir / "config.json"
     vision = config.get("vision_config")
     if not isinstance(vision, dict):
@@ -211,7 +177,7 @@ def _read_tower(hf_dir: Path, config: dict[str, Any]) -> _Tower:
     vision = _TOWER_DEFAULTS[model_type] | vision
     for key, default in _TOWER_DEFAULTS[model_type].items():
         value = vision[key]
-        if isinstance(default, int) and not (_is_number(value) and isinstance(value, int) and value >= 1):
+        if isinstance(default, int) and not (type(value) is int and 1 <= value < 1e9):
             raise SparseMMError(f"{path}: {key} of the vision tower is {value!r}, expected a whole number")
         if isinstance(default, float) and not (_is_number(value) and value > 0):
             raise SparseMMError(f"{path}: {key} of the vision tower is {value!r}, expected a number")
@@ -242,7 +208,7 @@ def _read_tower(hf_dir: Path, config: dict[str, Any]) -> _Tower:
     n_layer = vision["num_hidden_layers"]
     stated = config.get("vision_feature_layer", -2)
     stated = stated if isinstance(stated, list) else [stated]
-    if not all(isinstance(layer, int) and not isinstance(layer, bool) for layer in stated):
+    if not all(type(layer) is int for layer in stated):
         raise SparseMMError(f"{path}: vision_feature_layer is {stated}, expected whole numbers")
     layers = tuple(layer if layer >= 0 else n_layer + 1 + layer for layer in stated)
     if not layers or min(layers) < 0 or not 1 <= max(layers) <= n_layer:
@@ -251,7 +217,8 @@ def _read_tower(hf_dir: Path, config: dict[str, Any]) -> _Tower:
         raise SparseMMError(
             f"{path}: vision_feature_layer {stated} is not in ascending order, as llama.cpp concatenates them"
         )
-    return _Tower(
+    mean, std = _read_image_statistics(hf_dir)
+    return Tower(
         model_type=model_type,
         n_embd=vision["hidden_size"],
         n_ff=vision["intermediate_size"],
@@ -262,11 +229,13 @@ def _read_tower(hf_dir: Path, config: dict[str, Any]) -> _Tower:
         use_gelu=_USE_GELU[vision["hidden_act"]],
         eps=vision["layer_norm_eps"],
         feature_layers=layers,
+        image_mean=mean,
+        image_std=std,
     )
 
 
 def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < 1e9
+    return type(value) in (int, float) and abs(value) < 1e9
 
 
 def _read_image_statistics(hf_dir: Path) -> tuple[list[float], list[float]]:
@@ -288,11 +257,15 @@ def _read_image_statistics(hf_dir: Path) -> tuple[list[float], list[float]]:
 
 
 class _Checkpoint:
-    """The tensors of a folder of safetensors files, by name."""
+    """The tensors of a folder of safetensors files, by _newest_name.
+
+    Attributes:
+        tensors: all of them.
+    """
 
     def __init__(self, hf_dir: Path) -> None:
         self._dir = hf_dir
-        self._tensors: dict[str, LocalTensor] = {}
+        self.tensors: dict[str, LocalTensor] = {}
         files = sorted(hf_dir.glob("*.safetensors"))
         if not files:
             raise SparseMMError(
@@ -301,9 +274,10 @@ class _Checkpoint:
             )
         for file in files:
             try:
-                self._tensors |= SafetensorsLocal(file).tensors
+                found = SafetensorsLocal(file).tensors
             except (OSError, ValueError, KeyError) as error:
                 raise SparseMMError(f"cannot read {file} as safetensors: {error}") from error
+            self.tensors |= {_newest_name(name): tensor for name, tensor in found.items()}
         index = hf_dir / "model.safetensors.index.json"
         if index.is_file():
             wanted = set(_read_json(hf_dir, index.name).get("weight_map", {}).values())
@@ -311,21 +285,14 @@ class _Checkpoint:
             if missing:
                 raise SparseMMError(f"{hf_dir} lacks {', '.join(missing)}, which {index.name} names")
 
-    def _find(self, names: list[str]) -> LocalTensor:
-        for name in names:
-            if name in self._tensors:
-                return self._tensors[name]
-        raise SparseMMError(f"{self._dir}: tensor {names[0]} is missing from the safetensors files")
+    def find(self, name: str) -> LocalTensor:
+        if name not in self.tensors:
+            raise SparseMMError(f"{self._dir}: tensor {name} is missing from the safetensors files")
+        return self.tensors[name]
 
-    def has(self, prefixes: tuple[str, ...], name: str) -> bool:
-        return any(n in self._tensors for n in _candidates(prefixes, name))
-
-    def shape_of(self, prefixes: tuple[str, ...], name: str) -> tuple[int, ...]:
-        return self._find(_candidates(prefixes, name)).shape
-
-    def read(self, prefixes: tuple[str, ...], name: str, shape: tuple[int, ...] | None = None) -> np.ndarray:
+    def read(self, prefix: str, name: str, shape: tuple[int, ...] | None = None) -> np.ndarray:
         """One tensor as float32 or float16 of `shape`; bf16 becomes float32."""
-        tensor = self._find(_candidates(prefixes, name))
+        tensor = self.find(prefix + name)
         if shape is not None and tensor.shape != shape:
             raise SparseMMError(
                 f"{tensor.data_range.filename}: {name} has shape {tensor.shape}, config.json implies {shape}"
@@ -345,37 +312,32 @@ class _Checkpoint:
         return data.reshape(tensor.shape)
 
 
-def _candidates(prefixes: tuple[str, ...], name: str) -> list[str]:
-    if prefixes is _TOWER_PREFIXES:  # transformers 5 writes towers with and without the inner `vision_model.`
-        return [prefix + inner + name for prefix in prefixes for inner in ("vision_model.", "")]
-    return [prefix + name for prefix in prefixes]
+def _newest_name(name: str) -> str:
+    """A name as the newest transformers writes it: with `model.`, and of towers with `vision_model.` too."""
+    name = re.sub(r"^(language_model\.)?model\.", "", name)
+    return "model." + re.sub(r"^vision_tower\.(?!vision_model\.)", "vision_tower.vision_model.", name)
 
 
 def _mmproj_tensors(
-    checkpoint: _Checkpoint, config: dict[str, Any], tower: _Tower
+    checkpoint: _Checkpoint, config: dict[str, Any], tower: Tower
 ) -> Iterator[tuple[str, np.ndarray]]:
     """Yield (name in mmproj.gguf, data) of all that runs; shapes are checked against config.json."""
-    n_embd, n_ff = tower.n_embd, tower.n_ff
+    n_embd, n_ff, patch = tower.n_embd, tower.n_ff, tower.patch_size
+    is_clip = tower.model_type == "clip_vision_model"
 
     def read(name: str, *shape: int) -> np.ndarray:
-        return checkpoint.read(_TOWER_PREFIXES, name, shape)
+        return checkpoint.read(_TOWER, name, shape)
 
-    yield (
-        "v.patch_embd.weight",
-        read("embeddings.patch_embedding.weight", n_embd, 3, tower.patch_size, tower.patch_size),
-    )
-    if tower.model_type == "clip_vision_model":
+    yield "v.patch_embd.weight", read("embeddings.patch_embedding.weight", n_embd, 3, patch, patch)
+    if is_clip:
         yield "v.class_embd", read("embeddings.class_embedding", n_embd)
-        yield (
-            "v.position_embd.weight",
-            read("embeddings.position_embedding.weight", tower.n_patches + 1, n_embd),
-        )
-        # the name is misspelt in CLIP's checkpoints
-        yield "v.pre_ln.weight", read("pre_layrnorm.weight", n_embd)
-        yield "v.pre_ln.bias", read("pre_layrnorm.bias", n_embd)
     else:
         yield "v.patch_embd.bias", read("embeddings.patch_embedding.bias", n_embd)
-        yield "v.position_embd.weight", read("embeddings.position_embedding.weight", tower.n_patches, n_embd)
+    n_positions = tower.n_patches + is_clip
+    yield "v.position_embd.weight", read("embeddings.position_embedding.weight", n_positions, n_embd)
+    if is_clip:  # the name is misspelt in its checkpoints
+        yield "v.pre_ln.weight", read("pre_layrnorm.weight", n_embd)
+        yield "v.pre_ln.bias", read("pre_layrnorm.bias", n_embd)
 
     for il in range(tower.n_layer):
         for theirs, ours in _LAYER_TENSORS.items():
@@ -386,17 +348,19 @@ def _mmproj_tensors(
             yield f"v.blk.{il}.{ours}.bias", read(f"encoder.layers.{il}.{theirs}.bias", rows)
 
     n_in = n_embd * len(tower.feature_layers)
-    n_out = checkpoint.shape_of(_PROJECTOR_PREFIXES, "linear_1.weight")[0]
-    yield "mm.0.weight", checkpoint.read(_PROJECTOR_PREFIXES, "linear_1.weight", (n_out, n_in))
-    yield "mm.2.weight", checkpoint.read(_PROJECTOR_PREFIXES, "linear_2.weight")
+    n_out = {
+        name: checkpoint.find(f"{_PROJECTOR}{name}.weight").shape[0] for name in ("linear_1", "linear_2")
+    }
+    yield "mm.0.weight", checkpoint.read(_PROJECTOR, "linear_1.weight", (n_out["linear_1"], n_in))
+    yield "mm.2.weight", checkpoint.read(_PROJECTOR, "linear_2.weight")
     for ours, theirs in (("mm.0.bias", "linear_1"), ("mm.2.bias", "linear_2")):
-        if checkpoint.has(_PROJECTOR_PREFIXES, f"{theirs}.bias"):
-            yield ours, checkpoint.read(_PROJECTOR_PREFIXES, f"{theirs}.bias")
+        if f"{_PROJECTOR}{theirs}.bias" in checkpoint.tensors:
+            yield ours, checkpoint.read(_PROJECTOR, f"{theirs}.bias")
         else:  # multimodal_projector_bias is false, but mtmd adds a bias always
-            yield ours, np.zeros(checkpoint.shape_of(_PROJECTOR_PREFIXES, f"{theirs}.weight")[0], np.float32)
+            yield ours, np.zeros(n_out[theirs], np.float32)
 
     if config["model_type"] == "llava_next":
-        yield "v.image_newline", checkpoint.read(_NEWLINE_NAMES, "")
+        yield "v.image_newline", checkpoint.read("model.", "image_newline")
 
 
 def _as_outtype(name: str, data: np.ndarray, outtype: str) -> np.ndarray:
@@ -408,13 +372,7 @@ def _as_outtype(name: str, data: np.ndarray, outtype: str) -> np.ndarray:
 
 
 def _add_metadata(
-    writer: gguf.GGUFWriter,
-    hf_dir: Path,
-    config: dict[str, Any],
-    tower: _Tower,
-    mean: list[float],
-    std: list[float],
-    outtype: str,
+    writer: gguf.GGUFWriter, hf_dir: Path, config: dict[str, Any], tower: Tower, outtype: str
 ) -> None:
     writer.add_type("mmproj")
     writer.add_name(hf_dir.resolve().name)
@@ -428,8 +386,8 @@ def _add_metadata(
     writer.add_vision_block_count(tower.n_layer)
     writer.add_vision_head_count(tower.n_head)
     writer.add_vision_attention_layernorm_eps(tower.eps)
-    writer.add_vision_image_mean(mean)
-    writer.add_vision_image_std(std)
+    writer.add_vision_image_mean(tower.image_mean)
+    writer.add_vision_image_std(tower.image_std)
     writer.add_vision_use_gelu(tower.use_gelu)
     writer.add_array("clip.vision.feature_layer", list(tower.feature_layers))
     if config["model_type"] == "llava_next":

@@ -14,15 +14,12 @@ N_SPLITS = 20
 """Random halvings that a convergence figure is the mean of."""
 
 
-def n_top(n_heads: int, share: float) -> int:
-    """The number of heads in the top `share` of `n_heads`: rounded down, at least one."""
-    return max(1, int(n_heads * share))
-
-
 def top_heads(scores: Scores, share: float) -> npt.NDArray[np.intp]:
-    """The flat indices of the top `share` of the heads, best first; the earlier head wins a tie."""
-    flat = scores.ravel()
-    return np.argsort(-flat, kind="stable")[: n_top(flat.size, share)]
+    """The flat indices of the top `share` of the heads, best first; the earlier head wins a tie.
+
+    Their number is rounded down, but is at least one.
+    """
+    return np.argsort(-scores.ravel(), kind="stable")[: max(1, int(scores.size * share))]
 
 
 def held_by_top(scores: Scores, share: float) -> float:
@@ -32,8 +29,7 @@ def held_by_top(scores: Scores, share: float) -> float:
 
 def overlap_of_top(one: Scores, other: Scores, share: float) -> float:
     """The fraction of the top `share` of the heads that two rankings have in common."""
-    common = np.intersect1d(top_heads(one, share), top_heads(other, share))
-    return len(common) / n_top(one.size, share)
+    return float(np.isin(top_heads(one, share), top_heads(other, share)).mean())
 
 
 def spearman(one: Scores, other: Scores) -> float:
@@ -41,8 +37,11 @@ def spearman(one: Scores, other: Scores) -> float:
 
     A table of equal scores has a correlation of 0 with any other.
     """
-    ranks = [_ranks(table.ravel()) for table in (one, other)]
-    deviations = [rank - rank.mean() for rank in ranks]
+    deviations = []
+    for table in (one, other):
+        _, inverse, counts = np.unique(table.ravel(), return_inverse=True, return_counts=True)
+        ranks = (np.cumsum(counts) - (counts + 1) / 2)[inverse]
+        deviations.append(ranks - ranks.mean())
     norm = np.sqrt((deviations[0] ** 2).sum() * (deviations[1] ** 2).sum())
     return float((deviations[0] * deviations[1]).sum() / norm) if norm else 0.0
 
@@ -78,10 +77,3 @@ def convergence(pages: Scores, seed: int = 0) -> list[dict[str, float]]:
             {"n_pages": n, "spearman": float(np.mean(correlations)), "top_overlap": float(np.mean(overlaps))}
         )
     return report
-
-
-def _ranks(values: Scores) -> npt.NDArray[np.float64]:
-    """Ranks from 0 in ascending order, the mean rank for equal values."""
-    _, inverse, counts = np.unique(values, return_inverse=True, return_counts=True)
-    last = np.cumsum(counts)
-    return (last - (counts + 1) / 2)[inverse]

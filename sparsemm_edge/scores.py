@@ -90,10 +90,6 @@ class HeadScores:
         """The scores divided by their sum: [n_layer, n_head], sum 1."""
         return self.scores / self.scores.sum()
 
-    def grouped(self, n_head_kv: int) -> npt.NDArray[np.float64]:
-        """The scores summed over each GQA group: [n_layer, n_head_kv], sum 1."""
-        return group_scores(self.scores, n_head_kv)
-
     def check_fits(self, n_layer: int, n_head: int, n_head_kv: int | None = None) -> None:
         """Raise SparseMMError, naming both shapes, unless the scores are those of a model of this shape."""
         kv_differs = None not in (self.n_head_kv, n_head_kv) and self.n_head_kv != n_head_kv
@@ -134,95 +130,78 @@ class HeadScores:
         content = parse_json(decode_text(data, str(path)), str(path))
         if not isinstance(content, dict):
             raise SparseMMError(f"{path}: expected a JSON object, found {type(content).__name__}")
-        sha256 = hashlib.sha256(data).hexdigest()
         if "format" in content:
-            return cls._from_own(content, str(path), sha256)
-        if any(_REFERENCE_KEY.fullmatch(key) for key in content):
-            return cls._from_reference(content, path, sha256)
+            found = _own(content, str(path))
+        elif any(_REFERENCE_KEY.fullmatch(key) for key in content):
+            found = _reference(content, path)
+        else:
+            raise SparseMMError(
+                f'{path}: no head scores: expected "format": "{FORMAT}", or the reference\'s'
+                ' "layer-head" keys'
+            )
+        return cls(*found, source=str(path), sha256=hashlib.sha256(data).hexdigest())
+
+
+_Parsed = tuple[str, npt.NDArray[np.float64], int | None, dict[str, Any]]
+"""The first four attributes of HeadScores, from a file's content."""
+
+
+def _own(content: dict[str, Any], where: str) -> _Parsed:
+    if content["format"] != FORMAT:
+        raise SparseMMError(f'{where}: format is {content["format"]!r}, expected "{FORMAT}"')
+    if content.get("version") != VERSION:
         raise SparseMMError(
-            f'{path}: no head scores: expected "format": "{FORMAT}", or the reference\'s "layer-head" keys'
+            f"{where}: format version {content.get('version')!r}, this program reads version {VERSION}"
         )
+    missing = [key for key in _OWN_KEYS if key not in content]
+    if missing:
+        raise SparseMMError(f"{where}: {missing[0]} is missing")
+    if not isinstance(content["model"], str):
+        raise SparseMMError(f"{where}: model is {content['model']!r}, expected a name")
+    for key in ("n_layer", "n_head", "n_head_kv"):
+        if type(content[key]) is not int and (key, content[key]) != ("n_head_kv", None):
+            raise SparseMMError(f"{where}: {key} is {content[key]!r}, expected a whole number")
+    rows = content["scores"]
+    if not isinstance(rows, list) or not all(isinstance(row, list) for row in rows):
+        raise SparseMMError(f"{where}: scores must be a list of n_layer lists of n_head numbers")
+    scores = _table(rows, where)
+    if scores.shape != (content["n_layer"], content["n_head"]):
+        raise SparseMMError(
+            f"{where}: n_layer x n_head is {content['n_layer']} x {content['n_head']},"
+            f" but scores are {scores.shape[0]} x {scores.shape[1]}"
+        )
+    _check_provenance(content, where)
+    provenance = {key: value for key, value in content.items() if key not in _OWN_KEYS}
+    return content["model"], scores, content["n_head_kv"], provenance
 
-    @classmethod
-    def _from_own(cls, content: dict[str, Any], where: str, sha256: str) -> "HeadScores":
-        if content["format"] != FORMAT:
-            raise SparseMMError(f'{where}: format is {content["format"]!r}, expected "{FORMAT}"')
-        if content.get("version") != VERSION:
-            raise SparseMMError(
-                f"{where}: format version {content.get('version')!r}, this program reads version {VERSION}"
-            )
-        missing = [key for key in _OWN_KEYS if key not in content]
-        if missing:
-            raise SparseMMError(f"{where}: {missing[0]} is missing")
-        if not isinstance(content["model"], str):
-            raise SparseMMError(f"{where}: model is {content['model']!r}, expected a name")
-        for key in ("n_layer", "n_head", "n_head_kv"):
-            value = content[key]
-            if (isinstance(value, bool) or not isinstance(value, int)) and not (
-                key == "n_head_kv" and value is None
-            ):
-                raise SparseMMError(f"{where}: {key} is {value!r}, expected a whole number")
-        rows = content["scores"]
-        if not isinstance(rows, list) or not all(isinstance(row, list) for row in rows):
-            raise SparseMMError(f"{where}: scores must be a list of n_layer lists of n_head numbers")
-        scores = _table(rows, where)
-        if scores.shape != (content["n_layer"], content["n_head"]):
-            raise SparseMMError(
-                f"{where}: n_layer x n_head is {content['n_layer']} x {content['n_head']},"
-                f" but scores are {scores.shape[0]} x {scores.shape[1]}"
-            )
-        _check_provenance(content, where)
-        return cls(
-            model=content["model"],
-            scores=scores,
-            n_head_kv=content["n_head_kv"],
-            provenance={key: value for key, value in content.items() if key not in _OWN_KEYS},
-            source=where,
-            sha256=sha256,
-        )
 
-    @classmethod
-    def _from_reference(cls, content: dict[str, Any], path: Path, sha256: str) -> "HeadScores":
-        pages: dict[tuple[int, int], Any] = {}
-        for key, value in content.items():
-            match = _REFERENCE_KEY.fullmatch(key)
-            if not match:
-                raise SparseMMError(f'{path}: key {key!r} is not of the form "layer-head"')
-            pages[int(match[1]), int(match[2])] = value
-        n_layer = 1 + max(layer for layer, _ in pages)
-        n_head = 1 + max(head for _, head in pages)
-        if len(pages) != n_layer * n_head:
-            layer, head = next(
-                (il, ih) for il in range(n_layer) for ih in range(n_head) if (il, ih) not in pages
-            )
-            raise SparseMMError(f"{path}: head {layer}-{head} of {n_layer} x {n_head} is missing")
-        heads = [pages[il, ih] for il in range(n_layer) for ih in range(n_head)]
-        if not all(isinstance(head, list) and head for head in heads):
-            raise SparseMMError(f"{path}: every head needs a list of scores, one for each page")
-        table = _table(heads, str(path))
-        return cls(
-            model=path.name.removesuffix(".json").removesuffix(".head-scores"),
-            scores=table.mean(axis=1).reshape(n_layer, n_head),
-            provenance={"n_pages": table.shape[1]},
-            source=str(path),
-            sha256=sha256,
-        )
+def _reference(content: dict[str, Any], path: Path) -> _Parsed:
+    pages: dict[tuple[int, int], Any] = {}
+    for key, value in content.items():
+        if not (match := _REFERENCE_KEY.fullmatch(key)):
+            raise SparseMMError(f'{path}: key {key!r} is not of the form "layer-head"')
+        pages[int(match[1]), int(match[2])] = value
+    n_layer, n_head = (1 + max(numbers) for numbers in zip(*pages, strict=True))
+    if len(pages) != n_layer * n_head:
+        layer, head = next((il, ih) for il in range(n_layer) for ih in range(n_head) if (il, ih) not in pages)
+        raise SparseMMError(f"{path}: head {layer}-{head} of {n_layer} x {n_head} is missing")
+    heads = [pages[il, ih] for il in range(n_layer) for ih in range(n_head)]
+    if not all(isinstance(head, list) and head for head in heads):
+        raise SparseMMError(f"{path}: every head needs a list of scores, one for each page")
+    table = _table(heads, str(path))
+    model = path.name.removesuffix(".json").removesuffix(".head-scores")
+    return model, table.mean(axis=1).reshape(n_layer, n_head), None, {"n_pages": table.shape[1]}
 
 
 def _check_provenance(content: dict[str, Any], where: str) -> None:
     """Raise SparseMMError unless what `scores show` reads of a file's other entries can be shown."""
-
-    def is_number(value: Any) -> bool:
-        return isinstance(value, int | float) and not isinstance(value, bool)
-
     for key in ("character_accuracy", "things_named"):
-        if not is_number(content.get(key, 0)):
+        if type(content.get(key, 0)) not in (int, float):
             raise SparseMMError(f"{where}: {key} is {content[key]!r}, expected a number")
     steps = content.get("convergence", [])
     for step in steps if isinstance(steps, list) else [steps]:
-        if not isinstance(step, dict) or not all(
-            is_number(step.get(key)) for key in ("n_pages", "spearman", "top_overlap")
-        ):
+        figures = step if isinstance(step, dict) else {}
+        if any(type(figures.get(key)) not in (int, float) for key in ("n_pages", "spearman", "top_overlap")):
             raise SparseMMError(
                 f"{where}: convergence holds {step!r}, expected n_pages, spearman and top_overlap"
             )
@@ -237,7 +216,7 @@ def _table(rows: list[list[Any]], where: str) -> npt.NDArray[np.float64]:
     """Rows of numbers of one length as an array, or a SparseMMError."""
     for row in rows:
         for value in row:
-            if isinstance(value, bool) or not isinstance(value, int | float):
+            if type(value) not in (int, float):
                 raise SparseMMError(f"{where}: {value!r} where a score was expected")
         if len(row) != len(rows[0]):
             raise SparseMMError(f"{where}: rows of {len(rows[0])} and {len(row)} scores in one table")

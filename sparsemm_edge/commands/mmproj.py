@@ -28,22 +28,23 @@ def mmproj(
     """
     from sparsemm_edge.mmproj import convert_mmproj
 
-    done = convert_mmproj(hf_dir, out, outtype=outtype, force=force)
+    tower = convert_mmproj(hf_dir, out, outtype=outtype, force=force)
+    size = out.stat().st_size
     if as_json:
         print_json(
             {
-                "path": str(done.path),
-                "tower": done.tower,
-                "n_layer": done.n_layer,
-                "feature_layers": list(done.feature_layers),
-                "image_size": done.image_size,
-                "n_image_tokens": done.n_image_tokens,
-                "bytes": done.size,
+                "path": str(out),
+                "tower": tower.model_type,
+                "n_layer": tower.n_layer,
+                "feature_layers": list(tower.feature_layers),
+                "image_size": tower.image_size,
+                "n_image_tokens": tower.n_patches,
+                "bytes": size,
             }
         )
     else:
-        print(f"wrote {done.path}: {done.size / 2**20:.1f} MiB")
+        print(f"wrote {out}: {size / 2**20:.1f} MiB")
         print(
-            f"{done.tower}, {done.n_layer} layers; {done.image_size} x {done.image_size} pixels "
-            f"become {done.n_image_tokens} tokens"
+            f"{tower.model_type}, {tower.n_layer} layers; {tower.image_size} x {tower.image_size} pixels "
+            f"become {tower.n_patches} tokens"
         )

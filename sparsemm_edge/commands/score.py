@@ -93,10 +93,9 @@ def score(
       sparsemm-edge score llava-hf/llava-1.5-7b-hf --out llava.scores.json --dtype bfloat16
       sparsemm-edge score path/to/checkpoint --data my-pages --pages 300 --jobs 2
     """
-    from sparsemm_edge.commands.scores import print_convergence, print_figures, to_dict
+    from sparsemm_edge.commands.scores import print_figures, to_dict
     from sparsemm_edge.convert import check_out
     from sparsemm_edge.convert import convert as convert_model
-    from sparsemm_edge.extras import needs
     from sparsemm_edge.pages.readers import page_size
     from sparsemm_edge.scoring.run import ScoringJob
     from sparsemm_edge.scoring.sources import Checkpoint, GgufFiles, Source
@@ -123,8 +122,6 @@ def score(
     else:
         if mmproj is not None or convert:
             raise SparseMMError(f"{model}: --mmproj and --convert are for GGUF files")
-        with needs("score"):
-            import sparsemm_edge.scoring.models  # noqa: F401
         source = Checkpoint(model, device, dtype)
     job = ScoringJob(source, data, pages, seed, page_size(size), prompt, max_new_tokens, until)
     report = run(job, out, n_jobs=jobs, resume=resume, force=force)
@@ -145,7 +142,6 @@ def score(
         return
     print(f"wrote {out}" + (f" and {converted}" if converted else ""))
     print_figures(report.scores)
-    print_convergence(report.scores)
     if report.unread:
         print(f"pages of which the answer names nothing: {', '.join(report.unread)}")
 

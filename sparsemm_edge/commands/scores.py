@@ -44,7 +44,6 @@ def show(
         print_json(to_dict(loaded))
         return
     print_figures(loaded)
-    print_convergence(loaded)
     if plot:
         print(f"wrote {plot}")
 
@@ -66,17 +65,12 @@ def compare(file: ScoresFile, other: ScoresFile, as_json: options.AsJson = False
     two.check_fits(one.n_layer, one.n_head)
     shares = np.stack([one.normalised().ravel(), two.normalised().ravel()], axis=1)
     most = np.argsort(-np.abs(shares[:, 0] - shares[:, 1]), kind="stable")[:_N_DIFFERENCES]
-    report = {
+    report: dict[str, Any] = {
         "kinds": [scores.provenance.get("kind") for scores in (one, two)],
         "spearman": spearman(one.scores, two.scores),
         "top_overlap": {f"{share:g}": overlap_of_top(one.scores, two.scores, share) for share in TOP_SHARES},
         "differences": [
-            {
-                "layer": int(head) // one.n_head,
-                "head": int(head) % one.n_head,
-                "shares": [float(share) for share in shares[head]],
-            }
-            for head in most
+            {**_place(head, one.n_head), "shares": [float(share) for share in shares[head]]} for head in most
         ],
     }
     if as_json:
@@ -89,14 +83,14 @@ def compare(file: ScoresFile, other: ScoresFile, as_json: options.AsJson = False
     print_table(
         "heads that both name",
         ["top", "in common"],
-        [[f"{share:.0%}", f"{overlap_of_top(one.scores, two.scores, share):.0%}"] for share in TOP_SHARES],
+        [[f"{float(share):.0%}", f"{common:.0%}"] for share, common in report["top_overlap"].items()],
     )
     print_table(
         "heads that differ most, and their part of the score",
         ["head", "one", "other"],
         [
-            [f"{head // one.n_head}-{head % one.n_head}", *(f"{share:.1%}" for share in shares[head])]
-            for head in most
+            [f"{each['layer']}-{each['head']}", *(f"{share:.1%}" for share in each["shares"])]
+            for each in report["differences"]
         ],
     )
 
@@ -176,10 +170,7 @@ def knockout(
         [
             ["none", f"{result.none:.1%}"],
             [f"top {n_silenced} of {n_heads} heads", f"{result.top:.1%}"],
-            *(
-                [f"{n_silenced} others, draw {i + 1}", f"{value:.1%}"]
-                for i, value in enumerate(result.random)
-            ),
+            *([f"{n_silenced} others, draw {i}", f"{value:.1%}"] for i, value in enumerate(result.random, 1)),
             [f"{n_silenced} others, mean", f"{mean:.1%}"],
         ],
     )
@@ -189,7 +180,7 @@ def to_dict(scores: "HeadScores") -> dict[str, Any]:
     """The figures of one file of head scores."""
     from sparsemm_edge.ranking import TOP_SHARES, held_by_top, top_heads
 
-    best = top_heads(scores.scores, 0.05)
+    shares = scores.normalised().ravel()
     return {
         "model": scores.model,
         "n_layer": scores.n_layer,
@@ -197,19 +188,20 @@ def to_dict(scores: "HeadScores") -> dict[str, Any]:
         "n_head_kv": scores.n_head_kv,
         "held_by_top": {f"{share:g}": held_by_top(scores.scores, share) for share in TOP_SHARES},
         "top_heads": [
-            {
-                "layer": int(head) // scores.n_head,
-                "head": int(head) % scores.n_head,
-                "share": float(scores.normalised().ravel()[head]),
-            }
-            for head in best
+            {**_place(head, scores.n_head), "share": float(shares[head])}
+            for head in top_heads(scores.scores, 0.05)
         ],
         **scores.provenance,
     }
 
 
+def _place(head: int, n_head: int) -> dict[str, int]:
+    """The layer of a head, and its number there."""
+    return {"layer": int(head) // n_head, "head": int(head) % n_head}
+
+
 def print_figures(scores: "HeadScores") -> None:
-    """The figures of one file of head scores, as text."""
+    """The figures of one file of head scores as text, with the convergence of the ranking if it is known."""
     report = to_dict(scores)
     kv = "" if scores.n_head_kv is None else f", {scores.n_head_kv} KV heads"
     lines = {"model": f"{scores.model}, {scores.n_layer} layers x {scores.n_head} heads{kv}"}
@@ -235,15 +227,13 @@ def print_figures(scores: "HeadScores") -> None:
         ["heads", "of the score"],
         [[f"top {float(share):.0%}", f"{held:.1%}"] for share, held in report["held_by_top"].items()],
     )
-
-
-def print_convergence(scores: "HeadScores") -> None:
-    """Print the convergence of the ranking, if the file has it."""
-    steps = scores.provenance.get("convergence")
-    if not isinstance(steps, list) or not steps:
-        return
-    print_table(
-        "how well halves agree",
-        ["pages", "rank correlation", "top 5 % shared"],
-        [[str(step["n_pages"]), f"{step['spearman']:.3f}", f"{step['top_overlap']:.0%}"] for step in steps],
-    )
+    steps = report.get("convergence")
+    if isinstance(steps, list) and steps:
+        print_table(
+            "how well halves agree",
+            ["pages", "rank correlation", "top 5 % shared"],
+            [
+                [str(step["n_pages"]), f"{step['spearman']:.3f}", f"{step['top_overlap']:.0%}"]
+                for step in steps
+            ],
+        )

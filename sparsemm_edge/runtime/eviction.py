@@ -87,7 +87,7 @@ def model_scores(
     if path is not None:
         given = HeadScores.load(path)
         given.check_fits(shape.n_layer, shape.n_head, shape.n_head_kv)
-        return given.grouped(shape.n_head_kv)
+        return group_scores(given.scores, shape.n_head_kv)
     return None if metadata is None else group_scores(metadata.head_scores, shape.n_head_kv)
 
 

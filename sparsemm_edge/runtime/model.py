@@ -337,9 +337,7 @@ class VisionModel(Closing):
         grids = []
         for part in prompt.parts:
             if isinstance(part, ImagePart):
-                tokens = mtmd.mtmd_input_chunk_get_tokens_image(part.chunk)
-                n_columns = int(mtmd.mtmd_image_tokens_get_nx(tokens))
-                n_rows = int(mtmd.mtmd_image_tokens_get_ny(tokens))
+                n_rows, n_columns = part.grid
                 if n_rows == 1 and part.n_tokens == self._n_patches**2:  # without M-RoPE mtmd tells no rows
                     n_columns = n_rows = self._n_patches
                 grids.append(ImageGrid(start, n_rows, n_columns, padded=not self.uses_mrope))

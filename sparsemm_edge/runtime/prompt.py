@@ -53,6 +53,12 @@ class ImagePart:
     n_pos: int
     key: ImageKey | None = None
 
+    @property
+    def grid(self) -> tuple[int, int]:
+        """Rows and columns of its tokens where positions have both (M-RoPE), else 1 and n_tokens."""
+        tokens = mtmd.mtmd_input_chunk_get_tokens_image(self.chunk)
+        return mtmd.mtmd_image_tokens_get_ny(tokens), mtmd.mtmd_image_tokens_get_nx(tokens)
+
 
 class Prompt(Closing):
     """A tokenised prompt. Close it or use it in a `with`: it owns llama.cpp memory.

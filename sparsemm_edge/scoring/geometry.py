@@ -8,6 +8,7 @@ Rectangles ignore the few pixels that resizing blurs over an edge.
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -68,10 +69,16 @@ def cells(rows: Spans, columns: Spans) -> Rects:
     return rects
 
 
-def even(n: int, length: float) -> Spans:
-    """A length split into n equal parts."""
-    edges = np.arange(n + 1) * (length / n)
-    return np.stack([edges[:-1], edges[1:]], axis=1)
+def split(page: Size, n_rows: int, n_columns: int) -> Rects:
+    """[n_rows, n_columns, 4]: the whole page split into equal tokens."""
+    edges = [np.arange(n + 1) * (length / n) for n, length in zip((n_rows, n_columns), page, strict=True)]
+    return cells(*(np.stack([each[:-1], each[1:]], axis=1) for each in edges))
+
+
+def by_tile(fine: Rects, side: int) -> Rects:
+    """The rects of a grid of tokens in the order of its tiles, which are `side` tokens a side."""
+    n_rows, n_columns = (length // side for length in fine.shape[:2])
+    return fine.reshape(n_rows, side, n_columns, side, 4).swapaxes(1, 2)
 
 
 def patches(n_tiles: int, tile: int, patch: int) -> Spans:
@@ -85,7 +92,20 @@ def on_page(spans: Spans, offset: float, scale: float) -> Spans:
     return (spans - offset) / scale
 
 
-# --- LLaVA-1.5 ----------------------------------------------------------------------------------------
+def centred(page: Size, canvas: Size, tokens: list[Spans], real: type[np.floating[Any]]) -> list[Spans]:
+    """Where tokens lie on a page that is scaled to fit a canvas and centred on it: spans of rows and columns.
+
+    Args:
+        page, canvas: their sizes.
+        tokens: the spans of rows and columns on the canvas.
+        real: the precision in which the image processor computes the scale, which decides about pixels.
+    """
+    scale = min(real(canvas[axis]) / real(page[axis]) for axis in range(2))
+    spans = []
+    for axis in range(2):
+        resized = min(math.ceil(real(page[axis]) * scale), canvas[axis])
+        spans.append(on_page(tokens[axis], (canvas[axis] - resized) // 2, resized / page[axis]))
+    return spans
 
 
 def cropped_square(
@@ -116,10 +136,8 @@ def cropped_square(
     if resize is None:
         resized = padded
     elif "shortest_edge" in resize:
-        short, long = min(padded), max(padded)
-        edge = resize["shortest_edge"]
-        other = edge * long // short
-        resized = (edge, other) if padded[0] <= padded[1] else (other, edge)
+        height, width = (resize["shortest_edge"] * length // min(padded) for length in padded)
+        resized = (height, width)
     else:
         resized = (resize["height"], resize["width"])
     if resized[0] < pixels[0] or resized[1] < pixels[1]:
@@ -137,20 +155,13 @@ def cropped_square(
     return join((rects[n_dropped:], True))
 
 
-# --- LLaVA-NeXT, LLaVA-OneVision ----------------------------------------------------------------------
-
-
 def padded_tiles(
-    page: Size,
-    canvas: Size,
-    *,
-    tile: int,
-    patch: int,
-    max_tiles: int | None = None,
+    page: Size, canvas: Size, *, tile: int, patch: int, max_tiles: int | None = None
 ) -> ImageLayout:
     """A downscaled copy of the page, then the page centred on a canvas of tiles (anyres).
 
-    Rows and columns of patches in the padding are dropped, and each row ends with a row-end token.
+    LLaVA-NeXT and LLaVA-OneVision. Rows and columns of patches in the padding are dropped, and each row ends
+    with a row-end token.
 
     Args:
         page: its size.
@@ -158,48 +169,24 @@ def padded_tiles(
         tile, patch: pixels a side.
         max_tiles: LLaVA-OneVision downscales images with more patches than this many tiles; None: no limit.
     """
-    side = tile // patch
-    n_rows, n_columns = (edge // tile * side for edge in canvas)
-
-    # how the page lies on the canvas
-    scales = [canvas[axis] / page[axis] for axis in range(2)]
-    scale = min(scales)
-    resized = [
-        canvas[axis] if scales[axis] == scale else min(math.ceil(page[axis] * scale), canvas[axis])
-        for axis in range(2)
-    ]
-    rows, columns = (
-        on_page(
-            patches(canvas[axis] // tile, tile, patch),
-            (canvas[axis] - resized[axis]) // 2,
-            resized[axis] / page[axis],
-        )
-        for axis in range(2)
-    )
+    spans = centred(page, canvas, [patches(edge // tile, tile, patch) for edge in canvas], np.float64)
 
     # the rows or columns that the model takes for padding
-    if page[1] / page[0] > n_columns / n_rows:
-        kept = int(round(page[0] * (n_columns / page[1]), 7))
-        margin = (n_rows - kept) // 2
-        rows = rows[margin : n_rows - margin]
-    else:
-        kept = int(round(page[1] * (n_rows / page[0]), 7))
-        margin = (n_columns - kept) // 2
-        columns = columns[margin : n_columns - margin]
+    n_rows, n_columns = map(len, spans)
+    cut, whole = (0, 1) if page[1] / page[0] > n_columns / n_rows else (1, 0)
+    kept = int(round(page[cut] * (len(spans[whole]) / page[whole]), 7))
+    margin = (len(spans[cut]) - kept) // 2
+    spans[cut] = spans[cut][margin : len(spans[cut]) - margin]
 
     if max_tiles is not None:
-        ratio = math.sqrt(len(rows) * len(columns) / (max_tiles * side**2))
+        ratio = math.sqrt(len(spans[0]) * len(spans[1]) / (max_tiles * (tile // patch) ** 2))
         if ratio > 1.1:
-            rows = _interpolated(rows, int(len(rows) // ratio))
-            columns = _interpolated(columns, int(len(columns) // ratio))
+            spans = [_interpolated(each, int(len(each) // ratio)) for each in spans]
 
-    base = cells(even(side, page[0]), even(side, page[1]))
-    if tile % patch:  # the copy, too, loses what lies beyond the last patch
-        spans = [on_page(patches(1, tile, patch), 0, tile / length) for length in page]
-        base = cells(*spans)
-    fine = cells(rows, columns)
-    row_ends = np.full((len(rows), 1, 4), np.nan)
-    return join((base, False), (np.concatenate([fine, row_ends], axis=1), True))
+    copy = cells(*(on_page(patches(1, tile, patch), 0, tile / length) for length in page))
+    fine = cells(*spans)
+    row_ends = np.full((len(fine), 1, 4), np.nan)
+    return join((copy, False), (np.concatenate([fine, row_ends], axis=1), True))
 
 
 def _interpolated(spans: Spans, n: int) -> Spans:
@@ -210,32 +197,19 @@ def _interpolated(spans: Spans, n: int) -> Spans:
     return np.stack([spans[first, 0], spans[last, 1]], axis=1)
 
 
-# --- Qwen2-VL, Qwen2.5-VL, Qwen3-VL -------------------------------------------------------------------
-
-
-def merged_patches(page: Size, grid: Size, *, merge: int) -> ImageLayout:
-    """The page resized to `grid` patches, merge x merge of which become one token (Qwen-VL)."""
-    rows, columns = (even(grid[axis] // merge, page[axis]) for axis in range(2))
-    return join((cells(rows, columns), True))
-
-
-# --- InternVL, Idefics3, SmolVLM ----------------------------------------------------------------------
-
-
 def stretched_tiles(page: Size, tiles: Size, side: int) -> ImageLayout:
-    """The page resized to rows x columns of tiles, tile by tile; then a downscaled copy if there are several.
+    """The page resized to whole tiles, tile by tile; then a downscaled copy if there are several.
+
+    InternVL, Idefics3 and SmolVLM.
 
     Args:
         page: its size.
         tiles: rows and columns.
         side: tokens a side of a tile.
     """
-    n_rows, n_columns = tiles
-    fine = cells(even(n_rows * side, page[0]), even(n_columns * side, page[1]))
-    by_tile = fine.reshape(n_rows, side, n_columns, side, 4).swapaxes(1, 2)
-    if n_rows * n_columns == 1:
-        return join((by_tile, True))
-    return join((by_tile, True), (cells(even(side, page[0]), even(side, page[1])), False))
+    fine = by_tile(split(page, tiles[0] * side, tiles[1] * side), side)
+    copies = [] if tiles == (1, 1) else [(split(page, side, side), False)]
+    return join((fine, True), *copies)
 
 
 def tiling(page: Size, n_tiles: int) -> Size:

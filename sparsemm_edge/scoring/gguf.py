@@ -14,9 +14,9 @@ from sparsemm_edge.runtime import VisionModel
 from sparsemm_edge.runtime.attention import StrongestPositions
 from sparsemm_edge.runtime.context import Context
 from sparsemm_edge.runtime.encode import encode, n_uncut
-from sparsemm_edge.runtime.library import llama, mtmd
+from sparsemm_edge.runtime.library import llama
 from sparsemm_edge.runtime.prompt import ImagePart, Prompt
-from sparsemm_edge.scoring.mtmd_layout import ImageEncoder, Tile
+from sparsemm_edge.scoring.mtmd_layout import ImageEncoder
 from sparsemm_edge.scoring.target_response import Answer
 
 N_UBATCH = 256
@@ -37,7 +37,7 @@ class GgufReader:
         """
         check_supported(model.header, model.shape)
         limits = (model.loading.image_min_tokens, model.loading.image_max_tokens)
-        self._encoder = ImageEncoder.of(read_header(mmproj), limits)
+        self._encoder = ImageEncoder(read_header(mmproj), limits)
         self._model = model
         self._template = chat_template
         self.n_layer = model.shape.n_layer
@@ -65,53 +65,39 @@ class GgufReader:
                 raise
 
     def decode(self, tokens: list[int]) -> str:
-        """Tokens as text, without special tokens."""
         return self._model.text_of(tokens)
 
     def n_text_tokens(self, text: str) -> int:
-        """How many tokens a text takes, without special tokens."""
         return self._model.tokenize(text, first=False).n_tokens if text else 0
 
     def _read(self, question: str, page: Image.Image, max_new_tokens: int) -> Answer:
-        text = self._model.chat_prompt(question, 1, self._template)
-        page = page.convert("RGB")
-        with self._model.tokenize(text, [page]) as prompt:
-            positions, tiles = _image_chunks(prompt)
-            layout = self._encoder.layout((page.height, page.width), tiles)
-            limit = max(1, min(max_new_tokens, self._model.n_ctx_train - prompt.n_pos))
-            tokens, strongest = self._answer(prompt, limit)
-        return Answer(tokens, np.stack(strongest), positions, layout)
-
-    def _answer(self, prompt: Prompt, limit: int) -> tuple[list[int], list[npt.NDArray[np.int64]]]:
-        """The greedy answer, and for each token the strongest positions [n_layer, n_head]."""
-        tokens: list[int] = []
-        strongest = []
-        with Context(
-            self._model,
-            n_ctx=self._model.n_ctx_for(prompt, limit, None),
-            n_ubatch=max(N_UBATCH, n_uncut(self._model, prompt)),
-            flash_attn=False,
-            attention=self._attention,
-        ) as session:
-            session.prefill(encode(self._model, prompt))
-            while True:
-                strongest.append(self._attention.take())
-                tokens.append(int(session.logits().argmax()))
-                if len(tokens) == limit or self._model.ends_turn(tokens[-1]):
-                    return tokens, strongest
-                session.decode(tokens[-1])
+        model, page = self._model, page.convert("RGB")
+        with model.tokenize(model.chat_prompt(question, 1, self._template), [page]) as prompt:
+            positions, grid = image_tokens(prompt)
+            layout = self._encoder.layout((page.height, page.width), len(positions), grid)
+            limit = max(1, min(max_new_tokens, model.n_ctx_train - prompt.n_pos))
+            tokens: list[int] = []
+            strongest = []
+            with Context(
+                model,
+                n_ctx=model.n_ctx_for(prompt, limit, None),
+                n_ubatch=max(N_UBATCH, n_uncut(model, prompt)),
+                flash_attn=False,
+                attention=self._attention,
+            ) as context:
+                context.prefill(encode(model, prompt))
+                while True:
+                    strongest.append(self._attention.take())
+                    tokens.append(int(context.logits().argmax()))
+                    if len(tokens) == limit or model.ends_turn(tokens[-1]):
+                        return Answer(tokens, np.stack(strongest), positions, layout)
+                    context.decode(tokens[-1])
 
 
-def _image_chunks(prompt: Prompt) -> tuple[npt.NDArray[np.int64], list[Tile]]:
-    """The positions of a prompt's image tokens, and their chunks."""
-    positions, tiles, start = [], [], 0
-    for part in prompt.parts:
-        if isinstance(part, ImagePart):
-            chunk = mtmd.mtmd_input_chunk_get_tokens_image(part.chunk)
-            n_columns, n_rows = (
-                int(count(chunk)) for count in (mtmd.mtmd_image_tokens_get_nx, mtmd.mtmd_image_tokens_get_ny)
-            )
-            tiles.append(Tile(part.n_tokens, n_columns, n_rows))
-            positions.append(np.arange(start, start + part.n_tokens))
-        start += part.n_tokens
-    return np.concatenate(positions), tiles
+def image_tokens(prompt: Prompt) -> tuple[npt.NDArray[np.int64], tuple[int, int]]:
+    """The positions of a prompt's image tokens, and the rows and columns of its first image or tile."""
+    images = [part for part in prompt.parts if isinstance(part, ImagePart)]
+    is_image = np.repeat(
+        [isinstance(part, ImagePart) for part in prompt.parts], [part.n_tokens for part in prompt.parts]
+    )
+    return np.flatnonzero(is_image), images[0].grid

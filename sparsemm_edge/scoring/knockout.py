@@ -1,7 +1,7 @@
 """Ablation: silence the heads with the highest scores, or random others, and measure reading accuracy."""
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 
 import numpy as np
@@ -10,11 +10,10 @@ import torch
 
 from sparsemm_edge.errors import SparseMMError
 from sparsemm_edge.pages.readers import PageSource
-from sparsemm_edge.ranking import n_top, top_heads
+from sparsemm_edge.ranking import top_heads
 from sparsemm_edge.scores import HeadScores
 from sparsemm_edge.scoring.models import VisionLanguageModel
-from sparsemm_edge.scoring.reading import reading_accuracy
-from sparsemm_edge.scoring.target_response import answer_limit
+from sparsemm_edge.scoring.target_response import answer_limit, reading_accuracy
 
 
 @dataclass(frozen=True)
@@ -22,7 +21,7 @@ class Knockout:
     """Character accuracies, means over the pages, 0 to 1.
 
     Attributes:
-        n_heads: number of silenced heads.
+        n_heads: silenced heads, and all.
         n_pages: pages read, each time the same.
         none: with all heads.
         top: without the heads with the highest scores.
@@ -63,14 +62,9 @@ def knockout(
     scores.check_fits(model.n_layer, model.n_head, model.n_head_kv)
     if not 0 < share <= 0.5:
         raise SparseMMError(f"the share of heads is {share}: it must be above 0 and at most 0.5")
-    if n_draws < 1:
-        raise SparseMMError(f"{n_draws} random draws: it must be at least 1")
     top = top_heads(scores.scores, share)
     rest = np.setdiff1d(np.arange(scores.scores.size), top)
-    draws = [
-        np.random.default_rng(seed + i).choice(rest, n_top(scores.scores.size, share), replace=False)
-        for i in range(n_draws)
-    ]
+    draws = [np.random.default_rng(seed + i).choice(rest, len(top), replace=False) for i in range(n_draws)]
     choices = [np.empty(0, np.intp), top, *draws]
     total = np.zeros(len(choices))
     for i in range(pages.n_pages):
@@ -92,23 +86,18 @@ def silenced(model: VisionLanguageModel, heads: npt.NDArray[np.intp]) -> Iterato
     Args:
         heads: flat indices, layer * n_head + head.
     """
-    handles = []
-    for il, attention in enumerate(model.attentions):
-        chosen = torch.as_tensor(heads[heads // model.n_head == il] % model.n_head)
-        if not len(chosen):
-            continue
+    with ExitStack() as hooks:
+        for il, attention in enumerate(model.attentions):
+            chosen = torch.as_tensor(heads[heads // model.n_head == il] % model.n_head)
 
-        def hook(
-            module: torch.nn.Module, arguments: tuple[torch.Tensor, ...], chosen: torch.Tensor = chosen
-        ) -> tuple[torch.Tensor, ...]:
-            # the projection's input holds the heads' outputs side by side
-            outputs = arguments[0].clone()
-            outputs.unflatten(-1, (model.n_head, -1))[..., chosen.to(outputs.device), :] = 0
-            return (outputs, *arguments[1:])
+            def hook(
+                module: torch.nn.Module, arguments: tuple[torch.Tensor, ...], chosen: torch.Tensor = chosen
+            ) -> tuple[torch.Tensor, ...]:
+                # the projection's input holds the heads' outputs side by side
+                outputs = arguments[0].clone()
+                outputs.unflatten(-1, (model.n_head, -1))[..., chosen.to(outputs.device), :] = 0
+                return (outputs, *arguments[1:])
 
-        handles.append(attention.o_proj.register_forward_pre_hook(hook))
-    try:
+            if len(chosen):
+                hooks.enter_context(attention.o_proj.register_forward_pre_hook(hook))
         yield
-    finally:
-        for handle in handles:
-            handle.remove()

@@ -18,17 +18,19 @@ import numpy.typing as npt
 import torch
 from PIL import Image
 from transformers import AutoConfig, AutoImageProcessor, AutoModelForImageTextToText, AutoTokenizer
+from transformers.feature_extraction_utils import BatchFeature
 from transformers.image_processing_utils import select_best_resolution
 from transformers.utils import cached_file, logging
 
 from sparsemm_edge.errors import SparseMMError, check_within
-from sparsemm_edge.files import read_json, read_text
+from sparsemm_edge.files import read_bytes, read_json, read_text
 from sparsemm_edge.scoring import geometry
 from sparsemm_edge.scoring.geometry import ImageLayout
 from sparsemm_edge.scoring.strongest import strongest_positions, table
 from sparsemm_edge.scoring.target_response import Answer
 
 _MOST_LAYERS = 1000
+_IMAGE_INPUTS = ("pixel_values", "pixel_attention_mask", "image_sizes", "image_grid_thw")
 DTYPES = {"auto": "auto", "float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
 
@@ -49,27 +51,18 @@ class ScoringPrompt:
     layout: ImageLayout
 
 
-@dataclass(frozen=True)
-class View:
-    """An image as processed for one architecture.
-
-    Attributes:
-        text: replaces the image token in the prompt.
-        layout: of the image tokens in `text`.
-        inputs: of the image processor.
-    """
-
-    text: str
-    layout: ImageLayout
-    inputs: dict[str, torch.Tensor]
+View = tuple[str, ImageLayout, Any]
+"""An image as processed for one architecture: what replaces the image token in the prompt, the layout of the
+image tokens in that text, and what the image processor returned."""
 
 
 class VisionLanguageModel:
-    """A loaded checkpoint that answers questions about pages greedily.
+    """A Reader on transformers: a loaded checkpoint.
 
     Attributes:
         name: the checkpoint's folder or hub id.
         model, decoder: the whole model, and its text model.
+        config: of the whole model.
         n_layer, n_head, n_head_kv: of the text model.
     """
 
@@ -82,11 +75,12 @@ class VisionLanguageModel:
         self.image_processor = image_processor
         self.chat_template = chat_template or getattr(tokenizer, "chat_template", None)
         self.decoder = model.get_decoder()
-        config = self.decoder.config
-        self.n_layer: int = config.num_hidden_layers
-        self.n_head: int = config.num_attention_heads
-        self.n_head_kv: int = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-        self.image_token_id: int = model.config.image_token_id
+        text_config = self.decoder.config
+        self.n_layer: int = text_config.num_hidden_layers
+        self.n_head: int = text_config.num_attention_heads
+        self.n_head_kv: int = getattr(text_config, "num_key_value_heads", None) or self.n_head
+        self.config = model.config
+        self.image_token_id: int = self.config.image_token_id
         self.image_token: str = tokenizer.convert_ids_to_tokens(self.image_token_id)
         if (
             self.image_token is None
@@ -109,7 +103,7 @@ class VisionLanguageModel:
             )
         parts = [{"type": "image"}, {"type": "text", "text": text}]
         for content in (parts, f"{self.image_token}\n{text}"):
-            prompt: str = self.tokenizer.apply_chat_template(
+            prompt = self.tokenizer.apply_chat_template(
                 [{"role": "user", "content": content}],
                 chat_template=self.chat_template,
                 tokenize=False,
@@ -129,34 +123,31 @@ class VisionLanguageModel:
             SparseMMError: prompt or processor do not fit the model.
         """
         with _one_line(self.name, "make a prompt of a page"):
-            return self._prompt(question, page)
-
-    def _prompt(self, question: str, page: Image.Image) -> ScoringPrompt:
-        text = self.question(question)
-        if text.count(self.image_token) != 1:
-            raise SparseMMError(
-                f"the prompt must hold {self.image_token} once, not {text.count(self.image_token)}"
+            text = self.question(question)
+            if text.count(self.image_token) != 1:
+                raise SparseMMError(
+                    f"the prompt must hold {self.image_token} once, not {text.count(self.image_token)}"
+                )
+            of_image, layout, batch = ARCHITECTURES[self.config.model_type](self, page.convert("RGB"))
+            text = text.replace(self.image_token, of_image)
+            bos = self.tokenizer.bos_token
+            has_bos = bool(bos) and text.startswith(bos)
+            ids = self.tokenizer(text, add_special_tokens=not has_bos, return_tensors="pt")["input_ids"]
+            is_image = ids[0] == self.image_token_id
+            if int(is_image.sum()) != len(layout):
+                raise SparseMMError(
+                    f"{self.name}: {int(is_image.sum())} image tokens in the prompt, {len(layout)} expected"
+                )
+            inputs = {key: value for key, value in batch.items() if key in _IMAGE_INPUTS}
+            inputs |= {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+            if "mm_token_type_ids" in inspect.signature(self.model.forward).parameters:
+                inputs["mm_token_type_ids"] = is_image[None].int()
+            return ScoringPrompt(
+                dict(BatchFeature(inputs).to(self.model.device, self.model.dtype)),
+                n_tokens=ids.shape[1],
+                image_positions=torch.nonzero(is_image)[:, 0].numpy(),
+                layout=layout,
             )
-        view = ARCHITECTURES[self.model.config.model_type](self, page.convert("RGB"))
-        text = text.replace(self.image_token, view.text)
-        bos = self.tokenizer.bos_token
-        has_bos = bool(bos) and text.startswith(bos)
-        ids = self.tokenizer(text, add_special_tokens=not has_bos, return_tensors="pt")["input_ids"]
-        is_image = ids[0] == self.image_token_id
-        if int(is_image.sum()) != len(view.layout):
-            raise SparseMMError(
-                f"{self.name}: {int(is_image.sum())} image tokens in the prompt, {len(view.layout)} expected"
-            )
-        inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids), **view.inputs}
-        if "mm_token_type_ids" in inspect.signature(self.model.forward).parameters:
-            inputs["mm_token_type_ids"] = is_image[None].int()
-        device, dtype = self.model.device, self.model.dtype
-        return ScoringPrompt(
-            {k: v.to(device, dtype) if v.is_floating_point() else v.to(device) for k, v in inputs.items()},
-            n_tokens=ids.shape[1],
-            image_positions=torch.nonzero(is_image)[:, 0].numpy(),
-            layout=view.layout,
-        )
 
     @torch.inference_mode()
     def answer(self, prompt: ScoringPrompt, max_new_tokens: int) -> list[int]:
@@ -175,7 +166,7 @@ class VisionLanguageModel:
                     max_new_tokens=max_new_tokens,
                     bos_token_id=own.bos_token_id,
                     eos_token_id=own.eos_token_id,
-                    pad_token_id=_first(own.pad_token_id, own.eos_token_id),
+                    pad_token_id=0,  # for shorter answers of a batch, and this is a batch of one
                 ),
             )
         return list(done[0, prompt.n_tokens :].tolist())
@@ -187,44 +178,19 @@ class VisionLanguageModel:
             SparseMMError: prompt or processor do not fit the model, or it cannot answer.
         """
         prompt = self.prompt(question, page)
-        with strongest_positions(self.decoder, self.attentions, prompt.n_tokens) as taps:
+        with strongest_positions(self.decoder, self.attentions, prompt.n_tokens) as found:
             tokens = self.answer(prompt, max_new_tokens)
-            return Answer(tokens, table(taps), prompt.image_positions, prompt.layout)
+            return Answer(tokens, table(found), prompt.image_positions, prompt.layout)
 
     def decode(self, tokens: list[int]) -> str:
-        """Tokens as text, without special tokens."""
-        text: str = self.tokenizer.decode(tokens, skip_special_tokens=True)
-        return text
+        return self.tokenizer.decode(tokens, skip_special_tokens=True)
 
     def n_text_tokens(self, text: str) -> int:
-        """How many tokens a text takes, without special tokens."""
         return len(self.tokenizer(text, add_special_tokens=False)["input_ids"])
-
-    def _process(self, page: Image.Image, **options: Any) -> dict[str, Any]:
-        """Run the image processor on a page; arrays become tensors."""
-        batch = self.image_processor([page], return_tensors="pt", **options)
-        return dict(batch)
-
-
-def _first(*values: Any) -> Any:
-    """The first value that is not None; of a list of end tokens, its first."""
-    value = next((value for value in values if value is not None), None)
-    return value[0] if isinstance(value, list) else value
-
-
-# --- architectures ------------------------------------------------------------------------------------
-
-
-def _height_width(page: Image.Image) -> tuple[int, int]:
-    return page.height, page.width
-
-
-def _vision(model: VisionLanguageModel) -> Any:
-    return model.model.config.vision_config
 
 
 def _has_class_token(model: VisionLanguageModel) -> bool:
-    tower = _vision(model).model_type
+    tower = model.config.vision_config.model_type
     known = {"clip_vision_model": True, "siglip_vision_model": False}
     if tower not in known:
         raise SparseMMError(
@@ -235,26 +201,26 @@ def _has_class_token(model: VisionLanguageModel) -> bool:
 
 def _view_llava(model: VisionLanguageModel, page: Image.Image) -> View:
     processor = model.image_processor
-    pixels = model._process(page)["pixel_values"]
+    batch = processor([page], return_tensors="pt")
     size = {key: value for key, value in dict(processor.size).items() if value is not None}
     layout = geometry.cropped_square(
-        _height_width(page),
-        (pixels.shape[-2], pixels.shape[-1]),
-        patch=_vision(model).patch_size,
+        page.size[::-1],
+        tuple(batch["pixel_values"].shape[-2:]),
+        patch=model.config.vision_config.patch_size,
         resize=size if processor.do_resize else None,
         pad_to_square=bool(processor.do_pad) if hasattr(processor, "pad_to_square") else False,
         n_class_tokens=int(_has_class_token(model)),
-        n_dropped=int(model.model.config.vision_feature_select_strategy == "default"),
+        n_dropped=int(model.config.vision_feature_select_strategy == "default"),
     )
-    return View(model.image_token * len(layout), layout, {"pixel_values": pixels})
+    return model.image_token * len(layout), layout, batch
 
 
 def _view_anyres(model: VisionLanguageModel, page: Image.Image) -> View:
-    config = model.model.config
-    batch = model._process(page)
+    config = model.config
+    batch = model.image_processor([page], return_tensors="pt")
     height, width = batch["image_sizes"][0].tolist()
     canvas = select_best_resolution((height, width), config.image_grid_pinpoints)
-    tile, patch = batch["pixel_values"].shape[-1], _vision(model).patch_size
+    tile, patch = batch["pixel_values"].shape[-1], model.config.vision_config.patch_size
     n_tiles = batch["pixel_values"].shape[1] - 1
     if n_tiles != (canvas[0] // tile) * (canvas[1] // tile):
         raise SparseMMError(
@@ -264,7 +230,7 @@ def _view_anyres(model: VisionLanguageModel, page: Image.Image) -> View:
     if (config.vision_feature_select_strategy == "default") != _has_class_token(model):
         raise SparseMMError(
             f"{model.name}: vision_feature_select_strategy {config.vision_feature_select_strategy!r} does not"
-            f" go with an image encoder of type {_vision(model).model_type!r}"
+            f" go with an image encoder of type {model.config.vision_config.model_type!r}"
         )
     ratio = getattr(config, "vision_aspect_ratio", None)  # "anyres_max_9": LLaVA-OneVision
     layout = geometry.padded_tiles(
@@ -274,42 +240,36 @@ def _view_anyres(model: VisionLanguageModel, page: Image.Image) -> View:
         patch=patch,
         max_tiles=None if ratio is None else int(ratio.removeprefix("anyres_max_")),
     )
-    inputs = {key: batch[key] for key in ("pixel_values", "image_sizes")}
-    return View(model.image_token * len(layout), layout, inputs)
+    return model.image_token * len(layout), layout, batch
 
 
 def _view_qwen(model: VisionLanguageModel, page: Image.Image) -> View:
-    batch = model._process(page)
+    batch = model.image_processor([page], return_tensors="pt")
     _, n_rows, n_columns = batch["image_grid_thw"][0].tolist()
-    merge = _vision(model).spatial_merge_size
-    layout = geometry.merged_patches(_height_width(page), (n_rows, n_columns), merge=merge)
-    inputs = {key: batch[key] for key in ("pixel_values", "image_grid_thw")}
-    return View(model.image_token * len(layout), layout, inputs)
+    merge = model.config.vision_config.spatial_merge_size
+    layout = geometry.join((geometry.split(page.size[::-1], n_rows // merge, n_columns // merge), True))
+    return model.image_token * len(layout), layout, batch
 
 
 def _view_internvl(model: VisionLanguageModel, page: Image.Image) -> View:
-    batch = model._process(page, crop_to_patches=True)
+    batch = model.image_processor([page], return_tensors="pt", crop_to_patches=True)
     pixels = batch["pixel_values"]
-    patch = _vision(model).patch_size
+    patch = model.config.vision_config.patch_size
     patch_height = patch if isinstance(patch, int) else patch[0]
-    side = round(pixels.shape[-2] // patch_height * model.model.config.downsample_ratio)
+    side = round(pixels.shape[-2] // patch_height * model.config.downsample_ratio)
     n_tiles = len(pixels) - 1 if len(pixels) > 1 else 1
-    layout = geometry.stretched_tiles(
-        _height_width(page), geometry.tiling(_height_width(page), n_tiles), side
-    )
-    start, end = (
-        getattr(model.tokenizer, f"{which}_image_token", None) or default
-        for which, default in (("start", "<img>"), ("end", "</img>"))
-    )
-    return View(f"{start}{model.image_token * len(layout)}{end}", layout, {"pixel_values": pixels})
+    layout = geometry.stretched_tiles(page.size[::-1], geometry.tiling(page.size[::-1], n_tiles), side)
+    start = getattr(model.tokenizer, "start_image_token", None) or "<img>"
+    end = getattr(model.tokenizer, "end_image_token", None) or "</img>"
+    return f"{start}{model.image_token * len(layout)}{end}", layout, batch
 
 
 def _view_idefics3(model: VisionLanguageModel, page: Image.Image) -> View:
-    batch = model._process(page, return_row_col_info=True)
+    batch = model.image_processor([page], return_tensors="pt", return_row_col_info=True)
     n_rows, n_columns = (max(1, int(np.asarray(batch[key]).ravel()[0])) for key in ("rows", "cols"))
-    config = model.model.config
+    config = model.config
     side = batch["pixel_values"].shape[-1] // config.vision_config.patch_size // config.scale_factor
-    layout = geometry.stretched_tiles(_height_width(page), (n_rows, n_columns), side)
+    layout = geometry.stretched_tiles(page.size[::-1], (n_rows, n_columns), side)
     around = getattr(model.tokenizer, "fake_image_token", None) or "<fake_token_around_image>"
     whole = getattr(model.tokenizer, "global_image_token", None) or "<global-img>"
     tokens = model.image_token * side**2
@@ -320,10 +280,7 @@ def _view_idefics3(model: VisionLanguageModel, page: Image.Image) -> View:
             for row in range(n_rows)
         )
         text = "\n".join(rows) + "\n\n" + text
-    inputs: dict[str, torch.Tensor] = {"pixel_values": batch["pixel_values"]}
-    if "pixel_attention_mask" in batch:
-        inputs["pixel_attention_mask"] = batch["pixel_attention_mask"]
-    return View(text, layout, inputs)
+    return text, layout, batch
 
 
 ARCHITECTURES: dict[str, Callable[[VisionLanguageModel, Image.Image], View]] = {
@@ -338,9 +295,6 @@ ARCHITECTURES: dict[str, Callable[[VisionLanguageModel, Image.Image], View]] = {
     "smolvlm": _view_idefics3,
 }
 """What can be scored, by the checkpoint's `model_type`."""
-
-
-# --- loading ------------------------------------------------------------------------------------------
 
 
 def load(name: str, *, device: str | None = None, dtype: str = "auto") -> VisionLanguageModel:
@@ -359,16 +313,15 @@ def load(name: str, *, device: str | None = None, dtype: str = "auto") -> Vision
     if dtype not in DTYPES:
         raise SparseMMError(f"unknown dtype {dtype!r}: expected one of {', '.join(DTYPES)}")
     device = _checked_device(device)
-    offline: dict[str, Any] = {"local_files_only": True} if local else {}
     logging.disable_progress_bar()
     with _readable(name) if local else nullcontext(name) as source:
         with _one_line(name, "load config.json"):
-            config = AutoConfig.from_pretrained(source, **offline)
+            config = AutoConfig.from_pretrained(source, local_files_only=local)
             check_architecture(name, config)
         with _one_line(name, "load the tokenizer"):
-            tokenizer = AutoTokenizer.from_pretrained(source, **offline)
+            tokenizer = AutoTokenizer.from_pretrained(source, local_files_only=local)
         with _one_line(name, "load the image processor (preprocessor_config.json or processor_config.json)"):
-            image_processor = AutoImageProcessor.from_pretrained(source, **offline)
+            image_processor = AutoImageProcessor.from_pretrained(source, local_files_only=local)
         with _one_line(name, "load the weights"):
             loaded: Any = AutoModelForImageTextToText.from_pretrained(
                 source,
@@ -377,18 +330,15 @@ def load(name: str, *, device: str | None = None, dtype: str = "auto") -> Vision
                 attn_implementation="sdpa",
                 device_map="auto" if device == "auto" else None,
                 output_loading_info=True,
-                **offline,
+                local_files_only=local,
             )
             model, about = loaded
             _check_all_there(name, model, about["missing_keys"])
             if device != "auto":
                 model.to(device)
-        template = _chat_template(source, offline)
+        template = _chat_template(source, local)
     with _one_line(name, "use what it holds"):
         return VisionLanguageModel(name, model, tokenizer, image_processor, template)
-
-
-_TEXT_FILES = (".json", ".jinja", ".txt")
 
 
 @contextmanager
@@ -400,11 +350,9 @@ def _readable(name: str) -> Iterator[str]:
     folder = Path(name).expanduser().resolve()
     anew = {}
     for path in sorted(folder.iterdir()):
-        if path.suffix in _TEXT_FILES and path.is_file():
-            with path.open("rb") as file:
-                encoding = json.detect_encoding(file.read(4))
-            if encoding != "utf-8":
-                anew[path.name] = read_text(path)
+        is_text = path.suffix in (".json", ".jinja", ".txt") and path.is_file()
+        if is_text and json.detect_encoding(read_bytes(path)[:4]) != "utf-8":
+            anew[path.name] = read_text(path)
     if not anew:
         yield str(folder)
         return
@@ -432,20 +380,19 @@ def _check_all_there(name: str, model: Any, missing: Iterable[str]) -> None:
 
 def check_architecture(name: str, config: Any) -> None:
     """Raise SparseMMError unless a checkpoint with this config can be scored."""
-    if config.model_type in ARCHITECTURES:
-        # transformers would make layers until no memory is left
-        for part in (config.text_config, config.vision_config):
-            n_layer = getattr(part, "num_hidden_layers", getattr(part, "depth", 1))
-            check_within(f"{name}: in config.json, layers of {part.model_type}", n_layer, 1, _MOST_LAYERS)
-        return
-    supported = ", ".join(ARCHITECTURES)
-    if getattr(config, "vision_config", None) is None:
+    if config.model_type not in ARCHITECTURES:
+        supported = ", ".join(ARCHITECTURES)
+        if getattr(config, "vision_config", None) is None:
+            raise SparseMMError(
+                f"{name} reads no images (model type {config.model_type!r}): scored can be {supported}"
+            )
         raise SparseMMError(
-            f"{name} reads no images (model type {config.model_type!r}): scored can be {supported}"
+            f"{name}: model type {config.model_type!r} cannot be scored yet; scored can be {supported}"
         )
-    raise SparseMMError(
-        f"{name}: model type {config.model_type!r} cannot be scored yet; scored can be {supported}"
-    )
+    # transformers would make layers until no memory is left
+    for part in (config.text_config, config.vision_config):
+        n_layer = getattr(part, "num_hidden_layers", getattr(part, "depth", 1))
+        check_within(f"{name}: in config.json, layers of {part.model_type}", n_layer, 1, _MOST_LAYERS)
 
 
 def _is_local(name: str) -> bool:
@@ -473,7 +420,8 @@ def _checked_device(device: str | None) -> str:
             ) from error
         return device
     if device is None:
-        device = default_device()
+        gpus = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
+        device = next((gpu for gpu, found in gpus.items() if found), "cpu")
     try:
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError, ValueError) as error:
@@ -481,31 +429,21 @@ def _checked_device(device: str | None) -> str:
     return device
 
 
-def default_device() -> str:
-    """The GPU if there is one, or the CPU."""
-    if torch.cuda.is_available():
-        return "cuda"
-    return "mps" if torch.backends.mps.is_available() else "cpu"
-
-
-def _chat_template(name: str, offline: dict[str, Any]) -> str | None:
+def _chat_template(name: str, local: bool) -> str | None:
     """The processor's chat template, if the checkpoint has one beside the tokenizer's."""
-    for file, read in (
-        ("chat_template.jinja", read_text),
-        ("chat_template.json", lambda path: read_json(path)["chat_template"]),
-    ):
+    for file in ("chat_template.jinja", "chat_template.json"):
         path = cached_file(
             name,
             file,
             _raise_exceptions_for_gated_repo=False,
             _raise_exceptions_for_missing_entries=False,
             _raise_exceptions_for_connection_errors=False,
-            **offline,
+            local_files_only=local,
         )
         if path is not None:
             with _one_line(name, f"load {file}"):
-                template: str = read(Path(path))
-                return template
+                found = Path(path)
+                return read_text(found) if found.suffix == ".jinja" else read_json(found)["chat_template"]
     return None
 
 

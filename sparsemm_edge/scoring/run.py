@@ -6,7 +6,7 @@ import math
 import time
 from collections.abc import Callable, Generator, Iterator
 from contextlib import closing
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeGuard
 
@@ -21,7 +21,7 @@ from sparsemm_edge.pages.scenes import Scene
 from sparsemm_edge.ranking import convergence
 from sparsemm_edge.scores import HeadScores
 from sparsemm_edge.scoring.sources import Source
-from sparsemm_edge.scoring.target_response import PageScores, score_page
+from sparsemm_edge.scoring.target_response import score_page
 from sparsemm_edge.workers import map_processes
 
 SAVE_EVERY = 30.0  # seconds between two saves
@@ -33,10 +33,6 @@ ACCURACIES = {"reading": "character_accuracy", "scenes": "things_named"}
 
 FEW_TOKENS = 1000
 """Scored tokens below which a ranking is called unsettled (scores/README.md: how that was found)."""
-
-
-UNTIL = 0.95
-"""Rank correlation of the halves of the pages from which on a ranking is called settled."""
 
 _FIRST_CHECK, _CHECK_EVERY = 20, 10  # pages
 
@@ -60,7 +56,7 @@ class ScoringJob:
     size: tuple[int, int]
     question: str | None
     max_new_tokens: int | None
-    until: float = UNTIL
+    until: float = 0.95
 
     def pages(self) -> PageSource:
         return open_pages(self.data, self.n_pages, seed=self.seed, size=self.size)
@@ -86,12 +82,8 @@ class ScoringResult:
     """
 
     scores: HeadScores
-    unread: list[str] = field(default_factory=list)
-    warnings: list[str] = field(default_factory=list)
-
-
-Progress = Callable[[int, int], None]
-"""Called with the pages done and their number."""
+    unread: list[str]
+    warnings: list[str]
 
 
 def score(
@@ -101,7 +93,7 @@ def score(
     n_jobs: int = 1,
     resume: bool = False,
     force: bool = False,
-    progress: Progress = lambda done, total: None,
+    progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> ScoringResult:
     """Score a model's heads and write them to `out`.
 
@@ -113,6 +105,7 @@ def score(
         n_jobs: processes, each with the model in its own memory (the i-th takes GPU i if there are several).
         resume: continue from `<out>.partial`.
         force: replace `out` and discard a partial result.
+        progress: called with the pages done and their number.
 
     Raises:
         SparseMMError: the model cannot be scored, the pages cannot be read, or a file exists.
@@ -123,13 +116,9 @@ def score(
         raise SparseMMError(f"{out} exists: choose another --out, or replace it with --force")
     if not out.absolute().parent.is_dir():
         raise SparseMMError(f"cannot write {out}: there is no directory {out.parent}")
-    if not 1 <= n_jobs <= 64:
-        raise SparseMMError(f"{n_jobs} processes: it must be 1 to 64")
     if not job.until > 0:
         raise SparseMMError(f"a rank correlation of {job.until}: it must be above 0")
-    if job.max_new_tokens is not None and job.max_new_tokens < 1:
-        raise SparseMMError(f"answers of at most {job.max_new_tokens} tokens: it must be at least 1")
-    done: dict[int, dict[str, Any]] = {}
+    done: dict[int, _Page] = {}
     shape: dict[str, int] = {}
     if resume:
         done, shape = _read_partial(partial, job, pages.n_pages)
@@ -151,7 +140,7 @@ def score(
                         f"{partial} was made with a model of another shape: start anew with --force"
                     )
                 shape = found
-                done[index] = _to_json(index, pages, result)
+                done[index] = result
                 progress(len(done), pages.n_pages)
                 if n_pages := settled.after(done, shape):
                     break
@@ -169,30 +158,23 @@ def score(
     return report
 
 
-# --- results, page by page ----------------------------------------------------------------------------
+_Page = dict[str, Any]
+"""What is saved of a page, as _score_pages makes it."""
 
-_Result = tuple[int, dict[str, int], PageScores]
-"""A page's index, the model's shape, and what the page says."""
+_Result = tuple[int, dict[str, int], _Page]
+"""A page's index, the model's shape, and what is saved of the page."""
 
 
 def _results(job: ScoringJob, todo: list[int], n_jobs: int) -> Generator[_Result, None, None]:
-    if not todo:
-        return
-    if n_jobs == 1:
-        yield from _score_pages(job, iter(todo))
-        return
     n_jobs = min(n_jobs, len(todo))
-    yield from map_processes(functools.partial(_score_in_process, job, n_jobs), todo, n_jobs)
+    if n_jobs == 1:
+        yield from _score_pages(job, 1, 0, iter(todo))
+    else:
+        yield from map_processes(functools.partial(_score_pages, job, n_jobs), todo, n_jobs)
 
 
-def _score_in_process(job: ScoringJob, n_jobs: int, rank: int, indices: Iterator[int]) -> Iterator[_Result]:
-    """Score pages in a child process."""
-    yield from _score_pages(job, indices, rank, n_jobs)
-
-
-def _score_pages(
-    job: ScoringJob, indices: Iterator[int], rank: int = 0, n_jobs: int = 1
-) -> Iterator[_Result]:
+def _score_pages(job: ScoringJob, n_jobs: int, rank: int, indices: Iterator[int]) -> Iterator[_Result]:
+    """Score pages in process `rank` of n_jobs."""
     pages = job.pages()
     with job.source.reader(rank, n_jobs) as reader:
         shape = {"n_layer": reader.n_layer, "n_head": reader.n_head, "n_head_kv": reader.n_head_kv}
@@ -200,7 +182,16 @@ def _score_pages(
             page = pages.page(index)
             question = job.question or (page.question if isinstance(page, Scene) else pages.prompt)
             result = score_page(reader, page, question, job.max_new_tokens)
-            yield index, shape, result
+            saved = {
+                "name": page.name,
+                "n_tokens": result.n_tokens,
+                "n_scored": result.n_scored,
+                "accuracy": result.accuracy,
+                "scores": [
+                    [il, ih, float(result.scores[il, ih])] for il, ih in np.argwhere(result.scores).tolist()
+                ],
+            }
+            yield index, shape, saved
 
 
 class _Settled:
@@ -211,7 +202,7 @@ class _Settled:
         self._next = _FIRST_CHECK
         self._total = total
 
-    def after(self, done: dict[int, dict[str, Any]], shape: dict[str, int]) -> int | None:
+    def after(self, done: dict[int, _Page], shape: dict[str, int]) -> int | None:
         """The number of pages at which the ranking has converged; None if it has not."""
         while self._until <= 1 and self._next < self._total and all(i in done for i in range(self._next)):
             tables = _tables([done[i] for i in range(self._next)], shape)
@@ -221,7 +212,7 @@ class _Settled:
         return None
 
 
-def _tables(done: list[dict[str, Any]], shape: dict[str, int]) -> npt.NDArray[np.float64]:
+def _tables(done: list[_Page], shape: dict[str, int]) -> npt.NDArray[np.float64]:
     """The scores of each page: [n_pages, n_layer, n_head]."""
     tables = np.zeros((len(done), shape["n_layer"], shape["n_head"]))
     for table, page in zip(tables, done, strict=True):
@@ -230,31 +221,13 @@ def _tables(done: list[dict[str, Any]], shape: dict[str, int]) -> npt.NDArray[np
     return tables
 
 
-# --- partial results ----------------------------------------------------------------------------------
-
-
-def _to_json(index: int, pages: PageSource, result: PageScores) -> dict[str, Any]:
-    heads = np.argwhere(result.scores)
-    return {
-        "name": pages.page(index).name,
-        "n_tokens": result.n_tokens,
-        "n_scored": result.n_scored,
-        "accuracy": result.accuracy,
-        "scores": [[int(il), int(ih), float(result.scores[il, ih])] for il, ih in heads],
-    }
-
-
-def _write_partial(
-    path: Path, job: ScoringJob, shape: dict[str, int], done: dict[int, dict[str, Any]]
-) -> None:
+def _write_partial(path: Path, job: ScoringJob, shape: dict[str, int], done: dict[int, _Page]) -> None:
     content = {"key": job.key(), "shape": shape, "pages": {str(index): done[index] for index in sorted(done)}}
     with atomic_path(path) as part:
         part.write_text(json.dumps(content), encoding="utf-8")
 
 
-def _read_partial(
-    path: Path, job: ScoringJob, n_pages: int
-) -> tuple[dict[int, dict[str, Any]], dict[str, int]]:
+def _read_partial(path: Path, job: ScoringJob, n_pages: int) -> tuple[dict[int, _Page], dict[str, int]]:
     if not path.exists():
         raise SparseMMError(f"nothing to resume: there is no {path}")
     content = read_json(path)
@@ -279,41 +252,29 @@ def _read_partial(
 def _is_shape(found: Any) -> TypeGuard[dict[str, int]]:
     """Whether this is a model shape as _score_pages makes it."""
     names = ("n_layer", "n_head", "n_head_kv")
-    return isinstance(found, dict) and all(_is_count(found.get(name), 1, _MOST_HEADS) for name in names)
+    return isinstance(found, dict) and all(_is_within(found.get(name), 1, _MOST_HEADS, int) for name in names)
 
 
 def _is_page(found: Any, shape: dict[str, int]) -> bool:
-    """Whether this is a page's result for a model of this shape, as _to_json makes it."""
-    if not (isinstance(found, dict) and isinstance(found.get("scores"), list)):
-        return False
+    """Whether this is a page's result for a model of this shape."""
     return (
-        isinstance(found.get("name"), str)
-        and all(_is_count(found.get(name), 0, 2**31) for name in ("n_tokens", "n_scored"))
-        and _is_number(found.get("accuracy"))
+        isinstance(found, dict)
+        and isinstance(found.get("name"), str)
+        and all(_is_within(found.get(name), 0, 2**31, int) for name in ("n_tokens", "n_scored"))
+        and _is_within(found.get("accuracy"), 0, 2**31, int, float)
+        and isinstance(found.get("scores"), list)
         and all(isinstance(entry, list) and len(entry) == 3 for entry in found["scores"])
-        and all(
-            _is_count(il, 0, shape["n_layer"] - 1)
-            and _is_count(ih, 0, shape["n_head"] - 1)
-            and _is_number(value)
-            for il, ih, value in found["scores"]
-        )
+        and all(_is_within(il, 0, shape["n_layer"] - 1, int) for il, _, _ in found["scores"])
+        and all(_is_within(ih, 0, shape["n_head"] - 1, int) for _, ih, _ in found["scores"])
+        and all(_is_within(value, 0, 2**31, int, float) for _, _, value in found["scores"])
     )
 
 
-def _is_count(value: Any, low: int, high: int) -> bool:
-    return type(value) is int and low <= value <= high
+def _is_within(value: Any, low: int, high: int, *kinds: type) -> bool:
+    return type(value) in kinds and low <= value <= high  # nor NaN
 
 
-def _is_number(value: Any) -> bool:
-    return type(value) in (int, float) and 0 <= value <= 2**31  # nor NaN
-
-
-# --- the report ---------------------------------------------------------------------------------------
-
-
-def _report(
-    job: ScoringJob, pages: PageSource, shape: dict[str, int], done: list[dict[str, Any]]
-) -> ScoringResult:
+def _report(job: ScoringJob, pages: PageSource, shape: dict[str, int], done: list[_Page]) -> ScoringResult:
     tables = _tables(done, shape)
     n_scored = sum(page["n_scored"] for page in done)
     measure = ACCURACIES[pages.kind]
@@ -330,7 +291,6 @@ def _report(
             f"{job.source.label}: no head looked at what was being read, for {n_scored} tokens on"
             f" {len(done)} pages"
         )
-    halves = convergence(tables)
     scores = HeadScores(
         model=job.source.label,
         scores=tables.mean(axis=0),
@@ -345,7 +305,7 @@ def _report(
             "n_tokens_scored": n_scored,
             measure: round(accuracy, 4),
             "until": job.until,
-            "convergence": halves,
+            "convergence": convergence(tables),
             "created_by": f"sparsemm-edge {__version__}",
             **job.source.provenance(),
         },

@@ -10,9 +10,14 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from gguf.constants import LlamaFileType
+
 from sparsemm_edge.extras import needs
+from sparsemm_edge.files import fingerprint
+from sparsemm_edge.gguf_header import read_header
 from sparsemm_edge.resources import usable_cores
 from sparsemm_edge.scoring.target_response import Reader
+from sparsemm_edge.versions import LLAMA_CPP_COMMIT
 
 
 @dataclass(frozen=True)
@@ -84,8 +89,6 @@ class GgufFiles:
 
     def key(self) -> dict[str, Any]:
         """What must be equal to resume a run."""
-        from sparsemm_edge.files import fingerprint
-
         return {
             "model": fingerprint(self.model),
             "mmproj": fingerprint(self.mmproj),
@@ -95,11 +98,9 @@ class GgufFiles:
 
     def provenance(self) -> dict[str, Any]:
         """How the scores were made, for score files."""
-        from sparsemm_edge.versions import LLAMA_CPP_COMMIT
-
         return {
             "files": [self.model.name, self.mmproj.name],
-            "quantisation": [quantisation(self.model), quantisation(self.mmproj)],
+            "quantisation": [_quantisation(self.model), _quantisation(self.mmproj)],
             "llama_cpp": LLAMA_CPP_COMMIT,
             "packages": _versions("llama-cpp-python", "pillow", "numpy"),
         }
@@ -124,12 +125,8 @@ class GgufFiles:
 Source = Checkpoint | GgufFiles
 
 
-def quantisation(path: Path) -> str:
+def _quantisation(path: Path) -> str:
     """The quantisation of a GGUF file, such as Q4_0; "unknown" if the file does not say."""
-    from gguf.constants import LlamaFileType
-
-    from sparsemm_edge.gguf_header import read_header
-
     value = read_header(path).value("general.file_type")
     try:
         return LlamaFileType(value).name.removeprefix("MOSTLY_").removeprefix("ALL_")

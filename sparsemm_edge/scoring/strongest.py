@@ -19,16 +19,8 @@ from transformers.masking_utils import sdpa_mask
 _ATTENTION = "sparsemm_target_response"
 
 
-class _Tap:
-    """The strongest positions of one layer's heads, a tensor [n_head] for each forward pass.
-
-    Attributes:
-        n_prompt: length of the prompt; None: not recording.
-    """
-
-    def __init__(self) -> None:
-        self.n_prompt: int | None = None
-        self.strongest: list[torch.Tensor] = []
+_Found = list[torch.Tensor]
+"""The strongest positions of one layer's heads, [n_head] for each forward pass."""
 
 
 def _attention(
@@ -39,11 +31,11 @@ def _attention(
     attention_mask: torch.Tensor | None,
     **kwargs: Any,
 ) -> tuple[torch.Tensor, None]:
-    tap: _Tap = module.sparsemm_tap
-    if tap.n_prompt is not None:
+    if module.sparsemm_tap is not None:
+        n_prompt, found = module.sparsemm_tap
         # a layer with a sliding window holds only the end of the context
-        offset = tap.n_prompt + len(tap.strongest) - key.shape[2]
-        tap.strongest.append(_strongest(query, key, attention_mask) + offset)
+        offset = n_prompt + len(found) - key.shape[2]
+        found.append(_strongest(query, key, attention_mask) + offset)
     return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
 
 
@@ -72,27 +64,23 @@ AttentionMaskInterface.register(_ATTENTION, sdpa_mask)
 
 
 @contextmanager
-def strongest_positions(decoder: Any, attentions: Sequence[Any], n_prompt: int) -> Iterator[list[_Tap]]:
+def strongest_positions(decoder: Any, attentions: Sequence[Any], n_prompt: int) -> Iterator[list[_Found]]:
     """Context manager that records each head's strongest position in every forward pass.
 
-    Yields the taps of the layers; `table` reads them.
+    Yields what is found in each layer; `table` reads it.
     """
     if decoder.config._attn_implementation != _ATTENTION:
         decoder.set_attn_implementation(_ATTENTION)
-        for attention in attentions:
-            attention.sparsemm_tap = _Tap()
-    taps = [attention.sparsemm_tap for attention in attentions]
-    for tap in taps:
-        tap.n_prompt = n_prompt
+    layers: list[_Found] = [[] for _ in attentions]
+    for attention, found in zip(attentions, layers, strict=True):
+        attention.sparsemm_tap = n_prompt, found
     try:
-        yield taps
+        yield layers
     finally:
-        for tap in taps:
-            tap.n_prompt = None
-            tap.strongest.clear()
+        for attention in attentions:
+            attention.sparsemm_tap = None
 
 
-def table(taps: list[_Tap]) -> npt.NDArray[np.int64]:
+def table(layers: list[_Found]) -> npt.NDArray[np.int64]:
     """The strongest positions: [n_passes, n_layer, n_head]."""
-    layers = [torch.stack(tap.strongest).cpu().numpy() for tap in taps]
-    return np.stack(layers, axis=1)
+    return np.stack([torch.stack(found).cpu().numpy() for found in layers], axis=1)

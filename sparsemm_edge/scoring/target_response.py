@@ -11,9 +11,10 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
+from sparsemm_edge.evaluation.metrics import character_error_rate
 from sparsemm_edge.pages import Chunk, Page
+from sparsemm_edge.pages.scenes import Scene, named
 from sparsemm_edge.scoring.geometry import ImageLayout
-from sparsemm_edge.scoring.reading import page_text, reading_accuracy
 
 
 @dataclass(frozen=True)
@@ -47,15 +48,12 @@ class Reader(Protocol):
 
     def read(self, question: str, page: Image.Image, max_new_tokens: int) -> Answer:
         """Answer a question about a page greedily."""
-        ...
 
     def decode(self, tokens: list[int]) -> str:
         """Tokens as text, without special tokens."""
-        ...
 
     def n_text_tokens(self, text: str) -> int:
         """How many tokens a text takes, without special tokens."""
-        ...
 
 
 @dataclass(frozen=True)
@@ -87,6 +85,24 @@ def unique_chunk(text: str, chunks: Sequence[Chunk]) -> Chunk | None:
     text = text.strip()
     found = [chunk for chunk in chunks if text and text in chunk.text]
     return found[0] if len(found) == 1 else None
+
+
+def page_text(page: Page) -> str:
+    """The text of a page in reading order: its own, or its chunks joined by spaces."""
+    text = getattr(page, "text", None)
+    return text if isinstance(text, str) else " ".join(chunk.text for chunk in page.chunks)
+
+
+def reading_accuracy(answer: str, page: Page) -> float:
+    """Character accuracy of an answer that should be the page's text: 1 - character error rate, at least 0.
+
+    White space is ignored, as models break lines in different places. For scenes: the fraction of requested
+    objects that the answer names.
+    """
+    if isinstance(page, Scene):
+        return named(answer, page)
+    said, there = ("".join(text.split()) for text in (answer, page_text(page)))
+    return max(0.0, 1 - character_error_rate(said, there)) if there else float(not said)
 
 
 def answer_limit(reader: Reader, page: Page) -> int:

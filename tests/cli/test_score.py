@@ -31,9 +31,9 @@ from sparsemm_edge.scores import HeadScores
 from sparsemm_edge.scoring import run
 from sparsemm_edge.scoring.knockout import knockout, silenced
 from sparsemm_edge.scoring.models import load
-from sparsemm_edge.scoring.reading import reading_accuracy
 from sparsemm_edge.scoring.run import ScoringJob, score
 from sparsemm_edge.scoring.sources import Checkpoint
+from sparsemm_edge.scoring.target_response import reading_accuracy
 
 torch.set_num_threads(1)
 

@@ -126,9 +126,9 @@ def test_one_other_layer_is_read_where_the_checkpoint_says_so(
 ) -> None:
     model: TestModel = models("llava-gqa")
     hf_dir = with_feature_layer(model.hf, tmp_path / "hf", layer)
-    summary = convert_mmproj(hf_dir, tmp_path / "mmproj.gguf")
-    assert summary.n_layer == summary.feature_layers[0] == (layer if layer >= 0 else 5 + layer)
-    found = mtmd_features(model.gguf("f16"), summary.path, model.image_size)
+    tower = convert_mmproj(hf_dir, tmp_path / "mmproj.gguf")
+    assert tower.n_layer == tower.feature_layers[0] == (layer if layer >= 0 else 5 + layer)
+    found = mtmd_features(model.gguf("f16"), tmp_path / "mmproj.gguf", model.image_size)
     assert errors(found, hf_features(hf_dir, model.image_size)).max() < TOLERANCE
 
 
@@ -139,9 +139,9 @@ def test_several_layers_of_a_tower_with_class_token_are_concatenated(models: Any
     name = next(n for n in weights if n.endswith("linear_1.weight"))
     weights[name] = torch.cat([weights[name], weights[name].flip(0)], dim=1)
     save_file(weights, hf_dir / "model.safetensors", metadata={"format": "pt"})
-    summary = convert_mmproj(hf_dir, tmp_path / "mmproj.gguf")
-    assert summary.feature_layers == (1, 3)
-    found = mtmd_features(model.gguf("f16"), summary.path, model.image_size)
+    tower = convert_mmproj(hf_dir, tmp_path / "mmproj.gguf")
+    assert tower.feature_layers == (1, 3)
+    found = mtmd_features(model.gguf("f16"), tmp_path / "mmproj.gguf", model.image_size)
     assert errors(found, hf_features(hf_dir, model.image_size)).max() < TOLERANCE
 
 
@@ -347,4 +347,5 @@ def test_a_configuration_may_have_a_byte_order_mark(encoding: str, tmp_path: Pat
             (marked / file.name).symlink_to(file)
     plain = convert_mmproj(demo, tmp_path / "plain.gguf")
     same = convert_mmproj(marked, tmp_path / "marked.gguf")
-    assert (plain.image_size, plain.n_layer, plain.size) == (same.image_size, same.n_layer, same.size)
+    assert plain == same
+    assert (tmp_path / "plain.gguf").stat().st_size == (tmp_path / "marked.gguf").stat().st_size

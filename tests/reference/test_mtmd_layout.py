@@ -25,7 +25,7 @@ from sparsemm_edge import SparseMMError
 from sparsemm_edge.gguf_header import read_header
 from sparsemm_edge.runtime import Loading, VisionModel
 from sparsemm_edge.runtime.prompt import ImagePart, image_marker
-from sparsemm_edge.scoring.gguf import _image_chunks
+from sparsemm_edge.scoring.gguf import image_tokens
 from sparsemm_edge.scoring.mtmd_layout import SUPPORTED, ImageEncoder
 
 PAGES = [(112, 112), (300, 220), (150, 400), (640, 180), (231, 97)]  # width, height
@@ -59,7 +59,7 @@ def files(kind: str) -> tuple[Path, Path]:
 def seen(request: pytest.FixtureRequest) -> Iterator[tuple[VisionModel, ImageEncoder]]:
     text, mmproj = files(request.param)
     with VisionModel.load(text, mmproj, n_threads=1) as model:
-        yield model, ImageEncoder.of(read_header(mmproj))
+        yield model, ImageEncoder(read_header(mmproj))
 
 
 def embeddings(model: VisionModel, page: Image.Image) -> np.ndarray:
@@ -71,7 +71,8 @@ def embeddings(model: VisionModel, page: Image.Image) -> np.ndarray:
 
 def layout_of(model: VisionModel, encoder: ImageEncoder, page: Image.Image) -> Any:
     with model.tokenize(image_marker(), [page]) as prompt:
-        return encoder.layout((page.height, page.width), _image_chunks(prompt)[1])
+        positions, grid = image_tokens(prompt)
+        return encoder.layout((page.height, page.width), len(positions), grid)
 
 
 @pytest.mark.parametrize("size", PAGES, ids=lambda size: f"{size[0]}x{size[1]}")
@@ -110,7 +111,7 @@ def test_a_limit_for_the_tokens_of_an_image_moves_them(tmp_path: Path) -> None:
     for limits in ((None, None), (None, 60), (500, None)):
         loading = Loading(image_min_tokens=limits[0], image_max_tokens=limits[1])
         with VisionModel.load(test_model("llava").gguf(), mmproj, n_threads=1, loading=loading) as model:
-            layout = layout_of(model, ImageEncoder.of(read_header(mmproj), limits), page)
+            layout = layout_of(model, ImageEncoder(read_header(mmproj), limits), page)
         n_rows.append(1 + int(np.isnan(layout.rects[:, 0]).sum()))
         assert len(layout.covered((0, 0, 300, 220))) == len(layout) - n_rows[-1] + 1
     assert n_rows[1] < n_rows[0] < n_rows[2]
@@ -122,19 +123,18 @@ def test_what_is_laid_out_in_another_way_is_not_scored(
     model, encoder = seen
     page = sample_image((300, 220), seed=3)
     with model.tokenize(image_marker(), [page]) as prompt:
-        tiles = _image_chunks(prompt)[1]
-    assert encoder.layout((220, 300), tiles)
-    longer = [*tiles, tiles[-1]]
+        positions, grid = image_tokens(prompt)
+    assert encoder.layout((220, 300), len(positions), grid)
     with pytest.raises(SparseMMError, match=r"an image of 300 x 220 takes .* tokens, .* were expected"):
-        encoder.layout((220, 300), longer)
+        encoder.layout((220, 300), len(positions) + 1, grid)
 
 
 def test_an_encoder_whose_tokens_have_no_known_place_is_refused(tmp_path: Path) -> None:
     path = write_mmproj(tmp_path / "resampler.gguf", "idefics3", 128, projector="resampler")
     with pytest.raises(SparseMMError) as caught:
-        ImageEncoder.of(read_header(path))
+        ImageEncoder(read_header(path))
     assert "image encoders of type 'resampler'" in str(caught.value)
     assert str(caught.value).endswith(", ".join(SUPPORTED))
     old = write_mmproj(tmp_path / "old.gguf", "idefics3", 128, preproc_image_size=0)
     with pytest.raises(SparseMMError, match=r"only for files with clip\.vision\.preproc_image_size"):
-        ImageEncoder.of(read_header(old)).layout((100, 100), [])
+        ImageEncoder(read_header(old)).layout((100, 100), 0, (0, 0))

@@ -98,9 +98,9 @@ def test_the_query_of_the_first_token_is_the_last_of_the_prompt(name: str) -> No
     """Every head's strongest position, whether or not it is a hit, of the pass that reads the prompt."""
     ours = model(name)
     prompt = ours.prompt("read", letters_page().image)
-    with strongest_positions(ours.decoder, ours.attentions, prompt.n_tokens) as taps:
+    with strongest_positions(ours.decoder, ours.attentions, prompt.n_tokens) as found:
         ours.answer(prompt, 1)
-        got = table(taps)
+        got = table(found)
     eager = AutoModelForImageTextToText.from_pretrained(
         checkpoint(name), dtype=torch.float32, attn_implementation="eager"
     ).eval()
@@ -126,8 +126,7 @@ def test_scoring_leaves_no_attention_weights_behind_and_ends_listening() -> None
     scored = model("qwen2-vl")
     score_page(scored, letters_page(), "read", 4)
     for attention in scored.attentions:
-        assert attention.sparsemm_tap.n_prompt is None
-        assert not attention.sparsemm_tap.strongest
+        assert attention.sparsemm_tap is None
 
 
 # --- the unique-chunk rule ----------------------------------------------------------------------------

@@ -9,13 +9,13 @@ import pytest
 from helpers.paths import PUBLISHED_SCORES
 from sparsemm_edge import SparseMMError
 from sparsemm_edge.budgets import POLICIES, BudgetSpec
-from sparsemm_edge.scores import HeadScores
+from sparsemm_edge.scores import HeadScores, group_scores
 
 EVICTING = [policy for policy in POLICIES if policy != "full"]
 
 
 def published_table(n_prompt: int | None = None, **changes: object) -> np.ndarray:
-    grouped = HeadScores.load(PUBLISHED_SCORES).grouped(32)
+    grouped = group_scores(HeadScores.load(PUBLISHED_SCORES).scores, 32)
     spec = BudgetSpec(budget=256, window=32, floor_ratio=0.1, residual=False)
     return spec.override(**changes).table(grouped, (32, 32), n_prompt)
 
@@ -40,7 +40,7 @@ def test_the_paper_leaves_a_third_of_the_budget_unused_and_water_filling_nothing
 
 
 def test_without_water_filling_the_table_is_the_papers_formula() -> None:
-    scores = HeadScores.load(PUBLISHED_SCORES).grouped(32)
+    scores = group_scores(HeadScores.load(PUBLISHED_SCORES).scores, 32)
     base = 256 - 32
     floor = int(base * 0.1)
     paper = np.round(scores * (base - floor) * 32 * 32 + floor).astype(int) + 32

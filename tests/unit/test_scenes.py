@@ -13,8 +13,7 @@ from helpers.command_line import CommandLine
 from sparsemm_edge.pages.readers import open_pages
 from sparsemm_edge.pages.scenes import COLOURS, NUMBERS, PLACES, SHAPES, SIZE, Scene, named, scene
 from sparsemm_edge.scores import HeadScores
-from sparsemm_edge.scoring.reading import reading_accuracy
-from sparsemm_edge.scoring.target_response import unique_chunk
+from sparsemm_edge.scoring.target_response import reading_accuracy, unique_chunk
 
 SEEDS = range(120)
 KINDS = ("Which shapes", "Which shape is", "How many", "Which bars")
