@@ -30,15 +30,9 @@ from sparsemm_edge.pages.grid import (
 )
 from sparsemm_edge.pictures import open_picture
 
-GRID = "grid"
-"""The name that stands for the project's own pages (pages/grid.py) where a data set's path is expected; so do
-the other names in pages.grid.GRIDS."""
-
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".jfif", ".webp", ".avif", ".bmp", ".tif", ".tiff", ".gif")
 
-_SHORT_ANSWER = "\nAnswer the question using a single word or phrase."
 _GRID_TURNS = 4
-_DESCRIBE = "Describe the image in detail."
 
 
 @dataclass(frozen=True)
@@ -111,7 +105,7 @@ def load(source: str, *, images: Path | None = None, n_pages: int | None = None,
         return grid(200 if n_pages is None else n_pages, seed, GRIDS[source])
     path = Path(source)
     if not path.exists():
-        raise SparseMMError(f"no data set at {path}: expected a file, a folder, or the word {GRID}")
+        raise SparseMMError(f"no data set at {path}: expected a file, a folder, or the word grid")
     files, notes = _files(path)
     reader = {".jsonl": _read_jsonl, ".json": _read_json, ".parquet": _read_parquet}[files[0].suffix.lower()]
     found = tuple(_first_pages(reader(files, images), n_pages))
@@ -127,7 +121,7 @@ def load(source: str, *, images: Path | None = None, n_pages: int | None = None,
     return DataSet(str(path), _in_turn(found), n_predict=256, notes=tuple(notes))
 
 
-def images_only(folder: Path, prompt: str = _DESCRIBE, n_pages: int | None = None) -> DataSet:
+def images_only(folder: Path, prompt: str, n_pages: int | None = None) -> DataSet:
     """All images of a folder with the same prompt and no accepted answers, for fidelity."""
     if not folder.is_dir():
         raise SparseMMError(f"{folder} is not a folder of images")
@@ -199,15 +193,14 @@ def _files_of_a_kind(path: Path) -> list[Path]:
     for suffix in _SUFFIXES:
         if files := _with_suffix(path, suffix):
             return files
-        if suffix == ".parquet":
-            folders = [
-                each for each in sorted(path.iterdir()) if each.is_dir() and _with_suffix(each, suffix)
-            ]
-            if len(folders) > 1:
-                names = _listed([folder.name for folder in folders])
-                raise SparseMMError(f"{path} holds several data sets: say which of {names} is meant")
-            if folders:
-                return _with_suffix(folders[0], suffix)
+        if suffix != ".parquet":
+            continue
+        within = {each.name: _with_suffix(each, suffix) for each in sorted(path.iterdir()) if each.is_dir()}
+        found = {name: files for name, files in within.items() if files}
+        if len(found) > 1:
+            raise SparseMMError(f"{path} holds several data sets: say which of {_listed([*found])} is meant")
+        if found:
+            return next(iter(found.values()))
     raise SparseMMError(f"{path} holds no data set: expected a file that ends in {', '.join(_SUFFIXES)}")
 
 
@@ -225,9 +218,7 @@ def _answered_part(files: list[Path]) -> tuple[list[Path], list[str]]:
     if None in parts or len(parts) < 2:
         return files, []
     unanswered: list[str] = []
-    for part in _PARTS:
-        if part not in parts:
-            continue
+    for part in [part for part in _PARTS if part in parts]:
         if any(_is_answered(row) for row in islice(_rows(parts[part][0]), _N_LOOKED_AT)):
             others = ", ".join(str(each) for each in parts if each != part)
             note = f"{parts[part][0].parent}: the {part} part is taken, not {others}"
@@ -295,16 +286,16 @@ def _read_jsonl(files: list[Path], images: Path | None) -> Iterator[Question]:
 
 def _read_json(files: list[Path], images: Path | None) -> Iterator[Question]:
     path = files[0]
-    content = read_json(path)
-    rows = content.get("data") if isinstance(content, dict) else content
-    if not isinstance(rows, list) or not rows or not isinstance(rows[0], dict):
+    rows = list(_rows(path))
+    if not rows or not isinstance(rows[0], dict):
         raise SparseMMError(f"{path}: expected a list of questions, or one under the key data")
     layout = _layout(path, rows[0], _JSON_LAYOUTS)
+    # as published: beside the file, in the folder that the authors' archive has, or where the user says
+    folders = [images] if images else [path.parent / each for each in layout.image_folders]
     for number, row in enumerate(rows):
         where = f"{path}, question {number}"
         name = _string(row, layout.image, where) + layout.suffix
-        # as published: beside the file, in the folder that the authors' archive has, or where the user says
-        candidates = [folder / name for folder in ([images] if images else layout.folders(path.parent))]
+        candidates = [folder / name for folder in folders]
         image = next((each for each in candidates if each.is_file()), candidates[0])
         yield layout.question(row, number, where, page=name, image=image)
 
@@ -336,31 +327,29 @@ class _Layout:
 
     Attributes:
         name: of the data set.
-        keys: required in every row; the first layout that matches is used.
-        image, prompt, answers: the keys of the image, the question and the accepted answers.
         metric: of its questions, or a function of the row.
+        image, prompt, answers: the keys of the image, the question and the accepted answers.
         number: the key of the question's own number, "" if it has none.
+        others: further keys that its rows have.
         extra: added to every question.
         suffix: of image file names.
         image_folders: image folders in the authors' archives, relative to the file.
     """
 
     name: str
-    keys: tuple[str, ...]
-    image: str
-    prompt: str
-    answers: str
     metric: str | Callable[[dict[str, Any]], str]
+    image: str = "image"
+    prompt: str = "question"
+    answers: str = "answers"
     number: str = ""
-    extra: str = ""
+    others: tuple[str, ...] = ()
+    extra: str = "\nAnswer the question using a single word or phrase."
     suffix: str = ""
     image_folders: tuple[str, ...] = ()
 
     def fits(self, row: dict[str, Any]) -> bool:
-        return all(key in row for key in self.keys)
-
-    def folders(self, parent: Path) -> list[Path]:
-        return [parent / folder for folder in self.image_folders]
+        keys = (self.image, self.prompt, self.answers, *self.others)
+        return all(key in row for key in keys) and (not self.number or self.number in row)
 
     def question(
         self, row: dict[str, Any], number: int, where: str, *, page: str, image: Path | bytes
@@ -368,15 +357,9 @@ class _Layout:
         metric = self.metric if isinstance(self.metric, str) else self.metric(row)
         answers = _strings(row, self.answers, where)
         check_question(metric, answers, where)
-        return Question(
-            name=f"{self.name} {row.get(self.number, number) if self.number else number}",
-            page=page,
-            image=image,
-            prompt=_string(row, self.prompt, where) + self.extra,
-            task=self.name,
-            metric=metric,
-            answers=answers,
-        )
+        name = f"{self.name} {row.get(self.number, number) if self.number else number}"
+        prompt = _string(row, self.prompt, where) + self.extra
+        return Question(name, page, image, prompt, self.name, metric, answers)
 
 
 _BY_COLUMNS = "questions"
@@ -385,8 +368,8 @@ _QUESTIONS = ("question", "query")
 _ANSWERS = ("answers", "answer", "label", "labels")
 
 
-def _layout(path: Path, row: dict[str, Any], known: Sequence["_Layout"]) -> "_Layout":
-    """The layout of a file by the keys of one of its rows."""
+def _layout(path: Path, row: dict[str, Any], known: Sequence[_Layout]) -> _Layout:
+    """The first layout that fits a row of a file, or one by the usual names of its columns."""
     for layout in known:
         if layout.fits(row):
             return layout
@@ -399,16 +382,11 @@ def _layout(path: Path, row: dict[str, Any], known: Sequence["_Layout"]) -> "_La
             f"{path}: a question has the keys {', '.join(row)}: not the layout of {', '.join(names)}, and not"
             " an image, a question and answers"
         )
-    return _Layout(
-        _BY_COLUMNS,
-        (image, prompt, answers),
-        image=image,
-        prompt=prompt,
-        answers=answers,
-        metric=lambda row: "vqa_accuracy" if len(_strings(row, answers, str(path))) >= 10 else "anls",
-        extra=_SHORT_ANSWER,
-        image_folders=(".", "images"),
-    )
+
+    def metric(row: dict[str, Any]) -> str:
+        return "vqa_accuracy" if len(_strings(row, answers, str(path))) >= 10 else "anls"
+
+    return _Layout(_BY_COLUMNS, metric, image, prompt, answers, image_folders=(".", "images"))
 
 
 def _ocrbench_metric(row: dict[str, Any]) -> str:
@@ -419,116 +397,44 @@ def _ocrbench_metric(row: dict[str, Any]) -> str:
 _JSON_LAYOUTS = (
     _Layout(
         "OCRBench",
-        ("dataset_name", "image_path", "question", "answers"),
+        _ocrbench_metric,
         image="image_path",
-        prompt="question",
-        answers="answers",
-        metric=_ocrbench_metric,
+        others=("dataset_name",),
+        extra="",
         image_folders=(".", "OCRBench_Images"),
     ),
     _Layout(
         "TextVQA",
-        ("image_id", "question_id", "question", "answers"),
+        "vqa_accuracy",
         image="image_id",
-        prompt="question",
-        answers="answers",
-        metric="vqa_accuracy",
         number="question_id",
-        extra=_SHORT_ANSWER,
         suffix=".jpg",
         image_folders=("train_images", "train_val_images/train_images", "."),
     ),
     _Layout(
         "DocVQA",
-        ("questionId", "docId", "image", "question", "answers"),
-        image="image",
-        prompt="question",
-        answers="answers",
-        metric="anls",
+        "anls",
         number="questionId",
-        extra=_SHORT_ANSWER,
+        others=("docId",),
         image_folders=(".", "spdocvqa_images", "val"),
     ),
     _Layout(
         "InfographicVQA",
-        ("questionId", "image_local_name", "question", "answers"),
+        "anls",
         image="image_local_name",
-        prompt="question",
-        answers="answers",
-        metric="anls",
         number="questionId",
-        extra=_SHORT_ANSWER,
         image_folders=(".", "infographicsvqa_images", "infographicVQA_val_v1.0_images", "images"),
     ),
-    _Layout(
-        "ChartQA",
-        ("imgname", "query", "label"),
-        image="imgname",
-        prompt="query",
-        answers="label",
-        metric="relaxed_accuracy",
-        extra=_SHORT_ANSWER,
-        image_folders=("png", "."),
-    ),
+    _Layout("ChartQA", "relaxed_accuracy", "imgname", "query", "label", image_folders=("png", ".")),
 )
 
 _PARQUET_LAYOUTS = (
-    _Layout(
-        "OCRBench",
-        ("dataset", "question_type", "question", "answer", "image"),
-        image="image",
-        prompt="question",
-        answers="answer",
-        metric=_ocrbench_metric,
-    ),
-    _Layout(
-        "DocVQA",
-        ("questionId", "docId", "question", "answers", "image"),
-        image="image",
-        prompt="question",
-        answers="answers",
-        metric="anls",
-        number="questionId",
-        extra=_SHORT_ANSWER,
-    ),
-    _Layout(
-        "InfographicVQA",
-        ("questionId", "answer_type", "question", "answers", "image"),
-        image="image",
-        prompt="question",
-        answers="answers",
-        metric="anls",
-        number="questionId",
-        extra=_SHORT_ANSWER,
-    ),
-    _Layout(
-        "TextVQA",
-        ("image_id", "question_id", "question", "answers", "image"),
-        image="image",
-        prompt="question",
-        answers="answers",
-        metric="vqa_accuracy",
-        number="question_id",
-        extra=_SHORT_ANSWER,
-    ),
-    _Layout(
-        "ChartQA",
-        ("type", "question", "answer", "image"),
-        image="image",
-        prompt="question",
-        answers="answer",
-        metric="relaxed_accuracy",
-        extra=_SHORT_ANSWER,
-    ),
-    _Layout(
-        "ChartQA",
-        ("query", "label", "image"),
-        image="image",
-        prompt="query",
-        answers="label",
-        metric="relaxed_accuracy",
-        extra=_SHORT_ANSWER,
-    ),
+    _Layout("OCRBench", _ocrbench_metric, answers="answer", others=("dataset", "question_type"), extra=""),
+    _Layout("DocVQA", "anls", number="questionId", others=("docId",)),
+    _Layout("InfographicVQA", "anls", number="questionId", others=("answer_type",)),
+    _Layout("TextVQA", "vqa_accuracy", number="question_id", others=("image_id",)),
+    _Layout("ChartQA", "relaxed_accuracy", answers="answer", others=("type",)),
+    _Layout("ChartQA", "relaxed_accuracy", prompt="query", answers="label"),
 )
 
 
