@@ -12,7 +12,7 @@ from sparsemm_edge import defaults
 from sparsemm_edge.commands import options
 from sparsemm_edge.errors import SparseMMError
 from sparsemm_edge.files import atomic_path
-from sparsemm_edge.output import print_json
+from sparsemm_edge.output import print_json, progress_bar
 
 _T = TypeVar("_T")
 
@@ -169,11 +169,11 @@ def evaluate(
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise SparseMMError(f"cannot make the folder {out}: {error.strerror}") from error
-    results = Results(out / "results.jsonl", job, data_set, resume=resume)
-    try:
-        run(job, data_set, settings, results, n_jobs=jobs, show_progress=not as_json)
-    finally:
-        results.close()
+    with (
+        Results(out / "results.jsonl", job, data_set, resume=resume) as results,
+        progress_bar("pages", stays=True, shown=not as_json) as progress,
+    ):
+        run(job, data_set, settings, results, n_jobs=jobs, progress=progress)
     errors = [record.error for record in results.records.values()]
     if errors and errors[0] is not None and None not in errors:
         raise SparseMMError(

@@ -12,13 +12,8 @@ from sparsemm_edge.errors import SparseMMError
 _ANLS_THRESHOLD = 0.5
 _RELATIVE_TOLERANCE = 0.05
 
-_NUMBER_WORDS = {"none": "0", "zero": "0", "one": "1", "two": "2", "three": "3", "four": "4", "five": "5"} | {
-    "six": "6",
-    "seven": "7",
-    "eight": "8",
-    "nine": "9",
-    "ten": "10",
-}
+_NUMBERS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten")
+_NUMBER_WORDS = {"none": "0"} | {word: str(number) for number, word in enumerate(_NUMBERS)}
 _ARTICLES = {"a", "an", "the"}
 _PUNCTUATION = ';/[]"{}()=+\\_-><@`,?!'
 _COMMA_IN_NUMBER = re.compile(r"(?<=\d),(?=\d)")
@@ -100,11 +95,6 @@ METRICS: dict[str, Callable[[str, Sequence[str]], float]] = {
     "cer": character_accuracy,
 }
 """By the name that a data set gives; `cer` is scored as 1 - character error rate, as all are better above."""
-
-
-def score(metric: str, answer: str, accepted: Sequence[str]) -> float:
-    """The score of one answer, 0 to 1, by the metric of this name."""
-    return METRICS[metric](answer, accepted)
 
 
 def check_question(metric: str, accepted: Sequence[str], where: str) -> None:

@@ -423,7 +423,9 @@ def _later_table(report: Report, ways: list[Way]) -> "Table":
     for setting in dict.fromkeys(setting for _, setting in rows):
         found = [rows.get((way, setting)) for way in ways]
         label = next(row.label for row in found if row is not None)
-        table.add_row(label, setting.size, *(_with_interval(row and row.height) for row in found))
+        table.add_row(
+            label, setting.size, *("" if row is None else _with_interval(row.height) for row in found)
+        )
     return table
 
 

@@ -1,7 +1,8 @@
 """Run every question with every setting, and save the results as they come."""
 
 import json
-from collections.abc import Iterator, Sequence
+import os
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from itertools import groupby
@@ -15,13 +16,14 @@ from gguf.constants import GGML_QUANT_SIZES
 from sparsemm_edge.budgets import FULL, POOL_KERNEL
 from sparsemm_edge.closing import Closing
 from sparsemm_edge.errors import SparseMMError
-from sparsemm_edge.evaluation import fidelity, metrics
+from sparsemm_edge.evaluation import fidelity
 from sparsemm_edge.evaluation.datasets import DataSet, Question
+from sparsemm_edge.evaluation.metrics import METRICS
 from sparsemm_edge.evaluation.settings import Setting
 from sparsemm_edge.runtime import VisionModel
 from sparsemm_edge.runtime.eviction import Eviction, HeadBudgetTable, check_scores, model_scores
 from sparsemm_edge.runtime.loading import Loading
-from sparsemm_edge.runtime.prompt import ImagePart, Prompt, TextPart
+from sparsemm_edge.runtime.prompt import Prompt, TextPart
 from sparsemm_edge.runtime.session import Prefix, Session, cache_type, start_session_with
 from sparsemm_edge.workers import map_processes
 
@@ -89,8 +91,8 @@ class Asked:
         """A unique name for files of results."""
         if self.first is None:
             return self.question.name
-        where = f"in the place of {self.first.name}" if self.instead else f"{self.place} after"
-        return f"{self.question.name}, {where}" + ("" if self.instead else f" {self.first.name}")
+        where = "in the place of" if self.instead else f"{self.place} after"
+        return f"{self.question.name}, {where} {self.first.name}"
 
 
 @dataclass(frozen=True)
@@ -217,9 +219,7 @@ class Evaluator(Closing):
                     records += reference if setting == _REFERENCE else self._converse(reading, setting)
                 return records
         except SparseMMError as error:
-            return [
-                Record(**_identify(each, setting), error=str(error)) for setting in settings for each in asked
-            ]
+            return [_record(each, setting, error=str(error)) for setting in settings for each in asked]
 
     def _n_ctx(self, reading: _Reading) -> int:
         """Context size for the conversation, within the limit."""
@@ -242,13 +242,13 @@ class Evaluator(Closing):
         """The tokens of a follow-up, from the end of the previous turn on."""
         text = self._model.chat_prompt(asked.question.prompt, 0, self._job.chat_template, first=False)
         with self._model.tokenize(text, first=False) as prompt:
-            return _text_tokens(prompt.parts)
+            return prompt.at_last_image()[1]
 
     def _in_place(self, reading: _Reading, asked: Asked) -> npt.NDArray[np.int32]:
         """The tokens after the image if this were the first question."""
         with self._first_prompt(asked.question) as prompt:
             before, tokens = prompt.at_last_image()
-            if not len(tokens) or not _same_parts(before.parts, reading.prompt.at_last_image()[0].parts):
+            if not len(tokens) or _content(before) != _content(reading.prompt.at_last_image()[0]):
                 raise SparseMMError("the chat template does not put the whole question after the image")
             return tokens
 
@@ -257,16 +257,12 @@ class Evaluator(Closing):
         return self._model.tokenize(text, [question.open_image()])
 
     def _start(
-        self,
-        reading: _Reading,
-        setting: Setting,
-        table: HeadBudgetTable | None,
-        prompt: Prompt | None = None,
+        self, reading: _Reading, setting: Setting, table: HeadBudgetTable | None, prompt: Prompt
     ) -> Session:
         longest = max((len(answer.tokens) - 1 for answer in reading.full.values()), default=0)
         return start_session_with(
             self._model,
-            prompt or reading.prompt,
+            prompt,
             table,
             n_ctx=reading.n_ctx,
             cache_type_k=setting.cache_type,
@@ -303,10 +299,10 @@ class Evaluator(Closing):
                         self._read_later(session, reading, setting, asked, tokens)
                         record, tokens = self._answer(session, reading, setting, asked)
                     else:
-                        record = Record(**_identify(asked, setting), error=why_not)
+                        record = _record(asked, setting, error=why_not)
                 except SparseMMError as error:
                     why_not = str(error)
-                    record = Record(**_identify(asked, setting), error=why_not)
+                    record = _record(asked, setting, error=why_not)
                 records.append(record)
         return records
 
@@ -341,7 +337,7 @@ class Evaluator(Closing):
         before, _ = reading.prompt.at_last_image()
         if not session.truncate(before.n_pos, before.n_tokens):
             why_not = "the question that is taken back is longer than the window"
-            return Record(**_identify(asked, setting), skipped=why_not)
+            return _record(asked, setting, skipped=why_not)
         session.append(self._appended(reading, asked))
         return self._answer(session, reading, setting, asked)[0]
 
@@ -353,7 +349,8 @@ class Evaluator(Closing):
             n_prefix = reading.prompt.n_tokens - _n_rest(setting)
             everything = np.full(self._model.shape.kv_heads, FULL, dtype=np.uint32)
             if n_prefix > 0:
-                with self._start(reading, setting, HeadBudgetTable(everything, 1, POOL_KERNEL)) as session:
+                table = HeadBudgetTable(everything, 1, POOL_KERNEL)
+                with self._start(reading, setting, table, reading.prompt) as session:
                     reading.prefix = session.read_prefix(n_prefix) if session.takes_prefix else None
         return reading.prefix
 
@@ -391,9 +388,9 @@ class Evaluator(Closing):
         question, score = asked.question, None
         if question.metric is not None:
             # a model's reply often begins with a space that belongs to no answer
-            score = metrics.score(question.metric, answer.strip(), question.answers)
+            score = METRICS[question.metric](answer.strip(), question.answers)
         compared = fidelity.compare(full.tokens, tokens, full.logits[: len(logits)], logits)
-        record = Record(**_identify(asked, setting), **held, answer=answer, score=score, **asdict(compared))
+        record = _record(asked, setting, **held, answer=answer, score=score, **asdict(compared))
         return record, tokens
 
     def _greedy(
@@ -428,18 +425,17 @@ class Evaluator(Closing):
         }
 
 
-def _identify(asked: Asked, setting: Setting) -> dict[str, Any]:
-    """The fields of a record that identify it."""
-    first = asked.first or asked.question
-    return {
-        "question": asked.name,
-        "page": asked.question.page,
-        "task": asked.question.task,
-        "setting": setting.key,
-        "place": asked.place,
-        "instead": asked.instead,
-        "first_task": first.task,
-    }
+def _record(asked: Asked, setting: Setting, **found: Any) -> Record:
+    return Record(
+        question=asked.name,
+        page=asked.question.page,
+        task=asked.question.task,
+        setting=setting.key,
+        place=asked.place,
+        instead=asked.instead,
+        first_task=(asked.first or asked.question).task,
+        **found,
+    )
 
 
 def _n_rest(setting: Setting) -> int:
@@ -447,30 +443,15 @@ def _n_rest(setting: Setting) -> int:
     return max(_MIN_UBATCH, setting.window)
 
 
-_Parts = Sequence[TextPart | ImagePart]
-
-
-def _same_parts(parts: _Parts, others: _Parts) -> bool:
-    """Whether two prompts with the same images begin with the same parts."""
-    return len(parts) == len(others) and all(
-        np.array_equal(part.tokens, other.tokens)
-        if isinstance(part, TextPart) and isinstance(other, TextPart)
-        else type(part) is type(other) and part.n_tokens == other.n_tokens
-        for part, other in zip(parts, others, strict=True)
-    )
-
-
-def _text_tokens(parts: _Parts) -> npt.NDArray[np.int32]:
-    """The tokens of a stretch of text: [n]."""
-    return np.concatenate(
-        [np.empty(0, dtype=np.int32), *(part.tokens for part in parts if isinstance(part, TextPart))]
-    )
+def _content(prompt: Prompt) -> list[Any]:
+    """What tells prompts with the same images apart: tokens of text, and how many each image takes."""
+    return [part.tokens.tolist() if isinstance(part, TextPart) else part.n_tokens for part in prompt.parts]
 
 
 # --- results on disk
 
 
-class Results:
+class Results(Closing):
     """The results file: one JSON object per line, the first of which describes the run."""
 
     def __init__(self, path: Path, job: EvalJob, data: DataSet, *, resume: bool) -> None:
@@ -521,8 +502,7 @@ class Results:
         data = path.read_bytes()
         whole = data[: data.rfind(b"\n") + 1]  # a run that was killed may leave half a line
         if len(whole) < len(data):
-            with path.open("r+b") as file:
-                file.truncate(len(whole))
+            os.truncate(path, len(whole))
         lines = whole.decode("utf-8").splitlines()
         if not lines:
             return
@@ -533,13 +513,12 @@ class Results:
             raise SparseMMError(
                 f"{path} is not a file of eval's results ({error}): choose another --out"
             ) from error
-        differs = [key for key in head if not isinstance(found, dict) or found.get(key) != head[key]]
-        if differs:
-            key = differs[0]
-            was = found.get(key) if isinstance(found, dict) else found
-            raise SparseMMError(
-                f"{path} is of another run, --resume cannot go on with it: {key} was {was}, is {head[key]}"
-            )
+        known = found if isinstance(found, dict) else dict.fromkeys(head, found)
+        for key, value in head.items():
+            if (was := known.get(key)) != value:
+                raise SparseMMError(
+                    f"{path} is of another run, --resume cannot go on with it: {key} was {was}, is {value}"
+                )
         for record in records:
             if record.error is None:  # what failed is tried again
                 self.records[record.question, record.setting] = record
@@ -563,7 +542,7 @@ def run(
     results: Results,
     *,
     n_jobs: int,
-    show_progress: bool,
+    progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> None:
     """Run what is missing from `results`.
 
@@ -571,29 +550,17 @@ def run(
         job, data, settings: what to run.
         results: receives records as they come.
         n_jobs: processes, each with a model of its own.
-        show_progress: a bar with the time left on stderr.
+        progress: called with the pages done and their total.
     """
-    from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
     work = [
         missing
         for _, group in groupby(data.questions, key=lambda question: question.page)
         if (missing := _missing(job, list(group), settings, results))
     ]
-    err = Console(stderr=True)
-    with Progress(
-        TextColumn("pages"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeRemainingColumn(elapsed_when_finished=True),
-        console=err,
-        disable=not (show_progress and err.is_terminal),
-    ) as progress:
-        bar = progress.add_task("pages", total=len(work))
-        for records in _answers(job, work, settings, n_jobs):
-            results.add(records)
-            progress.advance(bar)
+    progress(0, len(work))
+    for done, records in enumerate(_answers(job, work, settings, n_jobs), 1):
+        results.add(records)
+        progress(done, len(work))
 
 
 _Page = list[tuple[Question, list[Setting]]]
@@ -605,11 +572,7 @@ def _missing(job: EvalJob, questions: list[Question], settings: Sequence[Setting
     found = []
     for question in questions:
         names = [asked.name for asked in job.asked(question)]
-        left = [
-            setting
-            for setting in settings
-            if any((name, setting.key) not in results.records for name in names)
-        ]
+        left = [each for each in settings if not all((name, each.key) in results.records for name in names)]
         if left:
             found.append((question, left))
     return found
@@ -623,17 +586,16 @@ def _answers(
     with Evaluator(job) as evaluator:  # so that a mistake is one line, and not one of every process
         evaluator.check(settings)
         if n_jobs == 1:
-            for page in work:
-                yield _answer_page(evaluator, page)
-            return
-    yield from map_processes(partial(_answer_pages, job), work, n_jobs)
+            yield from _answer_pages(evaluator, work)
+    if n_jobs > 1:
+        yield from map_processes(partial(_answer_in_process, job), work, n_jobs)
 
 
-def _answer_pages(job: EvalJob, rank: int, pages: Iterator[_Page]) -> Iterator[list[Record]]:
+def _answer_in_process(job: EvalJob, rank: int, pages: Iterator[_Page]) -> Iterator[list[Record]]:
     with Evaluator(job) as evaluator:
-        for page in pages:
-            yield _answer_page(evaluator, page)
+        yield from _answer_pages(evaluator, pages)
 
 
-def _answer_page(evaluator: Evaluator, page: _Page) -> list[Record]:
-    return [record for question, settings in page for record in evaluator.answer(question, settings)]
+def _answer_pages(evaluator: Evaluator, pages: Iterable[_Page]) -> Iterator[list[Record]]:
+    for page in pages:
+        yield [record for question, settings in page for record in evaluator.answer(question, settings)]
