@@ -7,15 +7,13 @@ no text stands on a page twice, so that a word can be told from the others by wh
 
 from functools import cache
 from importlib.resources import files
-from pathlib import Path
 
-import matplotlib
 import numpy as np
 import numpy.typing as npt
 from PIL import Image, ImageDraw, ImageFilter, ImageFont
 
 from sparsemm_edge.errors import SparseMMError
-from sparsemm_edge.pages import Chunk, Page
+from sparsemm_edge.pages import Chunk, Page, contrast, font, noisy
 
 PROMPT = "Write down all the text in this image, word by word, in reading order."
 """What a model is asked about such a page."""
@@ -65,13 +63,6 @@ def document_page(seed: int, size: tuple[int, int] = SIZE) -> Page:
 @cache
 def words() -> tuple[str, ...]:
     return tuple((files("sparsemm_edge.pages") / "words.txt").read_text(encoding="utf-8").split())
-
-
-@cache
-def font(name: str, size: int) -> ImageFont.FreeTypeFont:
-    path = Path(matplotlib.get_data_path()) / "fonts" / "ttf" / f"{name}.ttf"
-    # the basic layout is the same with and without libraqm
-    return ImageFont.truetype(str(path), size, layout_engine=ImageFont.Layout.BASIC)
 
 
 class _Page:
@@ -168,12 +159,11 @@ def _number(rng: np.random.Generator) -> str:
 
 def _colours(rng: np.random.Generator) -> tuple[npt.NDArray[np.float64], tuple[int, ...]]:
     """Paper and ink; half of the pages are dark on nearly white."""
-    grey = np.array([0.299, 0.587, 0.114])
     if rng.random() < 0.5:
         paper, ink = rng.uniform(225, 256, 3), rng.uniform(0, 70, 3)
     else:
         paper, ink = rng.uniform(0, 256, (2, 3))
-        while abs((paper - ink) @ grey) < _LEAST_CONTRAST:
+        while contrast(paper, ink) < _LEAST_CONTRAST:
             paper, ink = rng.uniform(0, 256, (2, 3))
     return paper, tuple(int(channel) for channel in ink)
 
@@ -182,16 +172,14 @@ def _paper(
     rng: np.random.Generator, colour: npt.NDArray[np.float64], size: tuple[int, int]
 ) -> npt.NDArray[np.uint8]:
     """A sheet of one colour with a slight shade across it: [height, width, 3]."""
-    width, height = size
+    across, down = (np.linspace(-0.5, 0.5, side) for side in size)
     slope = rng.uniform(-14, 14, 2)
-    shade = np.linspace(-0.5, 0.5, height)[:, None] * slope[0] + np.linspace(-0.5, 0.5, width) * slope[1]
-    sheet = np.clip(colour + shade[..., None], 0, 255)
-    return np.asarray(sheet, np.uint8)
+    shade = down[:, None] * slope[0] + across * slope[1]
+    return np.clip(colour + shade[..., None], 0, 255).astype(np.uint8)
 
 
 def _worn(rng: np.random.Generator, image: Image.Image) -> npt.NDArray[np.uint8]:
     """The page a little out of focus and with some noise, nothing moved: [height, width, 3]."""
     if rng.random() < 0.3:
         image = image.filter(ImageFilter.GaussianBlur(float(rng.uniform(0.2, 0.7))))
-    noise = rng.standard_normal((image.height, image.width, 1), np.float32) * np.float32(rng.uniform(0, 8))
-    return np.asarray(np.clip(np.asarray(image, np.float32) + noise, 0, 255), np.uint8)
+    return noisy(rng, np.asarray(image, np.float32), 8)
