@@ -9,6 +9,7 @@ import hashlib
 import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -151,21 +152,14 @@ def grid(n_pages: int, seed: int = 0, kind: Grid = DEMO) -> DataSet:
         rng = np.random.default_rng(page_seed)
         chosen = int(rng.integers(len(page.lookups)))
         others = rng.permutation([i for i in range(len(page.lookups)) if i != chosen])[: _GRID_TURNS - 1]
-        lookups = [
-            Question(
-                f"{page.name}/lookup" + (f" {place}" if place > 1 else ""),
-                page.name,
-                page.image,
-                lookup_prompt(page.lookups[i][0]),
-                "lookup",
-                "exact_match",
-                (page.lookups[i][1],),
-            )
-            for place, i in enumerate([chosen, *others], 1)
-        ]
-        reading = Question(
-            f"{page.name}/reading", page.name, page.image, READ_PROMPT, "reading", "cer", (page.text,)
-        )
+        ask = partial(Question, page=page.name, image=page.image)
+        lookups = []
+        for place, (key, line) in enumerate([page.lookups[i] for i in (chosen, *others)], 1):
+            name = f"{page.name}/lookup" + (f" {place}" if place > 1 else "")
+            prompt = lookup_prompt(key)
+            lookups.append(ask(name, prompt=prompt, task="lookup", metric="exact_match", answers=(line,)))
+        name = f"{page.name}/reading"
+        reading = ask(name, prompt=READ_PROMPT, task="reading", metric="cer", answers=(page.text,))
         questions.append(replace(lookups[0], later=tuple(lookups[1:])))
         questions.append(replace(reading, later=(lookups[0],)))
     return DataSet(f"{kind.name}, seeds from {seed}", tuple(questions), n_predict=96)
@@ -264,9 +258,6 @@ def _in_turn(questions: Sequence[Question]) -> tuple[Question, ...]:
     return tuple(replace(question, later=first.get(question.name, ())) for question in questions)
 
 
-# --- a folder of one's own
-
-
 def _read_jsonl(files: list[Path], images: Path | None) -> Iterator[Question]:
     """Lines of `image` (a path from the file's folder), `question`, `answers`, `metric`; `task` if wanted."""
     path = files[0]
@@ -279,9 +270,6 @@ def _read_jsonl(files: list[Path], images: Path | None) -> Iterator[Question]:
         check_question(metric, answers, where)
         task = str(row.get("task", metric))
         yield Question(f"{number}: {image}", image, folder / image, prompt, task, metric, answers)
-
-
-# --- the authors' JSON
 
 
 def _read_json(files: list[Path], images: Path | None) -> Iterator[Question]:
@@ -300,9 +288,6 @@ def _read_json(files: list[Path], images: Path | None) -> Iterator[Question]:
         yield layout.question(row, number, where, page=name, image=image)
 
 
-# --- Hugging Face parquet
-
-
 def _read_parquet(files: list[Path], images: Path | None) -> Iterator[Question]:
     number = 0
     for path in files:
@@ -316,9 +301,6 @@ def _read_parquet(files: list[Path], images: Path | None) -> Iterator[Question]:
             page = f"image {hashlib.sha256(image).hexdigest()[:12]}"
             yield layout.question(row, number, where, page=page, image=image)
             number += 1
-
-
-# --- layouts
 
 
 @dataclass(frozen=True)
@@ -455,6 +437,6 @@ def _strings(row: dict[str, Any], key: str, where: str) -> tuple[str, ...]:
     value = row.get(key)
     values = value if isinstance(value, list) else [value]
     values = [each.get("answer") if isinstance(each, dict) else each for each in values]
-    if not all(isinstance(each, str | int | float) and not isinstance(each, bool) for each in values):
+    if not all(type(each) in (str, int, float) for each in values):
         raise SparseMMError(f"{where}: {key} is {value!r}, expected a list of texts")
     return tuple(str(each) for each in values)

@@ -1,26 +1,9 @@
 """Fidelity: how close answers stay to those of the full cache, without labels."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
-
-
-@dataclass(frozen=True)
-class Fidelity:
-    """An answer compared with the full cache's.
-
-    Attributes:
-        agreement: fraction of equal tokens at the same place, of the longer answer, 0 to 1; end tokens count.
-        first_divergence: index of the first different token; None if there is none.
-        kl: KL divergence of next-token distributions, full cache || this one, in nats: mean over the full
-            cache's answer.
-    """
-
-    agreement: float
-    first_divergence: int | None
-    kl: float
 
 
 def compare(
@@ -28,7 +11,7 @@ def compare(
     tokens: Sequence[int],
     full_logits: npt.NDArray[np.float32],
     logits: npt.NDArray[np.float32],
-) -> Fidelity:
+) -> tuple[float, int | None, float]:
     """Compare an answer with the full cache's.
 
     Args:
@@ -36,12 +19,17 @@ def compare(
         tokens: this cache's greedy answer, likewise.
         full_logits: [n, n_vocab], the full cache's before each token of its own answer.
         logits: [n, n_vocab], this cache's before each token of the full cache's answer.
+
+    Returns:
+        The fraction of equal tokens at the same place, of the longer answer, 0 to 1, where end tokens count;
+        the index of the first different token, None if there is none; and the KL divergence of next-token
+        distributions, full cache || this one, in nats: mean over the full cache's answer.
     """
     longer = max(len(full), len(tokens))
     same = [mine == theirs for mine, theirs in zip(tokens, full, strict=False)]
     differs = [place for place, each in enumerate(same) if not each]
     first = differs[0] if differs else (len(same) if len(full) != len(tokens) else None)
-    return Fidelity(sum(same) / longer, first, float(kl_divergence(full_logits, logits).mean()))
+    return sum(same) / longer, first, float(kl_divergence(full_logits, logits).mean())
 
 
 def kl_divergence(logits: npt.NDArray[np.float32], other: npt.NDArray[np.float32]) -> npt.NDArray[np.float64]:

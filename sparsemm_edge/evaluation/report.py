@@ -331,12 +331,10 @@ def _at_bytes(
 ) -> npt.NDArray[np.float64] | None:
     """Scores at these bytes, interpolated linearly between budgets; None outside them."""
     # half a byte of tolerance: the same positions may be the same bytes but for rounding
-    for (low, left), (high, right) in pairwise(line):
+    for (low, left), (high, right) in pairwise([*line, line[-1]]):  # a line may be one budget
         if low - 0.5 <= n_bytes <= high + 0.5:
             at = min(max((n_bytes - low) / (high - low), 0.0), 1.0) if high > low else 0.0
             return (1 - at) * scores[left] + at * scores[right]
-    if len(line) == 1 and abs(line[0][0] - n_bytes) <= 0.5:
-        return scores[line[0][1]]
     return None
 
 

@@ -16,8 +16,8 @@ from gguf.constants import GGML_QUANT_SIZES
 from sparsemm_edge.budgets import FULL, POOL_KERNEL
 from sparsemm_edge.closing import Closing
 from sparsemm_edge.errors import SparseMMError
-from sparsemm_edge.evaluation import fidelity
 from sparsemm_edge.evaluation.datasets import DataSet, Question
+from sparsemm_edge.evaluation.fidelity import compare
 from sparsemm_edge.evaluation.metrics import METRICS
 from sparsemm_edge.evaluation.settings import Setting
 from sparsemm_edge.runtime import VisionModel
@@ -115,7 +115,7 @@ class Record:
         kv_bytes: K and V of these positions and of residual slots.
         kv_full_bytes: K and V of the whole sequence in a full f16 cache.
         kv_allocated: allocated for K and V, room for the answers included.
-        agreement, first_divergence, kl: see fidelity.Fidelity; of a later question against the full cache's
+        agreement, first_divergence, kl: see fidelity.compare; of a later question against the full cache's
             own conversation.
     """
 
@@ -143,32 +143,27 @@ class Record:
 
 
 @dataclass
-class _Answer:
-    """The full cache's answer: tokens, end token included, and the logits of each, [n, n_vocab]."""
-
-    tokens: list[int]
-    logits: npt.NDArray[np.float32]
-
-
-@dataclass
 class _Reading:
     """The state of one conversation while it is run with each setting.
 
     Attributes:
         asked: the first question, its follow-ups, and the one in its place.
         prompt: the first question's.
+        appended: by Asked.name, the tokens that append a question to the turn before it.
         n_ctx: room for all of it.
-        appended: tokens of the follow-ups, by Asked.name.
-        full: the full cache's answers, likewise.
+        in_place: the tokens of the question in the first one's place; None: not made yet.
+        full: by Asked.name, the full cache's answer: tokens, end token included, and the logits of each,
+            [n, n_vocab].
         prefix: the KV cache of all but the prompt's last tokens; None if it cannot be split there.
         prefix_of: cache type and number of last tokens that `prefix` is for.
     """
 
     asked: list[Asked]
     prompt: Prompt
+    appended: dict[str, npt.NDArray[np.int32]]
     n_ctx: int = 0
-    appended: dict[str, npt.NDArray[np.int32]] = field(default_factory=dict)
-    full: dict[str, _Answer] = field(default_factory=dict)
+    in_place: npt.NDArray[np.int32] | None = None
+    full: dict[str, tuple[list[int], npt.NDArray[np.float32]]] = field(default_factory=dict)
     prefix: Prefix | None = None
     prefix_of: tuple[str, int] = ("", 0)
 
@@ -210,7 +205,7 @@ class Evaluator(Closing):
         asked = self._job.asked(question)
         try:
             with self._first_prompt(question) as prompt:
-                reading = _Reading(asked, prompt)
+                reading = _Reading(asked, prompt, {each.name: self._in_turn(each) for each in asked[1:]})
                 reading.n_ctx = self._n_ctx(reading)
                 reference = self._converse(reading, _REFERENCE)
                 records = []
@@ -227,30 +222,24 @@ class Evaluator(Closing):
         if n_prompt >= limit:
             raise SparseMMError(f"the prompt takes {n_prompt} positions, the context has {limit}")
         # and a token that an answer which was cut off leaves for the next prompt
-        later = [len(self._in_turn(each)) + 1 for each in reading.asked if each.first is not None]
+        later = [len(tokens) + 1 for tokens in reading.appended.values()]
         return min(n_prompt + sum(later) + self._job.n_predict * (1 + len(later)), limit)
 
-    def _appended(self, reading: _Reading, asked: Asked) -> npt.NDArray[np.int32]:
-        """The tokens of a follow-up, or of a question in place of the first: [n]."""
-        found = reading.appended.get(asked.name)
-        if found is None:
-            found = self._in_place(reading, asked) if asked.instead else self._in_turn(asked)
-            reading.appended[asked.name] = found
-        return found
-
     def _in_turn(self, asked: Asked) -> npt.NDArray[np.int32]:
-        """The tokens of a follow-up, from the end of the previous turn on."""
+        """The tokens of a follow-up, from the end of the previous turn on: [n]."""
         text = self._model.chat_prompt(asked.question.prompt, 0, self._job.chat_template, first=False)
         with self._model.tokenize(text, first=False) as prompt:
             return prompt.at_last_image()[1]
 
     def _in_place(self, reading: _Reading, asked: Asked) -> npt.NDArray[np.int32]:
-        """The tokens after the image if this were the first question."""
-        with self._first_prompt(asked.question) as prompt:
-            before, tokens = prompt.at_last_image()
-            if not len(tokens) or _content(before) != _content(reading.prompt.at_last_image()[0]):
-                raise SparseMMError("the chat template does not put the whole question after the image")
-            return tokens
+        """The tokens after the image if this were the first question: [n]."""
+        if reading.in_place is None:
+            with self._first_prompt(asked.question) as prompt:
+                before, tokens = prompt.at_last_image()
+                if not len(tokens) or _content(before) != _content(reading.prompt.at_last_image()[0]):
+                    raise SparseMMError("the chat template does not put the whole question after the image")
+                reading.in_place = tokens
+        return reading.in_place
 
     def _first_prompt(self, question: Question) -> Prompt:
         text = self._model.chat_prompt(question.prompt, 1, self._job.chat_template)
@@ -259,7 +248,7 @@ class Evaluator(Closing):
     def _start(
         self, reading: _Reading, setting: Setting, table: HeadBudgetTable | None, prompt: Prompt
     ) -> Session:
-        longest = max((len(answer.tokens) - 1 for answer in reading.full.values()), default=0)
+        longest = max((len(tokens) - 1 for tokens, _ in reading.full.values()), default=0)
         return start_session_with(
             self._model,
             prompt,
@@ -317,7 +306,7 @@ class Evaluator(Closing):
         """Append a question to the answer before it, `tokens`."""
         # the question's text has the end of the turn; the last token of a cut answer is not in the cache yet
         pending = [] if self._model.ends_turn(tokens[-1]) else tokens[-1:]
-        appended = np.concatenate([np.array(pending, np.int32), self._appended(reading, asked)])
+        appended = np.concatenate([np.array(pending, np.int32), reading.appended[asked.name]])
         n_tokens = session.n_tokens + len(appended)
         if n_tokens >= reading.n_ctx:
             raise SparseMMError(
@@ -338,7 +327,7 @@ class Evaluator(Closing):
         if not session.truncate(before.n_pos, before.n_tokens):
             why_not = "the question that is taken back is longer than the window"
             return _record(asked, setting, skipped=why_not)
-        session.append(self._appended(reading, asked))
+        session.append(self._in_place(reading, asked))
         return self._answer(session, reading, setting, asked)[0]
 
     def _prefix(self, reading: _Reading, setting: Setting) -> Prefix | None:
@@ -364,15 +353,15 @@ class Evaluator(Closing):
         held = self._held(reading, setting, session)
         n_predict = min(self._job.n_predict, reading.n_ctx - session.n_tokens)
         first = session.logits()
-        full = reading.full.get(asked.name)
-        if full is None:
+        if asked.name not in reading.full:
             rows = [first]
             tokens = self._greedy(session, n_predict, [int(first.argmax())], rows)
-            full = reading.full[asked.name] = _Answer(tokens, np.stack(rows))
-            logits = full.logits
+            full_tokens, full_logits = reading.full[asked.name] = tokens, np.stack(rows)
+            logits = full_logits
         else:
             # follow the full cache's answer for the distributions, and leave it where this cache would
-            followed = full.tokens[:n_predict]
+            full_tokens, full_logits = reading.full[asked.name]
+            followed = full_tokens[:n_predict]
             rest = session.decode_all(np.array(followed[:-1], dtype=np.int32))
             logits = np.concatenate([first[None], rest])
             choices = logits.argmax(axis=1)
@@ -389,8 +378,17 @@ class Evaluator(Closing):
         if question.metric is not None:
             # a model's reply often begins with a space that belongs to no answer
             score = METRICS[question.metric](answer.strip(), question.answers)
-        compared = fidelity.compare(full.tokens, tokens, full.logits[: len(logits)], logits)
-        record = _record(asked, setting, **held, answer=answer, score=score, **asdict(compared))
+        agreement, first_divergence, kl = compare(full_tokens, tokens, full_logits[: len(logits)], logits)
+        record = _record(
+            asked,
+            setting,
+            **held,
+            answer=answer,
+            score=score,
+            agreement=agreement,
+            first_divergence=first_divergence,
+            kl=kl,
+        )
         return record, tokens
 
     def _greedy(

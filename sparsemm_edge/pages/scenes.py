@@ -83,9 +83,6 @@ def named(answer: str, page: Scene) -> float:
     return sum(found) / len(found)
 
 
-# --- kinds of scenes ----------------------------------------------------------------------------------
-
-
 def _things(rng: np.random.Generator, draw: ImageDraw.ImageDraw) -> _Drawn:
     """A few things of different shapes and colours: which are there?"""
     chunks, _ = _scatter(rng, draw)
@@ -152,9 +149,6 @@ def _chart(rng: np.random.Generator, draw: ImageDraw.ImageDraw) -> _Drawn:
     return chunks, question, text, range(len(chunks))
 
 
-# --- drawing ------------------------------------------------------------------------------------------
-
-
 def _cells(rng: np.random.Generator) -> list[tuple[int, int]]:
     """Rows and columns of nine places, shuffled."""
     return [(int(cell) // 3, int(cell) % 3) for cell in rng.permutation(9)]
@@ -208,9 +202,6 @@ _OUTLINES: dict[str, list[tuple[float, float]]] = {  # within a square of side 1
         *((0.65, 1), (0.35, 1), (0.35, 0.65), (0, 0.65), (0, 0.35), (0.35, 0.35)),
     ],
 }
-
-
-# --- words --------------------------------------------------------------------------------------------
 
 
 def _said(colour: str, shape: str) -> str:
