@@ -100,8 +100,6 @@ def load(source: str, *, images: Path | None = None, n_pages: int | None = None,
     Raises:
         SparseMMError: no such file, or not a layout that is known; a line that lacks something is named.
     """
-    if n_pages is not None and n_pages < 1:
-        raise SparseMMError(f"{n_pages} pages were asked for: it must be at least 1")
     if source in GRIDS:
         return grid(200 if n_pages is None else n_pages, seed, GRIDS[source])
     path = Path(source)
@@ -184,22 +182,14 @@ def _files(path: Path) -> tuple[list[Path], list[str]]:
 
 def _files_of_a_kind(path: Path) -> list[Path]:
     """The files of a folder, or of its one subfolder with parquet files (Hugging Face)."""
-    for suffix in _SUFFIXES:
-        if files := _with_suffix(path, suffix):
+    for place, suffix in (("*", ".jsonl"), ("*", ".parquet"), ("*/*", ".parquet"), ("*", ".json")):
+        files = sorted(file for file in path.glob(place) if file.suffix.lower() == suffix and file.is_file())
+        folders = list(dict.fromkeys(file.parent.name for file in files))
+        if len(folders) > 1:
+            raise SparseMMError(f"{path} holds several data sets: say which of {_listed(folders)} is meant")
+        if files:
             return files
-        if suffix != ".parquet":
-            continue
-        within = {each.name: _with_suffix(each, suffix) for each in sorted(path.iterdir()) if each.is_dir()}
-        found = {name: files for name, files in within.items() if files}
-        if len(found) > 1:
-            raise SparseMMError(f"{path} holds several data sets: say which of {_listed([*found])} is meant")
-        if found:
-            return next(iter(found.values()))
     raise SparseMMError(f"{path} holds no data set: expected a file that ends in {', '.join(_SUFFIXES)}")
-
-
-def _with_suffix(folder: Path, suffix: str) -> list[Path]:
-    return sorted(file for file in folder.iterdir() if file.suffix.lower() == suffix and file.is_file())
 
 
 def _answered_part(files: list[Path]) -> tuple[list[Path], list[str]]:

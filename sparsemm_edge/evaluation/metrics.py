@@ -1,11 +1,15 @@
-"""Accuracy metrics of the data sets that `eval` reads.
+"""Accuracy metrics of the data sets that `eval` reads, and fidelity to the full cache, without labels.
 
-Every metric takes the model's answer and the accepted answers and returns a score from 0 (wrong) to 1.
+Every accuracy metric takes the answer and the accepted answers and returns a score from 0 (wrong) to 1.
 """
 
 import math
 import re
 from collections.abc import Callable, Sequence
+from itertools import zip_longest
+
+import numpy as np
+import numpy.typing as npt
 
 from sparsemm_edge.errors import SparseMMError
 
@@ -173,3 +177,48 @@ def _plain(text: str) -> str:
 
 def _one_line(text: str) -> str:
     return text.strip().replace("\n", " ")
+
+
+# --- fidelity
+
+
+def compare(
+    full: Sequence[int],
+    tokens: Sequence[int],
+    full_logits: npt.NDArray[np.float32],
+    logits: npt.NDArray[np.float32],
+) -> dict[str, float | None]:
+    """Compare an answer with the full cache's.
+
+    Args:
+        full: the full cache's greedy answer, its end token included.
+        tokens: this cache's greedy answer, likewise.
+        full_logits: [n, n_vocab], the full cache's before each token of its own answer.
+        logits: [n, n_vocab], this cache's before each token of the full cache's answer.
+
+    Returns:
+        agreement: fraction of equal tokens at the same place, of the longer answer, 0 to 1; end tokens count.
+        first_divergence: index of the first different token; None if there is none.
+        kl: KL divergence of next-token distributions, full cache || this one, in nats: mean over the full
+            cache's answer.
+    """
+    same = [mine == theirs for mine, theirs in zip_longest(tokens, full)]
+    return {
+        "agreement": sum(same) / len(same),
+        "first_divergence": None if all(same) else same.index(False),
+        "kl": float(kl_divergence(full_logits, logits).mean()),
+    }
+
+
+def kl_divergence(logits: npt.NDArray[np.float32], other: npt.NDArray[np.float32]) -> npt.NDArray[np.float64]:
+    """KL(p || q) in nats from logits: [n, n_vocab] twice -> [n]."""
+    log_p, log_q = log_softmax(logits), log_softmax(other)
+    divergence: npt.NDArray[np.float64] = (np.exp(log_p) * (log_p - log_q)).sum(axis=-1)
+    return np.maximum(divergence, 0.0)  # rounding
+
+
+def log_softmax(logits: npt.NDArray[np.float32]) -> npt.NDArray[np.float64]:
+    """Logarithms of probabilities, row by row."""
+    shifted = logits.astype(np.float64) - logits.max(axis=-1, keepdims=True)
+    logs: npt.NDArray[np.float64] = shifted - np.log(np.exp(shifted).sum(axis=-1, keepdims=True))
+    return logs

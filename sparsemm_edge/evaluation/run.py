@@ -17,8 +17,7 @@ from sparsemm_edge.budgets import FULL, POOL_KERNEL
 from sparsemm_edge.closing import Closing
 from sparsemm_edge.errors import SparseMMError
 from sparsemm_edge.evaluation.datasets import DataSet, Question
-from sparsemm_edge.evaluation.fidelity import compare
-from sparsemm_edge.evaluation.metrics import METRICS
+from sparsemm_edge.evaluation.metrics import METRICS, compare
 from sparsemm_edge.evaluation.settings import Setting
 from sparsemm_edge.runtime import VisionModel
 from sparsemm_edge.runtime.eviction import Eviction, HeadBudgetTable, check_scores, model_scores
@@ -115,7 +114,7 @@ class Record:
         kv_bytes: K and V of these positions and of residual slots.
         kv_full_bytes: K and V of the whole sequence in a full f16 cache.
         kv_allocated: allocated for K and V, room for the answers included.
-        agreement, first_divergence, kl: see fidelity.compare; of a later question against the full cache's
+        agreement, first_divergence, kl: see metrics.compare; of a later question against the full cache's
             own conversation.
     """
 
@@ -364,32 +363,20 @@ class Evaluator(Closing):
             followed = full_tokens[:n_predict]
             rest = session.decode_all(np.array(followed[:-1], dtype=np.int32))
             logits = np.concatenate([first[None], rest])
-            choices = logits.argmax(axis=1)
-            differs = np.flatnonzero(choices != np.array(followed))
+            choices = logits.argmax(axis=1).tolist()
             tokens = followed
-            if differs.size:
-                place = int(differs[0])
-                tokens = [*followed[:place], int(choices[place])]
+            if choices != followed:
+                place = next(i for i, token in enumerate(followed) if choices[i] != token)
                 session.truncate_reply(place)
-                tokens = self._greedy(session, n_predict, tokens)
+                tokens = self._greedy(session, n_predict, choices[: place + 1])
         ended = self._model.ends_turn(tokens[-1])
         answer = self._model.text_of(tokens[:-1] if ended else tokens)
         question, score = asked.question, None
         if question.metric is not None:
             # a model's reply often begins with a space that belongs to no answer
             score = METRICS[question.metric](answer.strip(), question.answers)
-        agreement, first_divergence, kl = compare(full_tokens, tokens, full_logits[: len(logits)], logits)
-        record = _record(
-            asked,
-            setting,
-            **held,
-            answer=answer,
-            score=score,
-            agreement=agreement,
-            first_divergence=first_divergence,
-            kl=kl,
-        )
-        return record, tokens
+        compared = compare(full_tokens, tokens, full_logits[: len(logits)], logits)
+        return _record(asked, setting, answer=answer, score=score, **held, **compared), tokens
 
     def _greedy(
         self,
@@ -501,12 +488,11 @@ class Results(Closing):
         whole = data[: data.rfind(b"\n") + 1]  # a run that was killed may leave half a line
         if len(whole) < len(data):
             os.truncate(path, len(whole))
-        lines = whole.decode("utf-8").splitlines()
-        if not lines:
+        if not whole:
             return
         try:
-            found = json.loads(lines[0])
-            records = [Record(**json.loads(line)) for line in lines[1:]]
+            found, *rows = map(json.loads, whole.decode("utf-8").splitlines())
+            records = [Record(**row) for row in rows]
         except (ValueError, TypeError) as error:
             raise SparseMMError(
                 f"{path} is not a file of eval's results ({error}): choose another --out"

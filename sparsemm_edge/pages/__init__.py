@@ -1,4 +1,7 @@
-"""Page images with known text, for scoring, for the demo model and for eval."""
+"""Page images with known text, for scoring, for the demo model and for eval.
+
+A seed makes a page: the same seed the same page (with the same Pillow and matplotlib, whose fonts are used).
+"""
 
 from dataclasses import dataclass
 from functools import cache
@@ -7,6 +10,9 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 from PIL import Image, ImageFont
+
+SANS = ("DejaVuSans", "DejaVuSans-Bold", "DejaVuSans-Oblique", "DejaVuSansMono")
+SERIF = ("DejaVuSerif", "DejaVuSerif-Bold", "DejaVuSerif-Italic")
 
 
 @dataclass(frozen=True)

@@ -1,8 +1,7 @@
 """Document-like pages with known text, to score heads on: headings and columns of words and numbers.
 
-A seed makes a page: the same seed and size the same page (with the same Pillow and matplotlib, whose fonts
-are used). Pages differ in font, size, columns, colours and noise. Every word is a chunk with its own box, and
-no text stands on a page twice, so that a word can be told from the others by what it says.
+Pages differ in font, size, columns, colours and noise. Every word is a chunk with its own box, and no text
+stands on a page twice, so that a word can be told from the others by what it says.
 """
 
 from functools import cache
@@ -13,7 +12,7 @@ import numpy.typing as npt
 from PIL import Image, ImageDraw, ImageFilter, ImageFont
 
 from sparsemm_edge.errors import SparseMMError
-from sparsemm_edge.pages import Chunk, Page, contrast, font, noisy
+from sparsemm_edge.pages import SANS, SERIF, Chunk, Page, contrast, font, noisy
 
 PROMPT = "Write down all the text in this image, word by word, in reading order."
 """What a model is asked about such a page."""
@@ -21,18 +20,7 @@ PROMPT = "Write down all the text in this image, word by word, in reading order.
 SIZE = (896, 672)  # width, height
 LEAST_SIZE, LARGEST_SIZE = 128, 4096  # pixels a side
 
-_FONTS = (
-    "DejaVuSans",
-    "DejaVuSans-Bold",
-    "DejaVuSans-Oblique",
-    "DejaVuSansMono",
-    "DejaVuSerif",
-    "DejaVuSerif-Bold",
-    "DejaVuSerif-Italic",
-    "STIXGeneral",
-    "STIXGeneralBol",
-    "STIXGeneralItalic",
-)
+_FONTS = (*SANS, *SERIF, "STIXGeneral", "STIXGeneralBol", "STIXGeneralItalic")
 _LETTERS = "abcdefghijklmnopqrstuvwxyz"
 _LEAST_CONTRAST = 110.0  # of ink and paper, in steps of grey
 _LEAST_FONT_SIZE = 14  # pixels an em, on a page of SIZE

@@ -5,7 +5,6 @@ A page is a grid of square cells, as LLaVA cuts an image into patches: DEMO, wha
 of their own; each has a font, a size and a colour. A key is two letters, and they appear nowhere else on the
 page.
 
-A seed makes a page: the same seed the same page (with the same Pillow and matplotlib, whose fonts are used).
 Seeds below FIRST_TRAINING_SEED are held out. The demo model is trained on seeds from there on only.
 """
 
@@ -16,7 +15,7 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image, ImageDraw
 
-from sparsemm_edge.pages import Chunk, Page, contrast, font, noisy
+from sparsemm_edge.pages import SANS, SERIF, Chunk, Page, contrast, font, noisy
 
 CELL = 14
 LETTERS = "ABCDEFGHJKLMNPQRSTUVWXYZ"  # no I and O: they look like digits
@@ -28,16 +27,7 @@ READ_PROMPTS = ("Read the page.", "What does the page say?")
 LOOKUP_PROMPTS = ("What is {}?", "Look up {}.")
 READ_PROMPT = READ_PROMPTS[0]
 
-_FONTS = (
-    "DejaVuSans",
-    "DejaVuSans-Bold",
-    "DejaVuSans-Oblique",
-    "DejaVuSansMono",
-    "DejaVuSansMono-Bold",
-    "DejaVuSerif",
-    "DejaVuSerif-Bold",
-    "DejaVuSerif-Italic",
-)
+_FONTS = (*SANS, "DejaVuSansMono-Bold", *SERIF)
 _FONT_SIZES = (10, 11, 12, 13)  # pixels an em
 _MARGIN = 3  # by how much a glyph's mask is larger than its cell, on every side
 _LEAST_CONTRAST = 90.0  # of ink and paper, in steps of grey

@@ -3,7 +3,6 @@
 Beyond reading, these pages ask what people photograph: which objects, of which colour, how many, where, and
 what a chart shows. Models that read badly can answer that.
 
-A seed makes a scene: the same seed the same scene (with the same Pillow and matplotlib, whose fonts it has).
 A chunk is an object: its text holds its possible names, in lower case and capitalised.
 """
 

@@ -8,12 +8,13 @@ import numpy as np
 import pytest
 
 from sparsemm_edge.errors import SparseMMError
-from sparsemm_edge.evaluation.fidelity import compare, kl_divergence
 from sparsemm_edge.evaluation.metrics import (
     METRICS,
     character_error_rate,
     check_question,
+    compare,
     edit_distance,
+    kl_divergence,
     vqa_normalised,
 )
 
@@ -164,8 +165,10 @@ def test_kl_divergence_of_two_coins() -> None:
 
 def test_agreement_counts_equal_tokens_at_equal_places() -> None:
     logits = np.zeros((4, 3), np.float32)
-    assert compare([5, 6, 7, 2], [5, 9, 7, 2], logits, logits) == (0.75, 1, 0)
-    assert compare([5, 6, 7, 2], [5, 6, 7, 2], logits, logits) == (1, None, 0)
+    found = compare([5, 6, 7, 2], [5, 9, 7, 2], logits, logits)
+    assert found == {"agreement": 0.75, "first_divergence": 1, "kl": 0}
+    assert compare([5, 6, 7, 2], [5, 6, 7, 2], logits, logits)["first_divergence"] is None
     # shorter or longer answers differ where one of them ends, and in all that follows
     for one, other in (([5, 6, 7, 2], [5, 6]), ([5, 6], [5, 6, 7, 2])):
-        assert compare(one, other, logits, logits)[:2] == (0.5, 2)
+        found = compare(one, other, logits, logits)
+        assert (found["agreement"], found["first_divergence"]) == (0.5, 2)
