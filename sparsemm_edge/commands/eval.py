@@ -184,13 +184,7 @@ def evaluate(
     asked = [each.name for question in data_set.questions for each in job.asked(question)]
     report = make_report(results.records, settings, asked, seed=seed)
     content = report.to_dict(
-        {
-            "model": job.model.name,
-            "mmproj": job.mmproj.name,
-            "data": data_set.name,
-            "n_pages": n_pages,
-            "seed": seed,
-        }
+        model=job.model.name, mmproj=job.mmproj.name, data=data_set.name, n_pages=n_pages, seed=seed
     )
     with atomic_path(out / "eval.json") as part:
         part.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")

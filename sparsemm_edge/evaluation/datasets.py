@@ -20,15 +20,7 @@ from PIL import Image
 from sparsemm_edge.errors import SparseMMError
 from sparsemm_edge.evaluation.metrics import check_question
 from sparsemm_edge.files import read_json, read_json_lines, read_parquet
-from sparsemm_edge.pages.grid import (
-    DEMO,
-    FIRST_TRAINING_SEED,
-    GRIDS,
-    READ_PROMPT,
-    Grid,
-    grid_page,
-    lookup_prompt,
-)
+from sparsemm_edge.pages.grid import FIRST_TRAINING_SEED, GRIDS, READ_PROMPT, Grid, grid_page, lookup_prompt
 from sparsemm_edge.pictures import open_picture
 
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".jfif", ".webp", ".avif", ".bmp", ".tif", ".tiff", ".gif")
@@ -107,7 +99,7 @@ def load(source: str, *, images: Path | None = None, n_pages: int | None = None,
         raise SparseMMError(f"no data set at {path}: expected a file, a folder, or the word grid")
     files, notes = _files(path)
     reader = {".jsonl": _read_jsonl, ".json": _read_json, ".parquet": _read_parquet}[files[0].suffix.lower()]
-    found = tuple(_first_pages(reader(files, images), n_pages))
+    found = _of_pages(reader(files, images), n_pages)
     if not found:
         raise SparseMMError(f"{path} holds no questions")
     seen: set[str] = set()
@@ -117,7 +109,7 @@ def load(source: str, *, images: Path | None = None, n_pages: int | None = None,
         seen.add(question.name)
     if found[0].task == _BY_COLUMNS:
         notes.append(f"{path}: no data set that is known; its answers are scored by {found[0].metric}")
-    return DataSet(str(path), _in_turn(found), n_predict=256, notes=tuple(notes))
+    return DataSet(str(path), found, n_predict=256, notes=tuple(notes))
 
 
 def images_only(folder: Path, prompt: str, n_pages: int | None = None) -> DataSet:
@@ -134,7 +126,7 @@ def images_only(folder: Path, prompt: str, n_pages: int | None = None) -> DataSe
     return DataSet(str(folder), questions, n_predict=128, notes=notes)
 
 
-def grid(n_pages: int, seed: int = 0, kind: Grid = DEMO) -> DataSet:
+def grid(n_pages: int, seed: int, kind: Grid) -> DataSet:
     """The project's own pages, held out from training: one question reads the page, one looks up a key.
 
     The look-up is followed by up to three more, reading by one.
@@ -230,22 +222,16 @@ def _is_answered(row: Any) -> bool:
     return any(any(each) if isinstance(each, list) else each not in (None, "") for each in found)
 
 
-def _first_pages(questions: Iterator[Question], n_pages: int | None) -> Iterator[Question]:
-    pages: set[str] = set()
-    for question in questions:
-        if question.page not in pages and len(pages) == n_pages:
-            continue
-        pages.add(question.page)
-        yield question
-
-
-def _in_turn(questions: Sequence[Question]) -> tuple[Question, ...]:
-    """The same, with the other questions about each image as follow-ups of the first."""
+def _of_pages(questions: Iterator[Question], n_pages: int | None) -> tuple[Question, ...]:
+    """Those about the first images; the first question about an image is followed by the others."""
     pages: dict[str, list[Question]] = {}
+    found = []
     for question in questions:
-        pages.setdefault(question.page, []).append(question)
-    first = {page[0].name: tuple(page[1:]) for page in pages.values()}
-    return tuple(replace(question, later=first.get(question.name, ())) for question in questions)
+        if question.page in pages or len(pages) != n_pages:
+            pages.setdefault(question.page, []).append(question)
+            found.append(question)
+    later = {first.name: tuple(others) for first, *others in pages.values()}
+    return tuple(replace(question, later=later.get(question.name, ())) for question in found)
 
 
 def _read_jsonl(files: list[Path], images: Path | None) -> Iterator[Question]:

@@ -182,11 +182,12 @@ def _one_line(text: str) -> str:
 # --- fidelity
 
 
+Logits = npt.NDArray[np.float32]
+"""[n, n_vocab]"""
+
+
 def compare(
-    full: Sequence[int],
-    tokens: Sequence[int],
-    full_logits: npt.NDArray[np.float32],
-    logits: npt.NDArray[np.float32],
+    full: Sequence[int], tokens: Sequence[int], full_logits: Logits, logits: Logits
 ) -> dict[str, float | None]:
     """Compare an answer with the full cache's.
 
@@ -210,14 +211,14 @@ def compare(
     }
 
 
-def kl_divergence(logits: npt.NDArray[np.float32], other: npt.NDArray[np.float32]) -> npt.NDArray[np.float64]:
+def kl_divergence(logits: Logits, other: Logits) -> npt.NDArray[np.float64]:
     """KL(p || q) in nats from logits: [n, n_vocab] twice -> [n]."""
     log_p, log_q = log_softmax(logits), log_softmax(other)
     divergence: npt.NDArray[np.float64] = (np.exp(log_p) * (log_p - log_q)).sum(axis=-1)
     return np.maximum(divergence, 0.0)  # rounding
 
 
-def log_softmax(logits: npt.NDArray[np.float32]) -> npt.NDArray[np.float64]:
+def log_softmax(logits: Logits) -> npt.NDArray[np.float64]:
     """Logarithms of probabilities, row by row."""
     shifted = logits.astype(np.float64) - logits.max(axis=-1, keepdims=True)
     logs: npt.NDArray[np.float64] = shifted - np.log(np.exp(shifted).sum(axis=-1, keepdims=True))

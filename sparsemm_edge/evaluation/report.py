@@ -34,14 +34,7 @@ class Interval:
 
 @dataclass(frozen=True)
 class Way:
-    """How a question was asked. Questions of a task asked in the same way are reported together.
-
-    Attributes:
-        first_task: the task of the first question of its conversation.
-        task: its own.
-        place: in the conversation, from 1.
-        instead: asked in place of the first question, which the cache was evicted for.
-    """
+    """How a question was asked, as in Record. Questions asked in the same way are reported together."""
 
     first_task: str
     task: str
@@ -68,19 +61,15 @@ class EvaluationRow:
         label: the setting without its budget, in words.
         n_questions: answered questions.
         n_seeds: how often each was answered.
-        score: 0 to 1; None without accepted answers.
+        score, agreement, kl: means of Record's; score is None without accepted answers.
         against_full: score - the full f16 cache's, on the same pages.
         against: score - those of other labels at the same bytes, interpolated between their budgets (see
             _comparable); and those of full caches of other types with at least these bytes.
-        budget, window: in positions, means over the prompts; None for the full cache.
-        kept, kept_share: positions held when the answer began, mean over KV heads; of the sequence, 0 to 1.
-        kv_bytes, kv_share: K and V of these positions and of residual slots; of the whole sequence in a full
-            f16 cache, 0 to 1.
-        kv_allocated: allocated for K and V then, room for the answers and padding included.
-        agreement: share of the tokens that equal the full cache's, 0 to 1.
+        budget, window, kept, kv_bytes, kv_allocated: means of Record's.
+        kept_share: positions kept of the sequence, 0 to 1.
+        kv_share: kv_bytes of those of the whole sequence in a full f16 cache, 0 to 1.
         identical: share of the answers that equal the full cache's.
-        first_divergence: place of the first token that differs, median over the answers that differ.
-        kl: KL divergence of next-token distributions, nats.
+        first_divergence: median of Record's, over the answers that differ.
     """
 
     way: Way
@@ -107,11 +96,6 @@ class EvaluationRow:
     def height(self) -> Interval:
         """What is drawn: the score, or without accepted answers the share of the full cache's tokens."""
         return self.score or self.agreement
-
-    def to_dict(self) -> dict[str, Any]:
-        """For JSON."""
-        figures = asdict(self)
-        return {**figures.pop("way"), **figures}
 
 
 @dataclass(frozen=True)
@@ -147,25 +131,27 @@ class Report:
             found.setdefault(way.first_task, []).append(way)
         return [sorted(ways, key=lambda way: (way.instead, way.place)) for ways in found.values()]
 
-    def to_dict(self, about: dict[str, Any]) -> dict[str, Any]:
+    def to_dict(self, **about: Any) -> dict[str, Any]:
         """What eval.json holds: `about` the run, the rows, the failures."""
         return {
             "format": "sparsemm-edge/eval",
             "version": 2,
             **about,
             "n_questions": self.n_questions,
-            "rows": [row.to_dict() for row in self.rows],
+            "rows": [_flat(row) for row in self.rows],
             "failures": [
                 {"question": each.question, "page": each.page, "error": each.error} for each in self.failures
             ],
-            "skipped": [
-                {**asdict(each.way), "settings": each.settings, "reason": each.reason}
-                for each in self.skipped
-            ],
+            "skipped": [_flat(each) for each in self.skipped],
         }
 
     def rows_of(self, way: Way) -> list[EvaluationRow]:
         return [row for row in self.rows if row.way == way]
+
+
+def _flat(found: EvaluationRow | Skipped) -> dict[str, Any]:
+    figures = asdict(found)
+    return {**figures.pop("way"), **figures}
 
 
 def make_report(
@@ -216,6 +202,10 @@ def _skipped(way: Way, records: Sequence[Record], settings: Sequence[Setting]) -
 # --- rows
 
 
+_Means = npt.NDArray[np.float64]  # of a field of the records, then of every resample: [1 + resamples]
+_Scores = dict[Setting, _Means]
+
+
 class _Pages:
     """Means over questions, and over questions of resampled pages."""
 
@@ -225,8 +215,7 @@ class _Pages:
         # how often each page is drawn; the same for all settings, so that differences are of the same pages
         self._drawn = np.random.default_rng(seed).multinomial(n, np.full(n, 1 / n), size=_N_RESAMPLES)
 
-    def means(self, records: Sequence[Record], field: str) -> npt.NDArray[np.float64]:
-        """The mean of a field of the records, and then of every resample: [1 + resamples]."""
+    def means(self, records: Sequence[Record], field: str) -> _Means:
         pages = [self._index[record.page] for record in records]
         values = [getattr(record, field) for record in records]
         sums = np.bincount(pages, weights=values, minlength=len(self._index))
@@ -236,7 +225,7 @@ class _Pages:
         return np.concatenate([[sums.sum() / counts.sum()], resampled])
 
 
-def _interval(means: npt.NDArray[np.float64]) -> Interval:
+def _interval(means: _Means) -> Interval:
     low, high = np.nanpercentile(means[1:], [2.5, 97.5])
     return Interval(float(means[0]), float(low), float(high))
 
@@ -293,10 +282,7 @@ def _rows(way: Way, records: list[Record], settings: Sequence[Setting], seed: in
 
 
 def _against(
-    setting: Setting,
-    groups: dict[Setting, list[Record]],
-    scores: dict[Setting, npt.NDArray[np.float64]],
-    names: dict[Setting, str],
+    setting: Setting, groups: dict[Setting, list[Record]], scores: _Scores, names: dict[Setting, str]
 ) -> dict[str, Interval]:
     """Score - that of every other label at the same bytes, see EvaluationRow.against."""
     if setting.policy == "full":
@@ -326,9 +312,7 @@ def _comparable(setting: Setting, other: Setting) -> bool:
     return setting.later == other.later or replace(setting, **plain) == replace(other, **plain)
 
 
-def _at_bytes(
-    n_bytes: float, line: list[tuple[float, Setting]], scores: dict[Setting, npt.NDArray[np.float64]]
-) -> npt.NDArray[np.float64] | None:
+def _at_bytes(n_bytes: float, line: list[tuple[float, Setting]], scores: _Scores) -> _Means | None:
     """Scores at these bytes, interpolated linearly between budgets; None outside them."""
     # half a byte of tolerance: the same positions may be the same bytes but for rounding
     for (low, left), (high, right) in pairwise([*line, line[-1]]):  # a line may be one budget

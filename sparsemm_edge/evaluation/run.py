@@ -17,7 +17,7 @@ from sparsemm_edge.budgets import FULL, POOL_KERNEL
 from sparsemm_edge.closing import Closing
 from sparsemm_edge.errors import SparseMMError
 from sparsemm_edge.evaluation.datasets import DataSet, Question
-from sparsemm_edge.evaluation.metrics import METRICS, compare
+from sparsemm_edge.evaluation.metrics import METRICS, Logits, compare
 from sparsemm_edge.evaluation.settings import Setting
 from sparsemm_edge.runtime import VisionModel
 from sparsemm_edge.runtime.eviction import Eviction, HeadBudgetTable, check_scores, model_scores
@@ -151,8 +151,7 @@ class _Reading:
         appended: by Asked.name, the tokens that append a question to the turn before it.
         n_ctx: room for all of it.
         in_place: the tokens of the question in the first one's place; None: not made yet.
-        full: by Asked.name, the full cache's answer: tokens, end token included, and the logits of each,
-            [n, n_vocab].
+        full: by Asked.name, the full cache's answer: tokens, end token included, and the logits of each.
         prefix: the KV cache of all but the prompt's last tokens; None if it cannot be split there.
         prefix_of: cache type and number of last tokens that `prefix` is for.
     """
@@ -162,7 +161,7 @@ class _Reading:
     appended: dict[str, npt.NDArray[np.int32]]
     n_ctx: int = 0
     in_place: npt.NDArray[np.int32] | None = None
-    full: dict[str, tuple[list[int], npt.NDArray[np.float32]]] = field(default_factory=dict)
+    full: dict[str, tuple[list[int], Logits]] = field(default_factory=dict)
     prefix: Prefix | None = None
     prefix_of: tuple[str, int] = ("", 0)
 
@@ -324,8 +323,9 @@ class Evaluator(Closing):
         """
         before, _ = reading.prompt.at_last_image()
         if not session.truncate(before.n_pos, before.n_tokens):
-            why_not = "the question that is taken back is longer than the window"
-            return _record(asked, setting, skipped=why_not)
+            return _record(
+                asked, setting, skipped="the question that is taken back is longer than the window"
+            )
         session.append(self._in_place(reading, asked))
         return self._answer(session, reading, setting, asked)[0]
 
@@ -379,18 +379,14 @@ class Evaluator(Closing):
         return _record(asked, setting, answer=answer, score=score, **held, **compared), tokens
 
     def _greedy(
-        self,
-        session: Session,
-        n_predict: int,
-        tokens: list[int],
-        logits: list[npt.NDArray[np.float32]] | None = None,
+        self, session: Session, n_predict: int, tokens: list[int], rows: list[Logits] | None = None
     ) -> list[int]:
         """Decode greedily from the last of `tokens` to the end of the answer."""
         while len(tokens) < n_predict and not self._model.ends_turn(tokens[-1]):
             session.decode(tokens[-1])
             found = session.logits()
-            if logits is not None:
-                logits.append(found)
+            if rows is not None:
+                rows.append(found)
             tokens.append(int(found.argmax()))
         return tokens
 
@@ -536,11 +532,11 @@ def run(
         n_jobs: processes, each with a model of its own.
         progress: called with the pages done and their total.
     """
-    work = [
-        missing
-        for _, group in groupby(data.questions, key=lambda question: question.page)
-        if (missing := _missing(job, list(group), settings, results))
-    ]
+    work: list[_Page] = []
+    for _, questions in groupby(data.questions, key=lambda question: question.page):
+        missing = [(question, _missing(job, question, settings, results)) for question in questions]
+        if page := [(question, left) for question, left in missing if left]:
+            work.append(page)
     progress(0, len(work))
     for done, records in enumerate(_answers(job, work, settings, n_jobs), 1):
         results.add(records)
@@ -551,15 +547,12 @@ _Page = list[tuple[Question, list[Setting]]]
 """The questions about one page, each with the settings that are still to be run."""
 
 
-def _missing(job: EvalJob, questions: list[Question], settings: Sequence[Setting], results: Results) -> _Page:
-    """Conversations that are not complete in `results`."""
-    found = []
-    for question in questions:
-        names = [asked.name for asked in job.asked(question)]
-        left = [each for each in settings if not all((name, each.key) in results.records for name in names)]
-        if left:
-            found.append((question, left))
-    return found
+def _missing(
+    job: EvalJob, question: Question, settings: Sequence[Setting], results: Results
+) -> list[Setting]:
+    """The settings whose conversations are not complete in `results`."""
+    names = [asked.name for asked in job.asked(question)]
+    return [each for each in settings if not all((name, each.key) in results.records for name in names)]
 
 
 def _answers(

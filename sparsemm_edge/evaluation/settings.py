@@ -29,16 +29,11 @@ class Setting:
     """One cache configuration.
 
     Attributes:
-        policy: one of budgets.POLICIES.
+        policy, floor_ratio, water_fill, seed, vote, residual: as in BudgetSpec.
         budget: mean head budget in positions; None with `retention`. Both are None for `full`.
         retention: mean head budget in per cent of the prompt.
         window: largest observation window in positions; see `window_of`.
-        floor_ratio: the share of the budget that every head gets.
-        water_fill: see BudgetSpec.
-        seed: of policy `random`.
         cache_type: the number type of K and V.
-        vote: how the positions of a head are ranked, one of budgets.VOTES.
-        residual: whether an evicting head keeps a residual slot that summarises what it evicted.
         later: what later questions of a conversation evict, one of LATER.
     """
 

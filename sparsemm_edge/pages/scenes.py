@@ -187,15 +187,13 @@ def _thing(
     return box
 
 
-def _star() -> list[tuple[float, float]]:
-    turns = [(i * math.pi / 5, 0.5 if i % 2 == 0 else 0.2) for i in range(10)]
-    return [(0.5 + radius * math.sin(turn), 0.5 - radius * math.cos(turn)) for turn, radius in turns]
-
-
 _OUTLINES: dict[str, list[tuple[float, float]]] = {  # within a square of side 1
     "triangle": [(0.5, 0), (1, 1), (0, 1)],
     "diamond": [(0.5, 0), (1, 0.5), (0.5, 1), (0, 0.5)],
-    "star": _star(),
+    "star": [
+        (0.5 + radius * math.sin(i * math.pi / 5), 0.5 - radius * math.cos(i * math.pi / 5))
+        for i, radius in enumerate((0.5, 0.2) * 5)
+    ],
     "cross": [
         *((0.35, 0), (0.65, 0), (0.65, 0.35), (1, 0.35), (1, 0.65), (0.65, 0.65)),
         *((0.65, 1), (0.35, 1), (0.35, 0.65), (0, 0.65), (0, 0.35), (0.35, 0.35)),
