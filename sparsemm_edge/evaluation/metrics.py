@@ -37,7 +37,8 @@ def anls(answer: str, accepted: Sequence[str]) -> float:
     accepted answers; case and runs of white space do not matter. DocVQA's metric. Source: Biten et al. 2019
     (arXiv 1907.00490), equation 1.
     """
-    return max((_anls_of_one(_plain(answer), _plain(each)) for each in accepted), default=0.0)
+    given, *known = (" ".join(text.lower().split()) for text in (answer, *accepted))
+    return max((_anls_of_one(given, each) for each in known), default=0.0)
 
 
 def vqa_accuracy(answer: str, accepted: Sequence[str]) -> float:
@@ -66,7 +67,7 @@ def relaxed_accuracy(answer: str, accepted: Sequence[str]) -> float:
     Methani et al. 2020; signs and full stops as in the authors' later scorer (vis-nlp/ChartQAPro,
     evaluate_predictions.py), hundredths as in the one that is used most (google-research/pix2struct).
     """
-    return float(any(_relaxed(_without_stop(answer), _without_stop(each)) for each in accepted))
+    return float(any(_relaxed(answer, each) for each in accepted))
 
 
 def ocrbench(answer: str, accepted: Sequence[str]) -> float:
@@ -149,6 +150,7 @@ def _anls_of_one(answer: str, accepted: str) -> float:
 
 
 def _relaxed(answer: str, accepted: str) -> bool:
+    answer, accepted = (text.strip().rstrip(".").strip() for text in (answer, accepted))
     found, wanted = _number(answer), _number(accepted)
     if found is None or wanted is None:
         return answer.lower() == accepted.lower()
@@ -165,14 +167,6 @@ def _number(text: str) -> float | None:
     except ValueError:
         return None
     return number if math.isfinite(number) else None  # nan and inf are words
-
-
-def _without_stop(text: str) -> str:
-    return text.strip().rstrip(".").strip()
-
-
-def _plain(text: str) -> str:
-    return " ".join(text.lower().split())
 
 
 def _one_line(text: str) -> str:

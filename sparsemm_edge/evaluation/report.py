@@ -341,8 +341,7 @@ def print_report(report: Report) -> None:
             console.print(_first_table(report.rows_of(ways[0])))
         if len(ways) > 1:
             console.print(_later_table(report, ways))
-    gains = _gains_table(report)
-    if gains is not None:
+    if (gains := _gains_table(report)) is not None:
         console.print(gains)
     if report.rows:
         console.print(

@@ -473,6 +473,11 @@ class Results(Closing):
             self.records[record.question, record.setting] = record
         self._file.flush()
 
+    def missing(self, asked: Sequence[Asked], settings: Sequence[Setting]) -> list[Setting]:
+        """The settings under which not all of this was answered."""
+        names = [each.name for each in asked]
+        return [each for each in settings if not all((name, each.key) in self.records for name in names)]
+
     def close(self) -> None:
         self._file.close()
 
@@ -534,7 +539,7 @@ def run(
     """
     work: list[_Page] = []
     for _, questions in groupby(data.questions, key=lambda question: question.page):
-        missing = [(question, _missing(job, question, settings, results)) for question in questions]
+        missing = [(question, results.missing(job.asked(question), settings)) for question in questions]
         if page := [(question, left) for question, left in missing if left]:
             work.append(page)
     progress(0, len(work))
@@ -545,14 +550,6 @@ def run(
 
 _Page = list[tuple[Question, list[Setting]]]
 """The questions about one page, each with the settings that are still to be run."""
-
-
-def _missing(
-    job: EvalJob, question: Question, settings: Sequence[Setting], results: Results
-) -> list[Setting]:
-    """The settings whose conversations are not complete in `results`."""
-    names = [asked.name for asked in job.asked(question)]
-    return [each for each in settings if not all((name, each.key) in results.records for name in names)]
 
 
 def _answers(

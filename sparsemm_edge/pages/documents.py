@@ -43,7 +43,7 @@ def document_page(seed: int, size: tuple[int, int] = SIZE) -> Page:
     rng = np.random.default_rng(seed)
     paper, ink = _colours(rng)
     image = Image.fromarray(_paper(rng, paper, size))
-    page = _Page(rng, image, ink, max(0.6, (size[0] * size[1]) ** 0.5 / (SIZE[0] * SIZE[1]) ** 0.5))
+    page = _Page(rng, image, ink)
     page.write()
     return Page(f"document-{seed}", Image.fromarray(_worn(rng, image)), tuple(page.chunks))
 
@@ -56,14 +56,12 @@ def words() -> tuple[str, ...]:
 class _Page:
     """A page being written, column by column from the top."""
 
-    def __init__(
-        self, rng: np.random.Generator, image: Image.Image, ink: tuple[int, ...], scale: float
-    ) -> None:
+    def __init__(self, rng: np.random.Generator, image: Image.Image, ink: tuple[int, ...]) -> None:
         self.rng = rng
         self.draw = ImageDraw.Draw(image)
         self.ink = ink
-        self.scale = scale
         self.width, self.height = image.size
+        self.scale = max(0.6, (self.width * self.height) ** 0.5 / (SIZE[0] * SIZE[1]) ** 0.5)
         self.chunks: list[Chunk] = []
         self.used: set[str] = set()
         self.unused = list(rng.permutation(words()))

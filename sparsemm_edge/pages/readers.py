@@ -129,14 +129,12 @@ def _records(folder: Path) -> Iterator[tuple[str, dict[str, Any]]]:
 def _read(path: Path) -> Iterator[Any]:
     if path.suffix.lower() == ".parquet":
         yield from read_parquet(path)
-        return
-    if path.suffix.lower() == ".jsonl":
+    elif path.suffix.lower() == ".jsonl":
         yield from (record for _, record in read_json_lines(path))
-        return
-    content = read_json(path)
-    if not isinstance(content, list):
+    elif isinstance(content := read_json(path), list):
+        yield from content
+    else:
         raise SparseMMError(f"{path}: expected a list of pages, found {type(content).__name__}")
-    yield from content
 
 
 def _page(folder: Path, where: str, record: dict[str, Any]) -> Page:
@@ -159,22 +157,15 @@ def _image_of(where: str, record: dict[str, Any]) -> str | bytes:
 
 
 def _chunks(where: str, record: dict[str, Any]) -> tuple[Chunk, ...]:
-    if "chunks" in record:
-        return tuple(_own(where, chunk) for chunk in _list(where, "chunks", record["chunks"]))
-    if "2_coord" in record:
-        coords = record["2_coord"]
-        if isinstance(coords, str):  # nested fields are sometimes stored as JSON text
-            coords = parse_json(coords, f'{where}: "2_coord"', "a list")
-        return tuple(
-            chunk for item in _list(where, "2_coord", coords) if (chunk := _synthdog(where, item)) is not None
-        )
-    raise SparseMMError(f'{where}: expected "chunks" or "2_coord", found {", ".join(map(str, record))}')
-
-
-def _list(where: str, key: str, value: Any) -> list[Any]:
-    if not isinstance(value, list):
+    key = next((key for key in _FORMATS if key in record), None)
+    if key is None:
+        raise SparseMMError(f'{where}: expected "chunks" or "2_coord", found {", ".join(map(str, record))}')
+    items = record[key]
+    if key == "2_coord" and isinstance(items, str):  # nested fields are sometimes stored as JSON text
+        items = parse_json(items, f'{where}: "2_coord"', "a list")
+    if not isinstance(items, list):
         raise SparseMMError(f'{where}: "{key}" is not a list')
-    return value
+    return tuple(chunk for item in items if (chunk := _FORMATS[key](where, item)) is not None)
 
 
 def _own(where: str, chunk: Any) -> Chunk:
@@ -208,3 +199,6 @@ def _numbers(values: Any) -> list[float]:
     """A list of numbers as floats; anything else is empty."""
     numbers = isinstance(values, list | tuple) and all(type(value) in (int, float) for value in values)
     return [float(value) for value in values] if numbers else []
+
+
+_FORMATS: dict[str, Callable[[str, Any], Chunk | None]] = {"chunks": _own, "2_coord": _synthdog}

@@ -42,7 +42,7 @@ PROMPT = "a question of each scene"
 """What stands for the questions where one for all pages is expected."""
 
 _CELL = SIZE / 3
-_BAR_NAME_LENGTH = (4, 6)  # letters
+_BAR_NAME_LENGTHS = range(4, 7)  # letters
 
 _Box = tuple[float, float, float, float]
 _Drawn = tuple[list[Chunk], str, str, Sequence[int]]  # chunks, and question, text and asked of a Scene
@@ -122,9 +122,8 @@ def _chart(rng: np.random.Generator, draw: ImageDraw.ImageDraw) -> _Drawn:
     """Bars with names below and values above: what does it show?"""
     n = int(rng.integers(3, 5))
     letters = font("DejaVuSans", 24)
-    least, most = _BAR_NAME_LENGTH
     names: list[str] = []
-    for word in rng.permutation([word for word in words() if least <= len(word) <= most]):
+    for word in rng.permutation([word for word in words() if len(word) in _BAR_NAME_LENGTHS]):
         if len(names) < n and not any(word in name or name in word for name in names):
             names.append(str(word))
     digits = rng.permutation(np.arange(1, 10))  # no digit twice, so that each tells its bar
