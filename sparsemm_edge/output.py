@@ -26,15 +26,20 @@ def console(*, stderr: bool = False) -> "Console":
 
 
 @contextmanager
-def progress_bar(what: str, *, of_bytes: bool = False) -> Iterator[Callable[[int, int], None]]:
-    """A progress bar on stderr, on terminals only: call it with done and total. It disappears at the end."""
+def progress_bar(
+    what: str, *, of_bytes: bool = False, stays: bool = False, shown: bool = True
+) -> Iterator[Callable[[int, int], None]]:
+    """A progress bar on stderr, on terminals only: call it with done and total.
+
+    It disappears at the end, or `stays` with the time that it took.
+    """
     from rich.progress import BarColumn, DownloadColumn, MofNCompleteColumn, Progress, TextColumn
     from rich.progress import TimeRemainingColumn as Left
 
     done = DownloadColumn() if of_bytes else MofNCompleteColumn()
-    columns = (TextColumn(what), BarColumn(), done, Left())
+    columns = (TextColumn(what), BarColumn(), done, Left(elapsed_when_finished=stays))
     err = console(stderr=True)
-    with Progress(*columns, console=err, transient=True, disable=not err.is_terminal) as bar:
+    with Progress(*columns, console=err, transient=not stays, disable=not (shown and err.is_terminal)) as bar:
         task = bar.add_task(what, total=None)
         yield lambda done, total: bar.update(task, completed=done, total=total)
 

@@ -1,5 +1,6 @@
 """`sparsemm-edge eval`."""
 
+import json
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -10,7 +11,8 @@ import typer
 from sparsemm_edge import defaults
 from sparsemm_edge.commands import options
 from sparsemm_edge.errors import SparseMMError
-from sparsemm_edge.output import print_json
+from sparsemm_edge.files import atomic_path
+from sparsemm_edge.output import print_json, progress_bar
 
 _T = TypeVar("_T")
 
@@ -119,7 +121,8 @@ def evaluate(
       sparsemm-edge eval -m model.sparsemm.gguf --mmproj mmproj.gguf --data DIR --retention 5,10,20
       sparsemm-edge eval -m model.sparsemm.gguf --mmproj mmproj.gguf --fidelity-only my-images/
     """
-    from sparsemm_edge.evaluation import datasets, report
+    from sparsemm_edge.evaluation import datasets
+    from sparsemm_edge.evaluation.report import make_report, print_report
     from sparsemm_edge.evaluation.run import EvalJob, Results, run
     from sparsemm_edge.evaluation.settings import settings_of
     from sparsemm_edge.reports.evaluation import save_plot
@@ -165,40 +168,32 @@ def evaluate(
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise SparseMMError(f"cannot make the folder {out}: {error.strerror}") from error
-    results = Results(out / "results.jsonl", job, data_set, resume=resume)
-    try:
-        run(job, data_set, settings, results, n_jobs=jobs, show_progress=not as_json)
-    finally:
-        results.close()
+    with (
+        Results(out / "results.jsonl", job, data_set, resume=resume) as results,
+        progress_bar("pages", stays=True, shown=not as_json) as progress,
+    ):
+        run(job, data_set, settings, results, n_jobs=jobs, progress=progress)
     errors = [record.error for record in results.records.values()]
     if errors and errors[0] is not None and None not in errors:
         raise SparseMMError(
             f"no question could be answered: {errors[0]} (all are in {out / 'results.jsonl'})"
         )
 
-    about = {
-        "model": job.model.name,
-        "mmproj": job.mmproj.name,
-        "data": data_set.name,
-        "n_pages": len({question.page for question in data_set.questions}),
-        "seed": seed,
-    }
-    found = report.make_report(
-        results.records,
-        settings,
-        [asked.name for question in data_set.questions for asked in job.asked(question)],
-        seed=seed,
+    n_pages = len({question.page for question in data_set.questions})
+    asked = [each.name for question in data_set.questions for each in job.asked(question)]
+    report = make_report(results.records, settings, asked, seed=seed)
+    content = report.to_dict(
+        model=job.model.name, mmproj=job.mmproj.name, data=data_set.name, n_pages=n_pages, seed=seed
     )
-    report.save_json(found, out / "eval.json", about=about)
-    if found.rows:
-        save_plot(
-            found, out / "eval.png", title=f"{job.model.name}: {data_set.name}, {about['n_pages']} images"
-        )
+    with atomic_path(out / "eval.json") as part:
+        part.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+    if report.rows:
+        save_plot(report, out / "eval.png", title=f"{job.model.name}: {data_set.name}, {n_pages} images")
     if as_json:
-        print_json(report.to_dict(found, about))
+        print_json(content)
     else:
-        report.print_report(found)
-        print(f"wrote {out / 'eval.json'}" + (f" and {out / 'eval.png'}" if found.rows else ""))
+        print_report(report)
+        print(f"wrote {out / 'eval.json'}" + (f" and {out / 'eval.png'}" if report.rows else ""))
 
 
 def _yes_or_no(option: str, text: str) -> tuple[bool, ...]:

@@ -9,6 +9,7 @@ import hashlib
 import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -19,26 +20,12 @@ from PIL import Image
 from sparsemm_edge.errors import SparseMMError
 from sparsemm_edge.evaluation.metrics import check_question
 from sparsemm_edge.files import read_json, read_json_lines, read_parquet
-from sparsemm_edge.pages.grid import (
-    DEMO,
-    FIRST_TRAINING_SEED,
-    GRIDS,
-    READ_PROMPT,
-    Grid,
-    grid_page,
-    lookup_prompt,
-)
+from sparsemm_edge.pages.grid import FIRST_TRAINING_SEED, GRIDS, READ_PROMPT, Grid, grid_page, lookup_prompt
 from sparsemm_edge.pictures import open_picture
-
-GRID = "grid"
-"""The name that stands for the project's own pages (pages/grid.py) where a data set's path is expected; so do
-the other names in pages.grid.GRIDS."""
 
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".jfif", ".webp", ".avif", ".bmp", ".tif", ".tiff", ".gif")
 
-_SHORT_ANSWER = "\nAnswer the question using a single word or phrase."
 _GRID_TURNS = 4
-_DESCRIBE = "Describe the image in detail."
 
 
 @dataclass(frozen=True)
@@ -105,16 +92,14 @@ def load(source: str, *, images: Path | None = None, n_pages: int | None = None,
     Raises:
         SparseMMError: no such file, or not a layout that is known; a line that lacks something is named.
     """
-    if n_pages is not None and n_pages < 1:
-        raise SparseMMError(f"{n_pages} pages were asked for: it must be at least 1")
     if source in GRIDS:
         return grid(200 if n_pages is None else n_pages, seed, GRIDS[source])
     path = Path(source)
     if not path.exists():
-        raise SparseMMError(f"no data set at {path}: expected a file, a folder, or the word {GRID}")
+        raise SparseMMError(f"no data set at {path}: expected a file, a folder, or the word grid")
     files, notes = _files(path)
     reader = {".jsonl": _read_jsonl, ".json": _read_json, ".parquet": _read_parquet}[files[0].suffix.lower()]
-    found = tuple(_first_pages(reader(files, images), n_pages))
+    found = _of_pages(reader(files, images), n_pages)
     if not found:
         raise SparseMMError(f"{path} holds no questions")
     seen: set[str] = set()
@@ -124,10 +109,10 @@ def load(source: str, *, images: Path | None = None, n_pages: int | None = None,
         seen.add(question.name)
     if found[0].task == _BY_COLUMNS:
         notes.append(f"{path}: no data set that is known; its answers are scored by {found[0].metric}")
-    return DataSet(str(path), _in_turn(found), n_predict=256, notes=tuple(notes))
+    return DataSet(str(path), found, n_predict=256, notes=tuple(notes))
 
 
-def images_only(folder: Path, prompt: str = _DESCRIBE, n_pages: int | None = None) -> DataSet:
+def images_only(folder: Path, prompt: str, n_pages: int | None = None) -> DataSet:
     """All images of a folder with the same prompt and no accepted answers, for fidelity."""
     if not folder.is_dir():
         raise SparseMMError(f"{folder} is not a folder of images")
@@ -141,7 +126,7 @@ def images_only(folder: Path, prompt: str = _DESCRIBE, n_pages: int | None = Non
     return DataSet(str(folder), questions, n_predict=128, notes=notes)
 
 
-def grid(n_pages: int, seed: int = 0, kind: Grid = DEMO) -> DataSet:
+def grid(n_pages: int, seed: int, kind: Grid) -> DataSet:
     """The project's own pages, held out from training: one question reads the page, one looks up a key.
 
     The look-up is followed by up to three more, reading by one.
@@ -157,21 +142,14 @@ def grid(n_pages: int, seed: int = 0, kind: Grid = DEMO) -> DataSet:
         rng = np.random.default_rng(page_seed)
         chosen = int(rng.integers(len(page.lookups)))
         others = rng.permutation([i for i in range(len(page.lookups)) if i != chosen])[: _GRID_TURNS - 1]
-        lookups = [
-            Question(
-                f"{page.name}/lookup" + (f" {place}" if place > 1 else ""),
-                page.name,
-                page.image,
-                lookup_prompt(page.lookups[i][0]),
-                "lookup",
-                "exact_match",
-                (page.lookups[i][1],),
-            )
-            for place, i in enumerate([chosen, *others], 1)
-        ]
-        reading = Question(
-            f"{page.name}/reading", page.name, page.image, READ_PROMPT, "reading", "cer", (page.text,)
-        )
+        ask = partial(Question, page=page.name, image=page.image)
+        lookups = []
+        for place, (key, line) in enumerate([page.lookups[i] for i in (chosen, *others)], 1):
+            name = f"{page.name}/lookup" + (f" {place}" if place > 1 else "")
+            prompt = lookup_prompt(key)
+            lookups.append(ask(name, prompt=prompt, task="lookup", metric="exact_match", answers=(line,)))
+        name = f"{page.name}/reading"
+        reading = ask(name, prompt=READ_PROMPT, task="reading", metric="cer", answers=(page.text,))
         questions.append(replace(lookups[0], later=tuple(lookups[1:])))
         questions.append(replace(reading, later=(lookups[0],)))
     return DataSet(f"{kind.name}, seeds from {seed}", tuple(questions), n_predict=96)
@@ -196,23 +174,14 @@ def _files(path: Path) -> tuple[list[Path], list[str]]:
 
 def _files_of_a_kind(path: Path) -> list[Path]:
     """The files of a folder, or of its one subfolder with parquet files (Hugging Face)."""
-    for suffix in _SUFFIXES:
-        if files := _with_suffix(path, suffix):
+    for place, suffix in (("*", ".jsonl"), ("*", ".parquet"), ("*/*", ".parquet"), ("*", ".json")):
+        files = sorted(file for file in path.glob(place) if file.suffix.lower() == suffix and file.is_file())
+        folders = list(dict.fromkeys(file.parent.name for file in files))
+        if len(folders) > 1:
+            raise SparseMMError(f"{path} holds several data sets: say which of {_listed(folders)} is meant")
+        if files:
             return files
-        if suffix == ".parquet":
-            folders = [
-                each for each in sorted(path.iterdir()) if each.is_dir() and _with_suffix(each, suffix)
-            ]
-            if len(folders) > 1:
-                names = _listed([folder.name for folder in folders])
-                raise SparseMMError(f"{path} holds several data sets: say which of {names} is meant")
-            if folders:
-                return _with_suffix(folders[0], suffix)
     raise SparseMMError(f"{path} holds no data set: expected a file that ends in {', '.join(_SUFFIXES)}")
-
-
-def _with_suffix(folder: Path, suffix: str) -> list[Path]:
-    return sorted(file for file in folder.iterdir() if file.suffix.lower() == suffix and file.is_file())
 
 
 def _answered_part(files: list[Path]) -> tuple[list[Path], list[str]]:
@@ -225,9 +194,7 @@ def _answered_part(files: list[Path]) -> tuple[list[Path], list[str]]:
     if None in parts or len(parts) < 2:
         return files, []
     unanswered: list[str] = []
-    for part in _PARTS:
-        if part not in parts:
-            continue
+    for part in [part for part in _PARTS if part in parts]:
         if any(_is_answered(row) for row in islice(_rows(parts[part][0]), _N_LOOKED_AT)):
             others = ", ".join(str(each) for each in parts if each != part)
             note = f"{parts[part][0].parent}: the {part} part is taken, not {others}"
@@ -255,25 +222,16 @@ def _is_answered(row: Any) -> bool:
     return any(any(each) if isinstance(each, list) else each not in (None, "") for each in found)
 
 
-def _first_pages(questions: Iterator[Question], n_pages: int | None) -> Iterator[Question]:
-    pages: set[str] = set()
-    for question in questions:
-        if question.page not in pages and len(pages) == n_pages:
-            continue
-        pages.add(question.page)
-        yield question
-
-
-def _in_turn(questions: Sequence[Question]) -> tuple[Question, ...]:
-    """The same, with the other questions about each image as follow-ups of the first."""
+def _of_pages(questions: Iterator[Question], n_pages: int | None) -> tuple[Question, ...]:
+    """Those about the first images; the first question about an image is followed by the others."""
     pages: dict[str, list[Question]] = {}
+    found = []
     for question in questions:
-        pages.setdefault(question.page, []).append(question)
-    first = {page[0].name: tuple(page[1:]) for page in pages.values()}
-    return tuple(replace(question, later=first.get(question.name, ())) for question in questions)
-
-
-# --- a folder of one's own
+        if question.page in pages or len(pages) != n_pages:
+            pages.setdefault(question.page, []).append(question)
+            found.append(question)
+    later = {first.name: tuple(others) for first, *others in pages.values()}
+    return tuple(replace(question, later=later.get(question.name, ())) for question in found)
 
 
 def _read_jsonl(files: list[Path], images: Path | None) -> Iterator[Question]:
@@ -290,26 +248,20 @@ def _read_jsonl(files: list[Path], images: Path | None) -> Iterator[Question]:
         yield Question(f"{number}: {image}", image, folder / image, prompt, task, metric, answers)
 
 
-# --- the authors' JSON
-
-
 def _read_json(files: list[Path], images: Path | None) -> Iterator[Question]:
     path = files[0]
-    content = read_json(path)
-    rows = content.get("data") if isinstance(content, dict) else content
-    if not isinstance(rows, list) or not rows or not isinstance(rows[0], dict):
+    rows = list(_rows(path))
+    if not rows or not isinstance(rows[0], dict):
         raise SparseMMError(f"{path}: expected a list of questions, or one under the key data")
     layout = _layout(path, rows[0], _JSON_LAYOUTS)
+    # as published: beside the file, in the folder that the authors' archive has, or where the user says
+    folders = [images] if images else [path.parent / each for each in layout.image_folders]
     for number, row in enumerate(rows):
         where = f"{path}, question {number}"
         name = _string(row, layout.image, where) + layout.suffix
-        # as published: beside the file, in the folder that the authors' archive has, or where the user says
-        candidates = [folder / name for folder in ([images] if images else layout.folders(path.parent))]
+        candidates = [folder / name for folder in folders]
         image = next((each for each in candidates if each.is_file()), candidates[0])
         yield layout.question(row, number, where, page=name, image=image)
-
-
-# --- Hugging Face parquet
 
 
 def _read_parquet(files: list[Path], images: Path | None) -> Iterator[Question]:
@@ -327,40 +279,35 @@ def _read_parquet(files: list[Path], images: Path | None) -> Iterator[Question]:
             number += 1
 
 
-# --- layouts
-
-
 @dataclass(frozen=True)
 class _Layout:
     """The published format of a data set.
 
     Attributes:
         name: of the data set.
-        keys: required in every row; the first layout that matches is used.
-        image, prompt, answers: the keys of the image, the question and the accepted answers.
         metric: of its questions, or a function of the row.
+        image, prompt, answers: the keys of the image, the question and the accepted answers.
         number: the key of the question's own number, "" if it has none.
+        others: further keys that its rows have.
         extra: added to every question.
         suffix: of image file names.
         image_folders: image folders in the authors' archives, relative to the file.
     """
 
     name: str
-    keys: tuple[str, ...]
-    image: str
-    prompt: str
-    answers: str
     metric: str | Callable[[dict[str, Any]], str]
+    image: str = "image"
+    prompt: str = "question"
+    answers: str = "answers"
     number: str = ""
-    extra: str = ""
+    others: tuple[str, ...] = ()
+    extra: str = "\nAnswer the question using a single word or phrase."
     suffix: str = ""
     image_folders: tuple[str, ...] = ()
 
     def fits(self, row: dict[str, Any]) -> bool:
-        return all(key in row for key in self.keys)
-
-    def folders(self, parent: Path) -> list[Path]:
-        return [parent / folder for folder in self.image_folders]
+        keys = (self.image, self.prompt, self.answers, *self.others)
+        return all(key in row for key in keys) and (not self.number or self.number in row)
 
     def question(
         self, row: dict[str, Any], number: int, where: str, *, page: str, image: Path | bytes
@@ -368,15 +315,9 @@ class _Layout:
         metric = self.metric if isinstance(self.metric, str) else self.metric(row)
         answers = _strings(row, self.answers, where)
         check_question(metric, answers, where)
-        return Question(
-            name=f"{self.name} {row.get(self.number, number) if self.number else number}",
-            page=page,
-            image=image,
-            prompt=_string(row, self.prompt, where) + self.extra,
-            task=self.name,
-            metric=metric,
-            answers=answers,
-        )
+        name = f"{self.name} {row.get(self.number, number) if self.number else number}"
+        prompt = _string(row, self.prompt, where) + self.extra
+        return Question(name, page, image, prompt, self.name, metric, answers)
 
 
 _BY_COLUMNS = "questions"
@@ -385,8 +326,8 @@ _QUESTIONS = ("question", "query")
 _ANSWERS = ("answers", "answer", "label", "labels")
 
 
-def _layout(path: Path, row: dict[str, Any], known: Sequence["_Layout"]) -> "_Layout":
-    """The layout of a file by the keys of one of its rows."""
+def _layout(path: Path, row: dict[str, Any], known: Sequence[_Layout]) -> _Layout:
+    """The first layout that fits a row of a file, or one by the usual names of its columns."""
     for layout in known:
         if layout.fits(row):
             return layout
@@ -399,16 +340,11 @@ def _layout(path: Path, row: dict[str, Any], known: Sequence["_Layout"]) -> "_La
             f"{path}: a question has the keys {', '.join(row)}: not the layout of {', '.join(names)}, and not"
             " an image, a question and answers"
         )
-    return _Layout(
-        _BY_COLUMNS,
-        (image, prompt, answers),
-        image=image,
-        prompt=prompt,
-        answers=answers,
-        metric=lambda row: "vqa_accuracy" if len(_strings(row, answers, str(path))) >= 10 else "anls",
-        extra=_SHORT_ANSWER,
-        image_folders=(".", "images"),
-    )
+
+    def metric(row: dict[str, Any]) -> str:
+        return "vqa_accuracy" if len(_strings(row, answers, str(path))) >= 10 else "anls"
+
+    return _Layout(_BY_COLUMNS, metric, image, prompt, answers, image_folders=(".", "images"))
 
 
 def _ocrbench_metric(row: dict[str, Any]) -> str:
@@ -419,116 +355,44 @@ def _ocrbench_metric(row: dict[str, Any]) -> str:
 _JSON_LAYOUTS = (
     _Layout(
         "OCRBench",
-        ("dataset_name", "image_path", "question", "answers"),
+        _ocrbench_metric,
         image="image_path",
-        prompt="question",
-        answers="answers",
-        metric=_ocrbench_metric,
+        others=("dataset_name",),
+        extra="",
         image_folders=(".", "OCRBench_Images"),
     ),
     _Layout(
         "TextVQA",
-        ("image_id", "question_id", "question", "answers"),
+        "vqa_accuracy",
         image="image_id",
-        prompt="question",
-        answers="answers",
-        metric="vqa_accuracy",
         number="question_id",
-        extra=_SHORT_ANSWER,
         suffix=".jpg",
         image_folders=("train_images", "train_val_images/train_images", "."),
     ),
     _Layout(
         "DocVQA",
-        ("questionId", "docId", "image", "question", "answers"),
-        image="image",
-        prompt="question",
-        answers="answers",
-        metric="anls",
+        "anls",
         number="questionId",
-        extra=_SHORT_ANSWER,
+        others=("docId",),
         image_folders=(".", "spdocvqa_images", "val"),
     ),
     _Layout(
         "InfographicVQA",
-        ("questionId", "image_local_name", "question", "answers"),
+        "anls",
         image="image_local_name",
-        prompt="question",
-        answers="answers",
-        metric="anls",
         number="questionId",
-        extra=_SHORT_ANSWER,
         image_folders=(".", "infographicsvqa_images", "infographicVQA_val_v1.0_images", "images"),
     ),
-    _Layout(
-        "ChartQA",
-        ("imgname", "query", "label"),
-        image="imgname",
-        prompt="query",
-        answers="label",
-        metric="relaxed_accuracy",
-        extra=_SHORT_ANSWER,
-        image_folders=("png", "."),
-    ),
+    _Layout("ChartQA", "relaxed_accuracy", "imgname", "query", "label", image_folders=("png", ".")),
 )
 
 _PARQUET_LAYOUTS = (
-    _Layout(
-        "OCRBench",
-        ("dataset", "question_type", "question", "answer", "image"),
-        image="image",
-        prompt="question",
-        answers="answer",
-        metric=_ocrbench_metric,
-    ),
-    _Layout(
-        "DocVQA",
-        ("questionId", "docId", "question", "answers", "image"),
-        image="image",
-        prompt="question",
-        answers="answers",
-        metric="anls",
-        number="questionId",
-        extra=_SHORT_ANSWER,
-    ),
-    _Layout(
-        "InfographicVQA",
-        ("questionId", "answer_type", "question", "answers", "image"),
-        image="image",
-        prompt="question",
-        answers="answers",
-        metric="anls",
-        number="questionId",
-        extra=_SHORT_ANSWER,
-    ),
-    _Layout(
-        "TextVQA",
-        ("image_id", "question_id", "question", "answers", "image"),
-        image="image",
-        prompt="question",
-        answers="answers",
-        metric="vqa_accuracy",
-        number="question_id",
-        extra=_SHORT_ANSWER,
-    ),
-    _Layout(
-        "ChartQA",
-        ("type", "question", "answer", "image"),
-        image="image",
-        prompt="question",
-        answers="answer",
-        metric="relaxed_accuracy",
-        extra=_SHORT_ANSWER,
-    ),
-    _Layout(
-        "ChartQA",
-        ("query", "label", "image"),
-        image="image",
-        prompt="query",
-        answers="label",
-        metric="relaxed_accuracy",
-        extra=_SHORT_ANSWER,
-    ),
+    _Layout("OCRBench", _ocrbench_metric, answers="answer", others=("dataset", "question_type"), extra=""),
+    _Layout("DocVQA", "anls", number="questionId", others=("docId",)),
+    _Layout("InfographicVQA", "anls", number="questionId", others=("answer_type",)),
+    _Layout("TextVQA", "vqa_accuracy", number="question_id", others=("image_id",)),
+    _Layout("ChartQA", "relaxed_accuracy", answers="answer", others=("type",)),
+    _Layout("ChartQA", "relaxed_accuracy", prompt="query", answers="label"),
 )
 
 
@@ -549,6 +413,6 @@ def _strings(row: dict[str, Any], key: str, where: str) -> tuple[str, ...]:
     value = row.get(key)
     values = value if isinstance(value, list) else [value]
     values = [each.get("answer") if isinstance(each, dict) else each for each in values]
-    if not all(isinstance(each, str | int | float) and not isinstance(each, bool) for each in values):
+    if not all(type(each) in (str, int, float) for each in values):
         raise SparseMMError(f"{where}: {key} is {value!r}, expected a list of texts")
     return tuple(str(each) for each in values)

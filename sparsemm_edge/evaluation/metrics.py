@@ -1,24 +1,23 @@
-"""Accuracy metrics of the data sets that `eval` reads.
+"""Accuracy metrics of the data sets that `eval` reads, and fidelity to the full cache, without labels.
 
-Every metric takes the model's answer and the accepted answers and returns a score from 0 (wrong) to 1.
+Every accuracy metric takes the answer and the accepted answers and returns a score from 0 (wrong) to 1.
 """
 
 import math
 import re
 from collections.abc import Callable, Sequence
+from itertools import zip_longest
+
+import numpy as np
+import numpy.typing as npt
 
 from sparsemm_edge.errors import SparseMMError
 
 _ANLS_THRESHOLD = 0.5
 _RELATIVE_TOLERANCE = 0.05
 
-_NUMBER_WORDS = {"none": "0", "zero": "0", "one": "1", "two": "2", "three": "3", "four": "4", "five": "5"} | {
-    "six": "6",
-    "seven": "7",
-    "eight": "8",
-    "nine": "9",
-    "ten": "10",
-}
+_NUMBERS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten")
+_NUMBER_WORDS = {"none": "0"} | {word: str(number) for number, word in enumerate(_NUMBERS)}
 _ARTICLES = {"a", "an", "the"}
 _PUNCTUATION = ';/[]"{}()=+\\_-><@`,?!'
 _COMMA_IN_NUMBER = re.compile(r"(?<=\d),(?=\d)")
@@ -38,7 +37,8 @@ def anls(answer: str, accepted: Sequence[str]) -> float:
     accepted answers; case and runs of white space do not matter. DocVQA's metric. Source: Biten et al. 2019
     (arXiv 1907.00490), equation 1.
     """
-    return max((_anls_of_one(_plain(answer), _plain(each)) for each in accepted), default=0.0)
+    given, *known = (" ".join(text.lower().split()) for text in (answer, *accepted))
+    return max((_anls_of_one(given, each) for each in known), default=0.0)
 
 
 def vqa_accuracy(answer: str, accepted: Sequence[str]) -> float:
@@ -67,7 +67,7 @@ def relaxed_accuracy(answer: str, accepted: Sequence[str]) -> float:
     Methani et al. 2020; signs and full stops as in the authors' later scorer (vis-nlp/ChartQAPro,
     evaluate_predictions.py), hundredths as in the one that is used most (google-research/pix2struct).
     """
-    return float(any(_relaxed(_without_stop(answer), _without_stop(each)) for each in accepted))
+    return float(any(_relaxed(answer, each) for each in accepted))
 
 
 def ocrbench(answer: str, accepted: Sequence[str]) -> float:
@@ -100,11 +100,6 @@ METRICS: dict[str, Callable[[str, Sequence[str]], float]] = {
     "cer": character_accuracy,
 }
 """By the name that a data set gives; `cer` is scored as 1 - character error rate, as all are better above."""
-
-
-def score(metric: str, answer: str, accepted: Sequence[str]) -> float:
-    """The score of one answer, 0 to 1, by the metric of this name."""
-    return METRICS[metric](answer, accepted)
 
 
 def check_question(metric: str, accepted: Sequence[str], where: str) -> None:
@@ -155,6 +150,7 @@ def _anls_of_one(answer: str, accepted: str) -> float:
 
 
 def _relaxed(answer: str, accepted: str) -> bool:
+    answer, accepted = (text.strip().rstrip(".").strip() for text in (answer, accepted))
     found, wanted = _number(answer), _number(accepted)
     if found is None or wanted is None:
         return answer.lower() == accepted.lower()
@@ -173,13 +169,51 @@ def _number(text: str) -> float | None:
     return number if math.isfinite(number) else None  # nan and inf are words
 
 
-def _without_stop(text: str) -> str:
-    return text.strip().rstrip(".").strip()
-
-
-def _plain(text: str) -> str:
-    return " ".join(text.lower().split())
-
-
 def _one_line(text: str) -> str:
     return text.strip().replace("\n", " ")
+
+
+# --- fidelity
+
+
+Logits = npt.NDArray[np.float32]
+"""[n, n_vocab]"""
+
+
+def compare(
+    full: Sequence[int], tokens: Sequence[int], full_logits: Logits, logits: Logits
+) -> dict[str, float | None]:
+    """Compare an answer with the full cache's.
+
+    Args:
+        full: the full cache's greedy answer, its end token included.
+        tokens: this cache's greedy answer, likewise.
+        full_logits: [n, n_vocab], the full cache's before each token of its own answer.
+        logits: [n, n_vocab], this cache's before each token of the full cache's answer.
+
+    Returns:
+        agreement: fraction of equal tokens at the same place, of the longer answer, 0 to 1; end tokens count.
+        first_divergence: index of the first different token; None if there is none.
+        kl: KL divergence of next-token distributions, full cache || this one, in nats: mean over the full
+            cache's answer.
+    """
+    same = [mine == theirs for mine, theirs in zip_longest(tokens, full)]
+    return {
+        "agreement": sum(same) / len(same),
+        "first_divergence": None if all(same) else same.index(False),
+        "kl": float(kl_divergence(full_logits, logits).mean()),
+    }
+
+
+def kl_divergence(logits: Logits, other: Logits) -> npt.NDArray[np.float64]:
+    """KL(p || q) in nats from logits: [n, n_vocab] twice -> [n]."""
+    log_p, log_q = log_softmax(logits), log_softmax(other)
+    divergence: npt.NDArray[np.float64] = (np.exp(log_p) * (log_p - log_q)).sum(axis=-1)
+    return np.maximum(divergence, 0.0)  # rounding
+
+
+def log_softmax(logits: Logits) -> npt.NDArray[np.float64]:
+    """Logarithms of probabilities, row by row."""
+    shifted = logits.astype(np.float64) - logits.max(axis=-1, keepdims=True)
+    logs: npt.NDArray[np.float64] = shifted - np.log(np.exp(shifted).sum(axis=-1, keepdims=True))
+    return logs

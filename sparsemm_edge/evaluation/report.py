@@ -1,11 +1,10 @@
 """Summarise records: means with confidence intervals, tables, a plot, eval.json."""
 
-import json
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from itertools import pairwise
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -13,7 +12,6 @@ import numpy.typing as npt
 
 from sparsemm_edge.evaluation.run import Record
 from sparsemm_edge.evaluation.settings import Setting, labels
-from sparsemm_edge.files import atomic_path
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -36,14 +34,7 @@ class Interval:
 
 @dataclass(frozen=True)
 class Way:
-    """How a question was asked. Questions of a task asked in the same way are reported together.
-
-    Attributes:
-        first_task: the task of the first question of its conversation.
-        task: its own.
-        place: in the conversation, from 1.
-        instead: asked in place of the first question, which the cache was evicted for.
-    """
+    """How a question was asked, as in Record. Questions asked in the same way are reported together."""
 
     first_task: str
     task: str
@@ -70,19 +61,15 @@ class EvaluationRow:
         label: the setting without its budget, in words.
         n_questions: answered questions.
         n_seeds: how often each was answered.
-        score: 0 to 1; None without accepted answers.
+        score, agreement, kl: means of Record's; score is None without accepted answers.
         against_full: score - the full f16 cache's, on the same pages.
         against: score - those of other labels at the same bytes, interpolated between their budgets (see
             _comparable); and those of full caches of other types with at least these bytes.
-        budget, window: in positions, means over the prompts; None for the full cache.
-        kept, kept_share: positions held when the answer began, mean over KV heads; of the sequence, 0 to 1.
-        kv_bytes, kv_share: K and V of these positions and of residual slots; of the whole sequence in a full
-            f16 cache, 0 to 1.
-        kv_allocated: allocated for K and V then, room for the answers and padding included.
-        agreement: share of the tokens that equal the full cache's, 0 to 1.
+        budget, window, kept, kv_bytes, kv_allocated: means of Record's.
+        kept_share: positions kept of the sequence, 0 to 1.
+        kv_share: kv_bytes of those of the whole sequence in a full f16 cache, 0 to 1.
         identical: share of the answers that equal the full cache's.
-        first_divergence: place of the first token that differs, median over the answers that differ.
-        kl: KL divergence of next-token distributions, nats.
+        first_divergence: median of Record's, over the answers that differ.
     """
 
     way: Way
@@ -110,25 +97,6 @@ class EvaluationRow:
         """What is drawn: the score, or without accepted answers the share of the full cache's tokens."""
         return self.score or self.agreement
 
-    @property
-    def asked_budget(self) -> str:
-        """The budget in the unit in which it was asked for."""
-        return _budget(self.setting)
-
-    def to_dict(self) -> dict[str, Any]:
-        """For JSON."""
-        figures = asdict(self)
-        return {**figures.pop("way"), **figures}
-
-
-@dataclass(frozen=True)
-class Failure:
-    """A question that could not be answered, and why."""
-
-    question: str
-    page: str
-    error: str
-
 
 @dataclass(frozen=True)
 class Skipped:
@@ -146,13 +114,13 @@ class Report:
     Attributes:
         rows: by way of asking, the full cache first, then in the settings' order.
         n_questions: number of questions asked.
-        failures: questions without an answer.
+        failures: for each question without an answer one of its records.
         skipped: combinations that cannot be run.
     """
 
     rows: tuple[EvaluationRow, ...]
     n_questions: int
-    failures: tuple[Failure, ...]
+    failures: tuple[Record, ...]
     skipped: tuple[Skipped, ...] = ()
 
     @cached_property
@@ -163,8 +131,27 @@ class Report:
             found.setdefault(way.first_task, []).append(way)
         return [sorted(ways, key=lambda way: (way.instead, way.place)) for ways in found.values()]
 
+    def to_dict(self, **about: Any) -> dict[str, Any]:
+        """What eval.json holds: `about` the run, the rows, the failures."""
+        return {
+            "format": "sparsemm-edge/eval",
+            "version": 2,
+            **about,
+            "n_questions": self.n_questions,
+            "rows": [_flat(row) for row in self.rows],
+            "failures": [
+                {"question": each.question, "page": each.page, "error": each.error} for each in self.failures
+            ],
+            "skipped": [_flat(each) for each in self.skipped],
+        }
+
     def rows_of(self, way: Way) -> list[EvaluationRow]:
         return [row for row in self.rows if row.way == way]
+
+
+def _flat(found: EvaluationRow | Skipped) -> dict[str, Any]:
+    figures = asdict(found)
+    return {**figures.pop("way"), **figures}
 
 
 def make_report(
@@ -186,15 +173,12 @@ def make_report(
     chosen = [
         records[name, setting.key] for name in asked for setting in settings if (name, setting.key) in records
     ]
-    failures = {
-        record.question: Failure(record.question, record.page, record.error)
-        for record in chosen
-        if record.error is not None
-    }
+    failures = {record.question: record for record in chosen if record.error is not None}
     by_way: dict[Way, list[Record]] = {}
     for record in chosen:
         if record.question not in failures:
-            by_way.setdefault(_way(record), []).append(record)
+            way = Way(record.first_task, record.task, record.place, record.instead)
+            by_way.setdefault(way, []).append(record)
     rows: list[EvaluationRow] = []
     skipped: list[Skipped] = []
     for way, found in by_way.items():
@@ -206,23 +190,20 @@ def make_report(
     return Report(tuple(rows), n_questions, tuple(failures.values()), tuple(skipped))
 
 
-def _way(record: Record) -> Way:
-    return Way(record.first_task, record.task, record.place, record.instead)
-
-
 def _skipped(way: Way, records: Sequence[Record], settings: Sequence[Setting]) -> list[Skipped]:
-    names = labels(settings)
-    by_key = {setting.key: setting for setting in settings}
+    names = {setting.key: f"{label} at {setting.size}" for setting, label in labels(settings).items()}
     found: dict[str, dict[str, None]] = {}
     for record in records:
         if record.skipped is not None:
-            setting = by_key[record.setting]
-            name = f"{names[setting]} at {_budget(setting)}"
-            found.setdefault(record.skipped, {})[name] = None
+            found.setdefault(record.skipped, {})[names[record.setting]] = None
     return [Skipped(way, tuple(under), reason) for reason, under in found.items()]
 
 
 # --- rows
+
+
+_Means = npt.NDArray[np.float64]  # of a field of the records, then of every resample: [1 + resamples]
+_Scores = dict[Setting, _Means]
 
 
 class _Pages:
@@ -234,9 +215,9 @@ class _Pages:
         # how often each page is drawn; the same for all settings, so that differences are of the same pages
         self._drawn = np.random.default_rng(seed).multinomial(n, np.full(n, 1 / n), size=_N_RESAMPLES)
 
-    def means(self, records: Sequence[Record], values: Sequence[float]) -> npt.NDArray[np.float64]:
-        """The mean of a value of each record, and then of every resample: [1 + resamples]."""
+    def means(self, records: Sequence[Record], field: str) -> _Means:
         pages = [self._index[record.page] for record in records]
+        values = [getattr(record, field) for record in records]
         sums = np.bincount(pages, weights=values, minlength=len(self._index))
         counts = np.bincount(pages, minlength=len(self._index))
         with np.errstate(invalid="ignore"):  # no page of this setting drawn
@@ -244,16 +225,13 @@ class _Pages:
         return np.concatenate([[sums.sum() / counts.sum()], resampled])
 
 
-def _interval(means: npt.NDArray[np.float64]) -> Interval:
+def _interval(means: _Means) -> Interval:
     low, high = np.nanpercentile(means[1:], [2.5, 97.5])
     return Interval(float(means[0]), float(low), float(high))
 
 
-def _budget(setting: Setting) -> str:
-    """A budget in the unit of the command line."""
-    if setting.policy == "full":
-        return "100 %"
-    return f"{setting.retention:g} %" if setting.budget is None else str(setting.budget)
+def _mean(records: Sequence[Record], field: str) -> float:
+    return float(np.mean([getattr(record, field) for record in records]))
 
 
 def _rows(way: Way, records: list[Record], settings: Sequence[Setting], seed: int) -> list[EvaluationRow]:
@@ -262,26 +240,17 @@ def _rows(way: Way, records: list[Record], settings: Sequence[Setting], seed: in
     for record in records:
         by_key.setdefault(record.setting, []).append(record)
     groups: dict[Setting, list[Record]] = {}
-    seeds: dict[Setting, int] = {}
     for setting in settings:
-        group = replace(setting, seed=0)
-        groups.setdefault(group, []).extend(by_key.get(setting.key, []))
-        seeds[group] = seeds.get(group, 0) + 1
-    groups = {setting: found for setting, found in groups.items() if found}
+        if setting.key in by_key:
+            groups.setdefault(replace(setting, seed=0), []).extend(by_key[setting.key])
+    n_seeds = Counter(replace(setting, seed=0) for setting in settings)
 
     scored = all(record.score is not None for record in records)
-    scores = {
-        setting: pages.means(found, [record.score or 0.0 for record in found])
-        for setting, found in groups.items()
-    }
+    scores = {setting: pages.means(found, "score") for setting, found in groups.items()} if scored else {}
+    full = Setting("full")
     names = labels(list(groups))
     rows = []
     for setting, found in groups.items():
-        full = Setting("full")
-
-        def mean(values: list[float]) -> float:
-            return float(np.mean(values))
-
         evicts = setting.policy != "full"
         differs = [record.first_divergence for record in found if record.first_divergence is not None]
         rows.append(
@@ -290,37 +259,30 @@ def _rows(way: Way, records: list[Record], settings: Sequence[Setting], seed: in
                 setting=setting,
                 label=names[setting],
                 n_questions=len({record.question for record in found}),
-                n_seeds=seeds[setting],
+                n_seeds=n_seeds[setting],
                 score=_interval(scores[setting]) if scored else None,
                 against_full=_interval(scores[setting] - scores[full])
-                if scored and full in scores and setting != full
+                if full in scores and setting != full
                 else None,
                 against=_against(setting, groups, scores, names) if scored else {},
-                budget=mean([record.budget or 0 for record in found]) if evicts else None,
-                window=mean([record.window or 0 for record in found]) if evicts else None,
-                kept=mean([record.kept for record in found]),
-                kept_share=mean([record.kept / record.n_prompt for record in found]),
-                kv_bytes=_kv_bytes(found),
-                kv_share=_kv_bytes(found) / mean([record.kv_full_bytes for record in found]),
-                kv_allocated=mean([record.kv_allocated for record in found]),
-                agreement=_interval(pages.means(found, [record.agreement for record in found])),
-                identical=mean([record.first_divergence is None for record in found]),
+                budget=_mean(found, "budget") if evicts else None,
+                window=_mean(found, "window") if evicts else None,
+                kept=_mean(found, "kept"),
+                kept_share=float(np.mean([record.kept / record.n_prompt for record in found])),
+                kv_bytes=_mean(found, "kv_bytes"),
+                kv_share=_mean(found, "kv_bytes") / _mean(found, "kv_full_bytes"),
+                kv_allocated=_mean(found, "kv_allocated"),
+                agreement=_interval(pages.means(found, "agreement")),
+                identical=(len(found) - len(differs)) / len(found),
                 first_divergence=float(np.median(differs)) if differs else None,
-                kl=_interval(pages.means(found, [record.kl for record in found])),
+                kl=_interval(pages.means(found, "kl")),
             )
         )
     return rows
 
 
-def _kv_bytes(records: Sequence[Record]) -> float:
-    return float(np.mean([record.kv_bytes for record in records]))
-
-
 def _against(
-    setting: Setting,
-    groups: dict[Setting, list[Record]],
-    scores: dict[Setting, npt.NDArray[np.float64]],
-    names: dict[Setting, str],
+    setting: Setting, groups: dict[Setting, list[Record]], scores: _Scores, names: dict[Setting, str]
 ) -> dict[str, Interval]:
     """Score - that of every other label at the same bytes, see EvaluationRow.against."""
     if setting.policy == "full":
@@ -328,15 +290,16 @@ def _against(
     lines: dict[str, list[tuple[float, Setting]]] = {}
     for other in groups:
         if names[other] != names[setting] and _comparable(setting, other):
-            lines.setdefault(names[other], []).append((_kv_bytes(groups[other]), other))
-    n_bytes = _kv_bytes(groups[setting])
+            lines.setdefault(names[other], []).append((_mean(groups[other], "kv_bytes"), other))
+    n_bytes = _mean(groups[setting], "kv_bytes")
     found = {}
     for label, line in lines.items():
         theirs = _at_bytes(n_bytes, sorted(line, key=lambda place: place[0]), scores)
         if theirs is not None:
             found[label] = _interval(scores[setting] - theirs)
     for other in groups:
-        if other.policy == "full" and other != Setting("full") and n_bytes <= _kv_bytes(groups[other]):
+        quantised = other.policy == "full" and other != Setting("full")
+        if quantised and n_bytes <= _mean(groups[other], "kv_bytes"):
             found[names[other]] = _interval(scores[setting] - scores[other])
     return found
 
@@ -349,17 +312,13 @@ def _comparable(setting: Setting, other: Setting) -> bool:
     return setting.later == other.later or replace(setting, **plain) == replace(other, **plain)
 
 
-def _at_bytes(
-    n_bytes: float, line: list[tuple[float, Setting]], scores: dict[Setting, npt.NDArray[np.float64]]
-) -> npt.NDArray[np.float64] | None:
+def _at_bytes(n_bytes: float, line: list[tuple[float, Setting]], scores: _Scores) -> _Means | None:
     """Scores at these bytes, interpolated linearly between budgets; None outside them."""
     # half a byte of tolerance: the same positions may be the same bytes but for rounding
-    for (low, left), (high, right) in pairwise(line):
+    for (low, left), (high, right) in pairwise([*line, line[-1]]):  # a line may be one budget
         if low - 0.5 <= n_bytes <= high + 0.5:
             at = min(max((n_bytes - low) / (high - low), 0.0), 1.0) if high > low else 0.0
             return (1 - at) * scores[left] + at * scores[right]
-    if len(line) == 1 and abs(line[0][0] - n_bytes) <= 0.5:
-        return scores[line[0][1]]
     return None
 
 
@@ -382,8 +341,7 @@ def print_report(report: Report) -> None:
             console.print(_first_table(report.rows_of(ways[0])))
         if len(ways) > 1:
             console.print(_later_table(report, ways))
-    gains = _gains_table(report)
-    if gains is not None:
+    if (gains := _gains_table(report)) is not None:
         console.print(gains)
     if report.rows:
         console.print(
@@ -403,86 +361,74 @@ def print_report(report: Report) -> None:
             print(f"  {failure.question}: {failure.error}")
 
 
-def _first_table(rows: list[EvaluationRow]) -> "Table":
+def _table(title: str, columns: Sequence[str], n_unwrapped: int = 1) -> "Table":
+    """A table without rows: names in the first column, then figures, the first n_unwrapped on one line."""
     from rich.table import Table
 
-    table = Table(title=f"{rows[0].way.words}: {rows[0].n_questions} questions", title_justify="left")
-    table.add_column("policy")
-    for column in ("budget", "window", "kept", "K+V", "allocated"):
-        table.add_column(column, justify="right", no_wrap=True)
-    if rows[0].score:
-        for column in ("score", "- full", f"- {BASELINE}"):
-            table.add_column(column, justify="right")
-    for column in ("tokens as full", "differs at", "KL"):
-        table.add_column(column, justify="right")
+    table = Table(title=title, title_justify="left")
+    for index, column in enumerate(columns):
+        table.add_column(column, justify="right" if index else "left", no_wrap=1 <= index <= n_unwrapped)
+    return table
+
+
+def _first_table(rows: list[EvaluationRow]) -> "Table":
+    columns = ["policy", "budget", "window", "kept", "K+V", "allocated"]
+    scores = ["score", "- full", f"- {BASELINE}"] if rows[0].score else []
+    title = f"{rows[0].way.words}: {rows[0].n_questions} questions"
+    table = _table(title, [*columns, *scores, "tokens as full", "differs at", "KL"], n_unwrapped=5)
     for row in rows:
-        table.add_row(*_cells(row, rows))
+        cells = [
+            row.label,
+            "-" if row.budget is None else f"{row.budget:.0f}",
+            "-" if row.window is None else f"{row.window:.0f}",
+            f"{row.kept:.0f} {row.kept_share:6.1%}",
+            f"{_kib(row.kv_bytes)} {row.kv_share:6.1%}",
+            _kib(row.kv_allocated),
+        ]
+        if row.score:
+            against = (row.against_full, _against_baseline(row, rows))
+            cells += [_with_interval(row.score), *(_with_interval(each, sign="+") for each in against)]
+        differs = "-" if row.first_divergence is None else f"{row.first_divergence:.0f}"
+        table.add_row(*cells, f"{row.agreement.mean:.1%}", differs, f"{row.kl.mean:.3g}")
     return table
 
 
 def _later_table(report: Report, ways: list[Way]) -> "Table":
     """Scores by place in the conversation: a row for each setting."""
-    from rich.table import Table
-
     rows = {(row.way, row.setting): row for way in ways for row in report.rows_of(way)}
-    settings = dict.fromkeys(setting for _, setting in rows)
     what = "score" if report.rows_of(ways[0])[0].score else "tokens as with the full cache"
-    title = f"{ways[0].first_task}, and what is asked after it: {what}, %"
-    table = Table(title=title, title_justify="left")
-    table.add_column("policy")
-    table.add_column("budget", justify="right", no_wrap=True)
+    columns = ["policy", "budget"]
     for way in ways:
-        n_questions = max(row.n_questions for row in report.rows_of(way))
-        table.add_column(f"{way.words} ({n_questions})", justify="right")
-    for setting in settings:
+        columns.append(f"{way.words} ({max(row.n_questions for row in report.rows_of(way))})")
+    table = _table(f"{ways[0].first_task}, and what is asked after it: {what}, %", columns)
+    for setting in dict.fromkeys(setting for _, setting in rows):
         found = [rows.get((way, setting)) for way in ways]
-        named = next(row for row in found if row is not None)
-        cells = ["" if row is None else _with_interval(row.height) for row in found]
-        table.add_row(named.label, named.asked_budget, *cells)
+        label = next(row.label for row in found if row is not None)
+        table.add_row(
+            label, setting.size, *("" if row is None else _with_interval(row.height) for row in found)
+        )
     return table
 
 
 def _gains_table(report: Report) -> "Table | None":
     """Differences of the first line of settings to all others at the same bytes; None if there is none."""
-    from rich.table import Table
-
     subject = next((row.label for row in report.rows if row.setting.policy != "full"), None)
     rows = [row for row in report.rows if row.label == subject and row.score]
     others = list(dict.fromkeys(label for row in rows for label in row.against))
     if not others:
         return None
-    table = Table(title=f"{subject}, less the others at the same bytes", title_justify="left")
-    table.add_column("questions")
-    table.add_column("budget", justify="right", no_wrap=True)
-    for column in ("K+V", "score", "- full", *(f"- {label}" for label in others)):
-        table.add_column(column, justify="right")
+    columns = ["questions", "budget", "K+V", "score", "- full", *(f"- {label}" for label in others)]
+    table = _table(f"{subject}, less the others at the same bytes", columns)
     for row in rows:
         against = [row.against_full, *(row.against.get(label) for label in others)]
         table.add_row(
             row.way.words,
-            row.asked_budget,
+            row.setting.size,
             f"{row.kv_share:.1%}",
             f"{100 * row.height.mean:.1f}",
-            *("" if each is None else _with_interval(each, sign="+") for each in against),
+            *(_with_interval(each, sign="+") for each in against),
         )
     return table
-
-
-def _cells(row: EvaluationRow, rows: Sequence[EvaluationRow]) -> list[str]:
-    cells = [
-        row.label,
-        "-" if row.budget is None else f"{row.budget:.0f}",
-        "-" if row.window is None else f"{row.window:.0f}",
-        f"{row.kept:.0f} {row.kept_share:6.1%}",
-        f"{_kib(row.kv_bytes)} {row.kv_share:6.1%}",
-        _kib(row.kv_allocated),
-    ]
-    if row.score:
-        cells.append(_with_interval(row.score))
-        for against in (row.against_full, _against_baseline(row, rows)):
-            cells.append("" if against is None else _with_interval(against, sign="+"))
-    differs = "-" if row.first_divergence is None else f"{row.first_divergence:.0f}"
-    return [*cells, f"{row.agreement.mean:.1%}", differs, f"{row.kl.mean:.3g}"]
 
 
 def _against_baseline(row: EvaluationRow, rows: Sequence[EvaluationRow]) -> Interval | None:
@@ -497,27 +443,8 @@ def _kib(n_bytes: float) -> str:
     return f"{n_bytes / 2**10:.0f} KiB" if n_bytes < 10 * 2**20 else f"{n_bytes / 2**20:.0f} MiB"
 
 
-def _with_interval(interval: Interval, sign: str = "") -> str:
+def _with_interval(interval: Interval | None, sign: str = "") -> str:
+    if interval is None:
+        return ""
     mean, low, high = (f"{100 * value:{sign}.1f}" for value in (interval.mean, interval.low, interval.high))
     return f"{mean} \\[{low}, {high}]"
-
-
-def save_json(report: Report, path: Path, *, about: dict[str, Any]) -> None:
-    """Write eval.json: `about` the run, the rows, the failures."""
-    with atomic_path(path) as part:
-        part.write_text(json.dumps(to_dict(report, about), indent=1) + "\n", encoding="utf-8")
-
-
-def to_dict(report: Report, about: dict[str, Any]) -> dict[str, Any]:
-    """What eval.json holds."""
-    return {
-        "format": "sparsemm-edge/eval",
-        "version": 2,
-        **about,
-        "n_questions": report.n_questions,
-        "rows": [row.to_dict() for row in report.rows],
-        "failures": [asdict(failure) for failure in report.failures],
-        "skipped": [
-            {**asdict(each.way), "settings": each.settings, "reason": each.reason} for each in report.skipped
-        ],
-    }

@@ -1,7 +1,8 @@
 """Run every question with every setting, and save the results as they come."""
 
 import json
-from collections.abc import Iterator, Sequence
+import os
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from itertools import groupby
@@ -15,15 +16,15 @@ from gguf.constants import GGML_QUANT_SIZES
 from sparsemm_edge.budgets import FULL, POOL_KERNEL
 from sparsemm_edge.closing import Closing
 from sparsemm_edge.errors import SparseMMError
-from sparsemm_edge.evaluation import fidelity, metrics
 from sparsemm_edge.evaluation.datasets import DataSet, Question
+from sparsemm_edge.evaluation.metrics import METRICS, Logits, compare
 from sparsemm_edge.evaluation.settings import Setting
 from sparsemm_edge.runtime import VisionModel
 from sparsemm_edge.runtime.context import N_UBATCH, Context, SequenceState, cache_type
 from sparsemm_edge.runtime.encode import encode, encode_text, n_uncut
 from sparsemm_edge.runtime.eviction import Eviction, HeadBudgetTable, check_scores, model_scores
 from sparsemm_edge.runtime.loading import Loading
-from sparsemm_edge.runtime.prompt import ImagePart, Prompt, TextPart
+from sparsemm_edge.runtime.prompt import Prompt, TextPart
 from sparsemm_edge.workers import map_processes
 
 _REFERENCE = Setting("full")
@@ -90,8 +91,8 @@ class Asked:
         """A unique name for files of results."""
         if self.first is None:
             return self.question.name
-        where = f"in the place of {self.first.name}" if self.instead else f"{self.place} after"
-        return f"{self.question.name}, {where}" + ("" if self.instead else f" {self.first.name}")
+        where = "in the place of" if self.instead else f"{self.place} after"
+        return f"{self.question.name}, {where} {self.first.name}"
 
 
 @dataclass(frozen=True)
@@ -114,7 +115,7 @@ class Record:
         kv_bytes: K and V of these positions and of residual slots.
         kv_full_bytes: K and V of the whole sequence in a full f16 cache.
         kv_allocated: allocated for K and V, room for the answers included.
-        agreement, first_divergence, kl: see fidelity.Fidelity; of a later question against the full cache's
+        agreement, first_divergence, kl: see metrics.compare; of a later question against the full cache's
             own conversation.
     """
 
@@ -142,32 +143,26 @@ class Record:
 
 
 @dataclass
-class _Answer:
-    """The full cache's answer: tokens, end token included, and the logits of each, [n, n_vocab]."""
-
-    tokens: list[int]
-    logits: npt.NDArray[np.float32]
-
-
-@dataclass
 class _Reading:
     """The state of one conversation while it is run with each setting.
 
     Attributes:
         asked: the first question, its follow-ups, and the one in its place.
         prompt: the first question's.
+        appended: by Asked.name, the tokens that append a question to the turn before it.
         n_ctx: room for all of it.
-        appended: tokens of the follow-ups, by Asked.name.
-        full: the full cache's answers, likewise.
+        in_place: the tokens of the question in the first one's place; None: not made yet.
+        full: by Asked.name, the full cache's answer: tokens, end token included, and the logits of each.
         prefix: the KV cache of all but the prompt's last tokens; None if it cannot be split there.
         prefix_of: cache type and number of last tokens that `prefix` is for.
     """
 
     asked: list[Asked]
     prompt: Prompt
+    appended: dict[str, npt.NDArray[np.int32]]
     n_ctx: int = 0
-    appended: dict[str, npt.NDArray[np.int32]] = field(default_factory=dict)
-    full: dict[str, _Answer] = field(default_factory=dict)
+    in_place: npt.NDArray[np.int32] | None = None
+    full: dict[str, tuple[list[int], Logits]] = field(default_factory=dict)
     prefix: SequenceState | None = None
     prefix_of: tuple[str, int] = ("", 0)
 
@@ -209,7 +204,7 @@ class Evaluator(Closing):
         asked = self._job.asked(question)
         try:
             with self._first_prompt(question) as prompt:
-                reading = _Reading(asked, prompt)
+                reading = _Reading(asked, prompt, {each.name: self._in_turn(each) for each in asked[1:]})
                 reading.n_ctx = self._n_ctx(reading)
                 reference = self._converse(reading, _REFERENCE)
                 records = []
@@ -218,9 +213,7 @@ class Evaluator(Closing):
                     records += reference if setting == _REFERENCE else self._converse(reading, setting)
                 return records
         except SparseMMError as error:
-            return [
-                Record(**_identify(each, setting), error=str(error)) for setting in settings for each in asked
-            ]
+            return [_record(each, setting, error=str(error)) for setting in settings for each in asked]
 
     def _n_ctx(self, reading: _Reading) -> int:
         """Context size for the conversation, within the limit."""
@@ -228,42 +221,31 @@ class Evaluator(Closing):
         if n_prompt >= limit:
             raise SparseMMError(f"the prompt takes {n_prompt} positions, the context has {limit}")
         # and a token that an answer which was cut off leaves for the next prompt
-        later = [len(self._in_turn(each)) + 1 for each in reading.asked if each.first is not None]
+        later = [len(tokens) + 1 for tokens in reading.appended.values()]
         return min(n_prompt + sum(later) + self._job.n_predict * (1 + len(later)), limit)
 
-    def _appended(self, reading: _Reading, asked: Asked) -> npt.NDArray[np.int32]:
-        """The tokens of a follow-up, or of a question in place of the first: [n]."""
-        found = reading.appended.get(asked.name)
-        if found is None:
-            found = self._in_place(reading, asked) if asked.instead else self._in_turn(asked)
-            reading.appended[asked.name] = found
-        return found
-
     def _in_turn(self, asked: Asked) -> npt.NDArray[np.int32]:
-        """The tokens of a follow-up, from the end of the previous turn on."""
+        """The tokens of a follow-up, from the end of the previous turn on: [n]."""
         text = self._model.chat_prompt(asked.question.prompt, 0, self._job.chat_template, first=False)
         with self._model.tokenize(text, first=False) as prompt:
-            return _text_tokens(prompt.parts)
+            return prompt.at_last_image()[1]
 
     def _in_place(self, reading: _Reading, asked: Asked) -> npt.NDArray[np.int32]:
-        """The tokens after the image if this were the first question."""
-        with self._first_prompt(asked.question) as prompt:
-            before, tokens = prompt.at_last_image()
-            if not len(tokens) or not _same_parts(before.parts, reading.prompt.at_last_image()[0].parts):
-                raise SparseMMError("the chat template does not put the whole question after the image")
-            return tokens
+        """The tokens after the image if this were the first question: [n]."""
+        if reading.in_place is None:
+            with self._first_prompt(asked.question) as prompt:
+                before, tokens = prompt.at_last_image()
+                if not len(tokens) or _content(before) != _content(reading.prompt.at_last_image()[0]):
+                    raise SparseMMError("the chat template does not put the whole question after the image")
+                reading.in_place = tokens
+        return reading.in_place
 
     def _first_prompt(self, question: Question) -> Prompt:
         text = self._model.chat_prompt(question.prompt, 1, self._job.chat_template)
         return self._model.tokenize(text, [question.open_image()])
 
-    def _start(
-        self,
-        reading: _Reading,
-        setting: Setting,
-        table: HeadBudgetTable | None,
-    ) -> Context:
-        longest = max((len(answer.tokens) - 1 for answer in reading.full.values()), default=0)
+    def _start(self, reading: _Reading, setting: Setting, table: HeadBudgetTable | None) -> Context:
+        longest = max((len(tokens) - 1 for tokens, _ in reading.full.values()), default=0)
         return Context(
             self._model,
             table,
@@ -285,32 +267,32 @@ class Evaluator(Closing):
             prefix = self._prefix(reading, setting)
             if prefix is not None and prompt.n_tokens - prefix.n_tokens < setting.window:
                 prefix = None  # a part of the window is in it
-        with self._start(reading, setting, table) as session:
+        with self._start(reading, setting, table) as context:
             encoded = encode(self._model, prompt)
             if prefix is not None:
-                session.restore(prefix)
+                context.restore(prefix)
                 encoded = encoded.split(prefix.n_tokens)[1]
-            session.prefill(encoded)
-            evicted = session.state() if reading.asked[-1].instead and table is not None else None
+            context.prefill(encoded)
+            evicted = context.state() if reading.asked[-1].instead and table is not None else None
             if prompt is not reading.prompt:
-                session.append(encode_text(after, session.n_past))
-            record, tokens = self._answer(session, reading, setting, reading.asked[0])
+                context.append(encode_text(after, context.n_past))
+            record, tokens = self._answer(context, reading, setting, reading.asked[0])
             records = [record]
             why_not = None
             for asked in reading.asked[1:]:
                 try:
                     if asked.instead:
                         if evicted is not None:
-                            session.restore(evicted)
-                        record = self._ask_in_place(session, reading, setting, asked)
+                            context.restore(evicted)
+                        record = self._ask_in_place(context, reading, setting, asked)
                     elif why_not is None:
-                        self._read_later(session, reading, setting, asked, tokens)
-                        record, tokens = self._answer(session, reading, setting, asked)
+                        self._read_later(context, reading, setting, asked, tokens)
+                        record, tokens = self._answer(context, reading, setting, asked)
                     else:
-                        record = Record(**_identify(asked, setting), error=why_not)
+                        record = _record(asked, setting, error=why_not)
                 except SparseMMError as error:
                     why_not = str(error)
-                    record = Record(**_identify(asked, setting), error=why_not)
+                    record = _record(asked, setting, error=why_not)
                 records.append(record)
         return records
 
@@ -320,35 +302,36 @@ class Evaluator(Closing):
         return HeadBudgetTable.of(spec, spec.table(self._scores, self._model.shape.kv_heads, n_prompt))
 
     def _read_later(
-        self, session: Context, reading: _Reading, setting: Setting, asked: Asked, tokens: list[int]
+        self, context: Context, reading: _Reading, setting: Setting, asked: Asked, tokens: list[int]
     ) -> None:
         """Append a question to the answer before it, `tokens`."""
         # the question's text has the end of the turn; the last token of a cut answer is not in the cache yet
         pending = [] if self._model.ends_turn(tokens[-1]) else tokens[-1:]
-        appended = np.concatenate([np.array(pending, np.int32), self._appended(reading, asked)])
-        n_tokens = session.n_tokens + len(appended)
+        appended = np.concatenate([np.array(pending, np.int32), reading.appended[asked.name]])
+        n_tokens = context.n_tokens + len(appended)
         if n_tokens >= reading.n_ctx:
             raise SparseMMError(
                 f"with this question the conversation takes {n_tokens} positions, the context has"
                 f" {reading.n_ctx}"
             )
-        encoded = encode_text(appended, session.n_past)
+        encoded = encode_text(appended, context.n_past)
         if setting.later != "again" and setting.policy != "full":
-            session.append(encoded)
+            context.append(encoded)
         else:
-            session.prefill(encoded)
+            context.prefill(encoded)
 
-    def _ask_in_place(self, session: Context, reading: _Reading, setting: Setting, asked: Asked) -> Record:
+    def _ask_in_place(self, context: Context, reading: _Reading, setting: Setting, asked: Asked) -> Record:
         """Replace the first question by another, without restoring what was evicted from the image.
 
         Called with the cache as it was after the first question.
         """
         before, _ = reading.prompt.at_last_image()
-        if not session.truncate(before.n_pos, before.n_tokens):
-            why_not = "the question that is taken back is longer than the window"
-            return Record(**_identify(asked, setting), skipped=why_not)
-        session.append(encode_text(self._appended(reading, asked), session.n_past))
-        return self._answer(session, reading, setting, asked)[0]
+        if not context.truncate(before.n_pos, before.n_tokens):
+            return _record(
+                asked, setting, skipped="the question that is taken back is longer than the window"
+            )
+        context.append(encode_text(self._in_place(reading, asked), context.n_past))
+        return self._answer(context, reading, setting, asked)[0]
 
     def _prefix(self, reading: _Reading, setting: Setting) -> SequenceState | None:
         """The KV cache of all but the prompt's last tokens, not evicted; None if it cannot be split there."""
@@ -358,94 +341,86 @@ class Evaluator(Closing):
             n_prefix = reading.prompt.n_tokens - _n_rest(setting)
             everything = np.full(self._model.shape.kv_heads, FULL, dtype=np.uint32)
             if n_prefix > 0 and not n_uncut(self._model, reading.prompt):
-                with self._start(reading, setting, HeadBudgetTable(everything, 1, POOL_KERNEL)) as session:
-                    session.append(encode(self._model, reading.prompt).split(n_prefix)[0])
-                    reading.prefix = session.state()
+                with self._start(reading, setting, HeadBudgetTable(everything, 1, POOL_KERNEL)) as context:
+                    context.append(encode(self._model, reading.prompt).split(n_prefix)[0])
+                    reading.prefix = context.state()
         return reading.prefix
 
     def _answer(
-        self, session: Context, reading: _Reading, setting: Setting, asked: Asked
+        self, context: Context, reading: _Reading, setting: Setting, asked: Asked
     ) -> tuple[Record, list[int]]:
         """Answer the question in the cache; returns its record and tokens, end token included.
 
         The cache then holds all of these tokens but the last.
         """
-        held = self._held(reading, setting, session)
-        n_predict = min(self._job.n_predict, reading.n_ctx - session.n_tokens)
-        first = session.logits()
-        full = reading.full.get(asked.name)
-        if full is None:
+        held = self._held(reading, setting, context)
+        n_predict = min(self._job.n_predict, reading.n_ctx - context.n_tokens)
+        first = context.logits()
+        if asked.name not in reading.full:
             rows = [first]
-            tokens = self._greedy(session, n_predict, [int(first.argmax())], rows)
-            full = reading.full[asked.name] = _Answer(tokens, np.stack(rows))
-            logits = full.logits
+            tokens = self._greedy(context, n_predict, [int(first.argmax())], rows)
+            full_tokens, full_logits = reading.full[asked.name] = tokens, np.stack(rows)
+            logits = full_logits
         else:
             # follow the full cache's answer for the distributions, and leave it where this cache would
-            followed = full.tokens[:n_predict]
-            rest = session.decode_all(np.array(followed[:-1], dtype=np.int32))
+            full_tokens, full_logits = reading.full[asked.name]
+            followed = full_tokens[:n_predict]
+            rest = context.decode_all(np.array(followed[:-1], dtype=np.int32))
             logits = np.concatenate([first[None], rest])
-            choices = logits.argmax(axis=1)
-            differs = np.flatnonzero(choices != np.array(followed))
+            choices = logits.argmax(axis=1).tolist()
             tokens = followed
-            if differs.size:
-                place = int(differs[0])
-                tokens = [*followed[:place], int(choices[place])]
-                session.truncate_reply(place)
-                tokens = self._greedy(session, n_predict, tokens)
+            if choices != followed:
+                place = next(i for i, token in enumerate(followed) if choices[i] != token)
+                context.truncate_reply(place)
+                tokens = self._greedy(context, n_predict, choices[: place + 1])
         ended = self._model.ends_turn(tokens[-1])
         answer = self._model.text_of(tokens[:-1] if ended else tokens)
         question, score = asked.question, None
         if question.metric is not None:
             # a model's reply often begins with a space that belongs to no answer
-            score = metrics.score(question.metric, answer.strip(), question.answers)
-        compared = fidelity.compare(full.tokens, tokens, full.logits[: len(logits)], logits)
-        record = Record(**_identify(asked, setting), **held, answer=answer, score=score, **asdict(compared))
-        return record, tokens
+            score = METRICS[question.metric](answer.strip(), question.answers)
+        compared = compare(full_tokens, tokens, full_logits[: len(logits)], logits)
+        return _record(asked, setting, answer=answer, score=score, **held, **compared), tokens
 
     def _greedy(
-        self,
-        session: Context,
-        n_predict: int,
-        tokens: list[int],
-        logits: list[npt.NDArray[np.float32]] | None = None,
+        self, context: Context, n_predict: int, tokens: list[int], rows: list[Logits] | None = None
     ) -> list[int]:
         """Decode greedily from the last of `tokens` to the end of the answer."""
         while len(tokens) < n_predict and not self._model.ends_turn(tokens[-1]):
-            session.decode(tokens[-1])
-            found = session.logits()
-            if logits is not None:
-                logits.append(found)
+            context.decode(tokens[-1])
+            found = context.logits()
+            if rows is not None:
+                rows.append(found)
             tokens.append(int(found.argmax()))
         return tokens
 
-    def _held(self, reading: _Reading, setting: Setting, session: Context) -> dict[str, Any]:
+    def _held(self, reading: _Reading, setting: Setting, context: Context) -> dict[str, Any]:
         """The cache's statistics after a prompt, as fields of Record."""
-        stats, shape, n_first = session.kv_stats(), self._model.shape, reading.prompt.n_tokens
+        stats, shape, n_first = context.kv_stats(), self._model.shape, reading.prompt.n_tokens
         evicts = setting.policy != "full"
-        n_places = stats.positions_kept_mean + session.n_residual() / (shape.n_layer * shape.n_head_kv)
+        n_places = stats.positions_kept_mean + context.n_residual() / (shape.n_layer * shape.n_head_kv)
         return {
-            "n_prompt": session.n_tokens,
+            "n_prompt": context.n_tokens,
             "budget": setting.budget_of(n_first) if evicts else None,
             "window": setting.window_of(n_first) if evicts else None,
             "kept": stats.positions_kept_mean,
-            "kv_bytes": stats.bytes_full * n_places / session.n_tokens,
-            "kv_full_bytes": shape.kv_bytes(session.n_tokens * shape.n_layer * shape.n_head_kv),
+            "kv_bytes": stats.bytes_full * n_places / context.n_tokens,
+            "kv_full_bytes": shape.kv_bytes(context.n_tokens * shape.n_layer * shape.n_head_kv),
             "kv_allocated": stats.bytes_now,
         }
 
 
-def _identify(asked: Asked, setting: Setting) -> dict[str, Any]:
-    """The fields of a record that identify it."""
-    first = asked.first or asked.question
-    return {
-        "question": asked.name,
-        "page": asked.question.page,
-        "task": asked.question.task,
-        "setting": setting.key,
-        "place": asked.place,
-        "instead": asked.instead,
-        "first_task": first.task,
-    }
+def _record(asked: Asked, setting: Setting, **found: Any) -> Record:
+    return Record(
+        question=asked.name,
+        page=asked.question.page,
+        task=asked.question.task,
+        setting=setting.key,
+        place=asked.place,
+        instead=asked.instead,
+        first_task=(asked.first or asked.question).task,
+        **found,
+    )
 
 
 def _n_rest(setting: Setting) -> int:
@@ -453,30 +428,15 @@ def _n_rest(setting: Setting) -> int:
     return max(_MIN_UBATCH, setting.window)
 
 
-_Parts = Sequence[TextPart | ImagePart]
-
-
-def _same_parts(parts: _Parts, others: _Parts) -> bool:
-    """Whether two prompts with the same images begin with the same parts."""
-    return len(parts) == len(others) and all(
-        np.array_equal(part.tokens, other.tokens)
-        if isinstance(part, TextPart) and isinstance(other, TextPart)
-        else type(part) is type(other) and part.n_tokens == other.n_tokens
-        for part, other in zip(parts, others, strict=True)
-    )
-
-
-def _text_tokens(parts: _Parts) -> npt.NDArray[np.int32]:
-    """The tokens of a stretch of text: [n]."""
-    return np.concatenate(
-        [np.empty(0, dtype=np.int32), *(part.tokens for part in parts if isinstance(part, TextPart))]
-    )
+def _content(prompt: Prompt) -> list[Any]:
+    """What tells prompts with the same images apart: tokens of text, and how many each image takes."""
+    return [part.tokens.tolist() if isinstance(part, TextPart) else part.n_tokens for part in prompt.parts]
 
 
 # --- results on disk
 
 
-class Results:
+class Results(Closing):
     """The results file: one JSON object per line, the first of which describes the run."""
 
     def __init__(self, path: Path, job: EvalJob, data: DataSet, *, resume: bool) -> None:
@@ -517,6 +477,11 @@ class Results:
             self.records[record.question, record.setting] = record
         self._file.flush()
 
+    def missing(self, asked: Sequence[Asked], settings: Sequence[Setting]) -> list[Setting]:
+        """The settings under which not all of this was answered."""
+        names = [each.name for each in asked]
+        return [each for each in settings if not all((name, each.key) in self.records for name in names)]
+
     def close(self) -> None:
         self._file.close()
 
@@ -527,25 +492,22 @@ class Results:
         data = path.read_bytes()
         whole = data[: data.rfind(b"\n") + 1]  # a run that was killed may leave half a line
         if len(whole) < len(data):
-            with path.open("r+b") as file:
-                file.truncate(len(whole))
-        lines = whole.decode("utf-8").splitlines()
-        if not lines:
+            os.truncate(path, len(whole))
+        if not whole:
             return
         try:
-            found = json.loads(lines[0])
-            records = [Record(**json.loads(line)) for line in lines[1:]]
+            found, *rows = map(json.loads, whole.decode("utf-8").splitlines())
+            records = [Record(**row) for row in rows]
         except (ValueError, TypeError) as error:
             raise SparseMMError(
                 f"{path} is not a file of eval's results ({error}): choose another --out"
             ) from error
-        differs = [key for key in head if not isinstance(found, dict) or found.get(key) != head[key]]
-        if differs:
-            key = differs[0]
-            was = found.get(key) if isinstance(found, dict) else found
-            raise SparseMMError(
-                f"{path} is of another run, --resume cannot go on with it: {key} was {was}, is {head[key]}"
-            )
+        known = found if isinstance(found, dict) else dict.fromkeys(head, found)
+        for key, value in head.items():
+            if (was := known.get(key)) != value:
+                raise SparseMMError(
+                    f"{path} is of another run, --resume cannot go on with it: {key} was {was}, is {value}"
+                )
         for record in records:
             if record.error is None:  # what failed is tried again
                 self.records[record.question, record.setting] = record
@@ -569,7 +531,7 @@ def run(
     results: Results,
     *,
     n_jobs: int,
-    show_progress: bool,
+    progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> None:
     """Run what is missing from `results`.
 
@@ -577,48 +539,21 @@ def run(
         job, data, settings: what to run.
         results: receives records as they come.
         n_jobs: processes, each with a model of its own.
-        show_progress: a bar with the time left on stderr.
+        progress: called with the pages done and their total.
     """
-    from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
-    work = [
-        missing
-        for _, group in groupby(data.questions, key=lambda question: question.page)
-        if (missing := _missing(job, list(group), settings, results))
-    ]
-    err = Console(stderr=True)
-    with Progress(
-        TextColumn("pages"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeRemainingColumn(elapsed_when_finished=True),
-        console=err,
-        disable=not (show_progress and err.is_terminal),
-    ) as progress:
-        bar = progress.add_task("pages", total=len(work))
-        for records in _answers(job, work, settings, n_jobs):
-            results.add(records)
-            progress.advance(bar)
+    work: list[_Page] = []
+    for _, questions in groupby(data.questions, key=lambda question: question.page):
+        missing = [(question, results.missing(job.asked(question), settings)) for question in questions]
+        if page := [(question, left) for question, left in missing if left]:
+            work.append(page)
+    progress(0, len(work))
+    for done, records in enumerate(_answers(job, work, settings, n_jobs), 1):
+        results.add(records)
+        progress(done, len(work))
 
 
 _Page = list[tuple[Question, list[Setting]]]
 """The questions about one page, each with the settings that are still to be run."""
-
-
-def _missing(job: EvalJob, questions: list[Question], settings: Sequence[Setting], results: Results) -> _Page:
-    """Conversations that are not complete in `results`."""
-    found = []
-    for question in questions:
-        names = [asked.name for asked in job.asked(question)]
-        left = [
-            setting
-            for setting in settings
-            if any((name, setting.key) not in results.records for name in names)
-        ]
-        if left:
-            found.append((question, left))
-    return found
 
 
 def _answers(
@@ -629,17 +564,16 @@ def _answers(
     with Evaluator(job) as evaluator:  # so that a mistake is one line, and not one of every process
         evaluator.check(settings)
         if n_jobs == 1:
-            for page in work:
-                yield _answer_page(evaluator, page)
-            return
-    yield from map_processes(partial(_answer_pages, job), work, n_jobs)
+            yield from _answer_pages(evaluator, work)
+    if n_jobs > 1:
+        yield from map_processes(partial(_answer_in_process, job), work, n_jobs)
 
 
-def _answer_pages(job: EvalJob, rank: int, pages: Iterator[_Page]) -> Iterator[list[Record]]:
+def _answer_in_process(job: EvalJob, rank: int, pages: Iterator[_Page]) -> Iterator[list[Record]]:
     with Evaluator(job) as evaluator:
-        for page in pages:
-            yield _answer_page(evaluator, page)
+        yield from _answer_pages(evaluator, pages)
 
 
-def _answer_page(evaluator: Evaluator, page: _Page) -> list[Record]:
-    return [record for question, settings in page for record in evaluator.answer(question, settings)]
+def _answer_pages(evaluator: Evaluator, pages: Iterable[_Page]) -> Iterator[list[Record]]:
+    for page in pages:
+        yield [record for question, settings in page for record in evaluator.answer(question, settings)]

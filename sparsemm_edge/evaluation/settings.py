@@ -1,7 +1,8 @@
 """Settings to compare: policy, budget, and options of both."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
+from itertools import product
 from typing import Any
 
 from sparsemm_edge import defaults
@@ -12,11 +13,14 @@ LATER = ("again", "keep", "image")
 """What later questions evict: anything (`again`) or nothing (`keep`). With `image` no question evicts: the
 image is evicted before the first one, by the votes of its own last positions."""
 
-METHODS = {"paper": "sparsemm", "snapkv": "uniform", "pyramidkv": "pyramid"}
-"""Published methods, and their policies."""
+_AS_PUBLISHED: dict[str, Any] = {"vote": "snapkv", "residual": False, "water_fill": True}
+METHODS: dict[str, dict[str, Any]] = {
+    "paper": {"policy": "sparsemm", "floor_ratio": 0.1, **_AS_PUBLISHED},
+    "snapkv": {"policy": "uniform", "floor_ratio": 0.0, **_AS_PUBLISHED},
+    "pyramidkv": {"policy": "pyramid", "floor_ratio": 0.1, **_AS_PUBLISHED},
+}
+"""Published methods: what they fix of a Setting."""
 
-_AS_PUBLISHED: dict[str, Any] = {"vote": "snapkv", "residual": False}
-_PAPERS_FLOOR_RATIO = 0.1
 _QUANTISED = ("q8_0", "q4_0")
 
 
@@ -25,16 +29,11 @@ class Setting:
     """One cache configuration.
 
     Attributes:
-        policy: one of budgets.POLICIES.
+        policy, floor_ratio, water_fill, seed, vote, residual: as in BudgetSpec.
         budget: mean head budget in positions; None with `retention`. Both are None for `full`.
         retention: mean head budget in per cent of the prompt.
         window: largest observation window in positions; see `window_of`.
-        floor_ratio: the share of the budget that every head gets.
-        water_fill: see BudgetSpec.
-        seed: of policy `random`.
         cache_type: the number type of K and V.
-        vote: how the positions of a head are ranked, one of budgets.VOTES.
-        residual: whether an evicting head keeps a residual slot that summarises what it evicted.
         later: what later questions of a conversation evict, one of LATER.
     """
 
@@ -61,6 +60,13 @@ class Setting:
             return self.budget
         assert self.retention is not None
         return max(2, round(self.retention / 100 * n_prompt))
+
+    @property
+    def size(self) -> str:
+        """The budget in the unit in which it was asked for."""
+        if self.policy == "full":
+            return "100 %"
+        return f"{self.retention:g} %" if self.budget is None else str(self.budget)
 
     def window_of(self, n_prompt: int) -> int:
         """The window for a prompt of this length, see budgets.window_for."""
@@ -97,7 +103,7 @@ def settings_of(
     """All distinct combinations, the full cache first.
 
     Floor ratios and water-filling vary for `sparsemm` only; `pyramid` and `random` use the first floor ratio
-    and water-filling, `uniform` needs neither. METHODS have their own vote, residual slot and floor ratio.
+    and water-filling, `uniform` needs neither. METHODS fix these, the vote and the residual slot.
     The full f16 cache is always included, as the reference. Policy `full` adds quantised full caches.
 
     Args:
@@ -129,74 +135,56 @@ def settings_of(
         for value in values:
             if not low <= value <= high:
                 raise SparseMMError(f"a {what} of {value} was asked for: it must be {low} to {high}")
-    places: list[dict[str, Any]] = [{"budget": each} for each in budgets]
-    places += [{"retention": float(each)} for each in retentions]
-    ours = [{"vote": vote, "residual": residual} for vote in votes for residual in residuals]
     full_types = ["f16", *(_QUANTISED if "full" in policies else ()), *cache_types]
     settings = [Setting("full", cache_type=cache_type) for cache_type in full_types]
-    for cache_type in cache_types:
-        for word in policies:
-            policy = METHODS.get(word, word)
-            if policy == "full":
-                continue
-            published = word in METHODS
-            floors = floor_ratios if policy == "sparsemm" else floor_ratios[:1]
-            if policy == "uniform":
-                floors = [0.0]
-            elif published:
-                floors = [_PAPERS_FLOOR_RATIO]
-            settings += [
-                Setting(
-                    policy,
-                    **place,
-                    window=window,
-                    floor_ratio=float(floor_ratio),
-                    water_fill=water_fill,
-                    seed=seed,
-                    cache_type=cache_type,
-                    **votes_by,
-                    later=later,
-                )
-                for window in windows
-                for floor_ratio in floors
-                for water_fill in (water_fills if word == "sparsemm" else (True,))
-                for votes_by in ([_AS_PUBLISHED] if published else ours)
-                for later in laters
-                for seed in (range(n_random) if policy == "random" else (0,))
-                for place in places
-            ]
+    for cache_type, word in product(cache_types, policies):
+        if word == "full":
+            continue
+        axes: dict[str, Iterable[Any]] = {
+            "policy": [word],
+            "cache_type": [cache_type],
+            "window": windows,
+            "floor_ratio": floor_ratios if word == "sparsemm" else floor_ratios[:1],
+            "water_fill": water_fills if word == "sparsemm" else [True],
+            "vote": votes,
+            "residual": residuals,
+            "later": laters,
+            "seed": range(n_random) if word == "random" else [0],
+            "budget": budgets or [None],
+            "retention": retentions or [None],
+        }
+        if word == "uniform":
+            axes["floor_ratio"] = [0.0]
+        axes |= {name: [value] for name, value in METHODS.get(word, {}).items()}
+        settings += [Setting(**dict(zip(axes, values, strict=True))) for values in product(*axes.values())]
     return list(dict.fromkeys(settings))
 
 
 def labels(settings: Sequence[Setting]) -> dict[Setting, str]:
     """Names of settings without their budgets: the policy, and what differs between settings of it."""
-
-    def words(setting: Setting) -> str:
-        like = [each for each in settings if method_of(each) == method_of(setting)]
-        parts = [method_of(setting)]
+    found = {}
+    for setting in settings:
+        method = method_of(setting)
+        like = [each for each in settings if method_of(each) == method]
+        parts = [method]
         if len({each.floor_ratio for each in like}) > 1:
             parts.append(f"floor {setting.floor_ratio:g}")
         if not setting.water_fill:
             parts.append("no water-filling")
         if len({each.window for each in like}) > 1:
             parts.append(f"window {setting.window}")
-        if setting.policy != "full" and method_of(setting) not in METHODS:
+        if method != "full" and method not in METHODS:
             parts += [] if setting.vote == defaults.VOTE else [setting.vote]
             parts += [] if setting.residual else ["no residual"]
         if len({each.later for each in like}) > 1:
             parts.append(f"later {setting.later}")
         if setting.cache_type != "f16":
             parts.append(setting.cache_type)
-        return ", ".join(parts)
-
-    return {setting: words(setting) for setting in settings}
+        found[setting] = ", ".join(parts)
+    return found
 
 
 def method_of(setting: Setting) -> str:
     """The published method that a setting equals, or its policy."""
-    as_published = (setting.vote, setting.residual, setting.water_fill) == ("snapkv", False, True)
-    for method, policy in METHODS.items():
-        floor_ratio = 0.0 if policy == "uniform" else _PAPERS_FLOOR_RATIO
-        if as_published and (setting.policy, setting.floor_ratio) == (policy, floor_ratio):
-            return method
-    return setting.policy
+    own = vars(setting).items()
+    return next((method for method, fixed in METHODS.items() if fixed.items() <= own), setting.policy)

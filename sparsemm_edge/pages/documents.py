@@ -1,21 +1,18 @@
 """Document-like pages with known text, to score heads on: headings and columns of words and numbers.
 
-A seed makes a page: the same seed and size the same page (with the same Pillow and matplotlib, whose fonts
-are used). Pages differ in font, size, columns, colours and noise. Every word is a chunk with its own box, and
-no text stands on a page twice, so that a word can be told from the others by what it says.
+Pages differ in font, size, columns, colours and noise. Every word is a chunk with its own box, and no text
+stands on a page twice, so that a word can be told from the others by what it says.
 """
 
 from functools import cache
 from importlib.resources import files
-from pathlib import Path
 
-import matplotlib
 import numpy as np
 import numpy.typing as npt
 from PIL import Image, ImageDraw, ImageFilter, ImageFont
 
 from sparsemm_edge.errors import SparseMMError
-from sparsemm_edge.pages import Chunk, Page
+from sparsemm_edge.pages import SANS, SERIF, Chunk, Page, contrast, font, noisy
 
 PROMPT = "Write down all the text in this image, word by word, in reading order."
 """What a model is asked about such a page."""
@@ -23,18 +20,7 @@ PROMPT = "Write down all the text in this image, word by word, in reading order.
 SIZE = (896, 672)  # width, height
 LEAST_SIZE, LARGEST_SIZE = 128, 4096  # pixels a side
 
-_FONTS = (
-    "DejaVuSans",
-    "DejaVuSans-Bold",
-    "DejaVuSans-Oblique",
-    "DejaVuSansMono",
-    "DejaVuSerif",
-    "DejaVuSerif-Bold",
-    "DejaVuSerif-Italic",
-    "STIXGeneral",
-    "STIXGeneralBol",
-    "STIXGeneralItalic",
-)
+_FONTS = (*SANS, *SERIF, "STIXGeneral", "STIXGeneralBol", "STIXGeneralItalic")
 _LETTERS = "abcdefghijklmnopqrstuvwxyz"
 _LEAST_CONTRAST = 110.0  # of ink and paper, in steps of grey
 _LEAST_FONT_SIZE = 14  # pixels an em, on a page of SIZE
@@ -57,7 +43,7 @@ def document_page(seed: int, size: tuple[int, int] = SIZE) -> Page:
     rng = np.random.default_rng(seed)
     paper, ink = _colours(rng)
     image = Image.fromarray(_paper(rng, paper, size))
-    page = _Page(rng, image, ink, max(0.6, (size[0] * size[1]) ** 0.5 / (SIZE[0] * SIZE[1]) ** 0.5))
+    page = _Page(rng, image, ink)
     page.write()
     return Page(f"document-{seed}", Image.fromarray(_worn(rng, image)), tuple(page.chunks))
 
@@ -67,24 +53,15 @@ def words() -> tuple[str, ...]:
     return tuple((files("sparsemm_edge.pages") / "words.txt").read_text(encoding="utf-8").split())
 
 
-@cache
-def font(name: str, size: int) -> ImageFont.FreeTypeFont:
-    path = Path(matplotlib.get_data_path()) / "fonts" / "ttf" / f"{name}.ttf"
-    # the basic layout is the same with and without libraqm
-    return ImageFont.truetype(str(path), size, layout_engine=ImageFont.Layout.BASIC)
-
-
 class _Page:
     """A page being written, column by column from the top."""
 
-    def __init__(
-        self, rng: np.random.Generator, image: Image.Image, ink: tuple[int, ...], scale: float
-    ) -> None:
+    def __init__(self, rng: np.random.Generator, image: Image.Image, ink: tuple[int, ...]) -> None:
         self.rng = rng
         self.draw = ImageDraw.Draw(image)
         self.ink = ink
-        self.scale = scale
         self.width, self.height = image.size
+        self.scale = max(0.6, (self.width * self.height) ** 0.5 / (SIZE[0] * SIZE[1]) ** 0.5)
         self.chunks: list[Chunk] = []
         self.used: set[str] = set()
         self.unused = list(rng.permutation(words()))
@@ -168,12 +145,11 @@ def _number(rng: np.random.Generator) -> str:
 
 def _colours(rng: np.random.Generator) -> tuple[npt.NDArray[np.float64], tuple[int, ...]]:
     """Paper and ink; half of the pages are dark on nearly white."""
-    grey = np.array([0.299, 0.587, 0.114])
     if rng.random() < 0.5:
         paper, ink = rng.uniform(225, 256, 3), rng.uniform(0, 70, 3)
     else:
         paper, ink = rng.uniform(0, 256, (2, 3))
-        while abs((paper - ink) @ grey) < _LEAST_CONTRAST:
+        while contrast(paper, ink) < _LEAST_CONTRAST:
             paper, ink = rng.uniform(0, 256, (2, 3))
     return paper, tuple(int(channel) for channel in ink)
 
@@ -182,16 +158,14 @@ def _paper(
     rng: np.random.Generator, colour: npt.NDArray[np.float64], size: tuple[int, int]
 ) -> npt.NDArray[np.uint8]:
     """A sheet of one colour with a slight shade across it: [height, width, 3]."""
-    width, height = size
+    across, down = (np.linspace(-0.5, 0.5, side) for side in size)
     slope = rng.uniform(-14, 14, 2)
-    shade = np.linspace(-0.5, 0.5, height)[:, None] * slope[0] + np.linspace(-0.5, 0.5, width) * slope[1]
-    sheet = np.clip(colour + shade[..., None], 0, 255)
-    return np.asarray(sheet, np.uint8)
+    shade = down[:, None] * slope[0] + across * slope[1]
+    return np.clip(colour + shade[..., None], 0, 255).astype(np.uint8)
 
 
 def _worn(rng: np.random.Generator, image: Image.Image) -> npt.NDArray[np.uint8]:
     """The page a little out of focus and with some noise, nothing moved: [height, width, 3]."""
     if rng.random() < 0.3:
         image = image.filter(ImageFilter.GaussianBlur(float(rng.uniform(0.2, 0.7))))
-    noise = rng.standard_normal((image.height, image.width, 1), np.float32) * np.float32(rng.uniform(0, 8))
-    return np.asarray(np.clip(np.asarray(image, np.float32) + noise, 0, 255), np.uint8)
+    return noisy(rng, np.asarray(image, np.float32), 8)

@@ -5,19 +5,17 @@ A page is a grid of square cells, as LLaVA cuts an image into patches: DEMO, wha
 of their own; each has a font, a size and a colour. A key is two letters, and they appear nowhere else on the
 page.
 
-A seed makes a page: the same seed the same page (with the same Pillow and matplotlib, whose fonts are used).
 Seeds below FIRST_TRAINING_SEED are held out. The demo model is trained on seeds from there on only.
 """
 
 from dataclasses import dataclass
 from functools import cache
-from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw
 
-from sparsemm_edge.pages import Chunk, Page
+from sparsemm_edge.pages import SANS, SERIF, Chunk, Page, contrast, font, noisy
 
 CELL = 14
 LETTERS = "ABCDEFGHJKLMNPQRSTUVWXYZ"  # no I and O: they look like digits
@@ -29,16 +27,7 @@ READ_PROMPTS = ("Read the page.", "What does the page say?")
 LOOKUP_PROMPTS = ("What is {}?", "Look up {}.")
 READ_PROMPT = READ_PROMPTS[0]
 
-_FONTS = (
-    "DejaVuSans",
-    "DejaVuSans-Bold",
-    "DejaVuSans-Oblique",
-    "DejaVuSansMono",
-    "DejaVuSansMono-Bold",
-    "DejaVuSerif",
-    "DejaVuSerif-Bold",
-    "DejaVuSerif-Italic",
-)
+_FONTS = (*SANS, "DejaVuSansMono-Bold", *SERIF)
 _FONT_SIZES = (10, 11, 12, 13)  # pixels an em
 _MARGIN = 3  # by how much a glyph's mask is larger than its cell, on every side
 _LEAST_CONTRAST = 90.0  # of ink and paper, in steps of grey
@@ -125,20 +114,18 @@ def draw_lines(rng: np.random.Generator, lines: list[Line], grid: Grid = DEMO) -
     page = np.empty((grid.size + 2 * _MARGIN, grid.size + 2 * _MARGIN, 3), np.float32)
     page[:] = paper
     for line in lines:
-        font, size = rng.choice(_FONTS), int(rng.choice(_FONT_SIZES))
+        name, size = rng.choice(_FONTS), int(rng.choice(_FONT_SIZES))
         ink = _ink(rng, paper)
         jitter = rng.integers(-1, 2, (len(line.text), 2))
         for i, char in enumerate(line.text):
             if char == " ":
                 continue
-            mask = _glyph_mask(font, size, char)
+            mask = _glyph_mask(name, size, char)
             # of the mask, margin included, in the page with its own margin
             y, x = np.maximum(np.array([line.row, line.column + i]) * CELL + jitter[i], 0)
             region = page[y : y + len(mask), x : x + len(mask)]
             region += mask[: len(region), : region.shape[1]] * (ink - region)
-    page = page[_MARGIN:-_MARGIN, _MARGIN:-_MARGIN]
-    noise = rng.standard_normal((grid.size, grid.size, 1), np.float32) * np.float32(rng.uniform(0, 10))
-    return np.clip(page + noise, 0, 255).astype(np.uint8)
+    return noisy(rng, page[_MARGIN:-_MARGIN, _MARGIN:-_MARGIN], 10)
 
 
 def _random_lines(rng: np.random.Generator, n_lines: int, grid: Grid) -> list[Line]:
@@ -165,21 +152,16 @@ def _glyphs(line: Line) -> list[Chunk]:
 
 def _ink(rng: np.random.Generator, paper: npt.NDArray[np.float64]) -> npt.NDArray[np.float32]:
     """A colour with contrast to the paper."""
-    grey = np.array([0.299, 0.587, 0.114])
     while True:
         ink = rng.uniform(0, 255, 3)
-        if abs((ink - paper) @ grey) >= _LEAST_CONTRAST:
+        if contrast(paper, ink) >= _LEAST_CONTRAST:
             return ink.astype(np.float32)
 
 
 @cache
-def _glyph_mask(font: str, size: int, char: str) -> npt.NDArray[np.float32]:
+def _glyph_mask(name: str, size: int, char: str) -> npt.NDArray[np.float32]:
     """Coverage of a glyph in the middle of a cell with a margin all round: [side, side, 1], 0 to 1."""
-    import matplotlib  # slow, and who only asks for the names of the grids does not need it
-
-    path = Path(matplotlib.get_data_path()) / "fonts" / "ttf" / f"{font}.ttf"
-    # the basic layout is the same with and without libraqm
-    face = ImageFont.truetype(str(path), size, layout_engine=ImageFont.Layout.BASIC)
+    face = font(name, size)
     side = CELL + 2 * _MARGIN
     mask = Image.new("L", (side, side))
     height = -face.getbbox("H", anchor="ls")[1]

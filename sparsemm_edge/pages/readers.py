@@ -11,6 +11,8 @@ two formats:
 import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -66,34 +68,25 @@ def open_pages(
     if not 0 <= seed < n_seeds:
         raise SparseMMError(f"the seed is {seed}: it must be 0 to {n_seeds - 1}")
     first = FIRST_SCORING_SEED + seed * PAGES_A_SEED
+    page: Callable[[int], Page]
     if data == "documents":
-        documents.document_page(first, size)  # refuses a wrong size at once
-        name = f"documents of {size[0]} x {size[1]} pixels, seed {seed}"
-        return PageSource(
-            name, documents.PROMPT, n_pages, lambda index: documents.document_page(first + index, size)
-        )
-    if data == "scenes":
-        return PageSource(
-            f"scenes, seed {seed}",
-            scenes.PROMPT,
-            n_pages,
-            lambda index: scenes.scene(first + index),
-            kind="scenes",
-        )
-    if data in grid.GRIDS:
-        return PageSource(
-            f"{data} pages, seed {seed}",
-            grid.READ_PROMPT,
-            n_pages,
-            lambda index: grid.grid_page(first + index, grid=grid.GRIDS[data]),
-        )
-    folder = Path(data)
-    if not folder.is_dir():
+        page = partial(documents.document_page, size=size)
+        page(first)  # refuses a wrong size at once
+        name, prompt = f"documents of {size[0]} x {size[1]} pixels, seed {seed}", documents.PROMPT
+    elif data == "scenes":
+        page, name, prompt = scenes.scene, f"scenes, seed {seed}", scenes.PROMPT
+    elif data in grid.GRIDS:
+        page = partial(grid.grid_page, grid=grid.GRIDS[data])
+        name, prompt = f"{data} pages, seed {seed}", grid.READ_PROMPT
+    elif Path(data).is_dir():
+        return _folder(Path(data), n_pages)
+    else:
         raise SparseMMError(
             f"there is no folder {data}; --data is documents, scenes, {', '.join(grid.GRIDS)} or a folder"
             " with pages"
         )
-    return _folder(folder, n_pages)
+    kind = "scenes" if data == "scenes" else "reading"
+    return PageSource(name, prompt, n_pages, lambda index: page(first + index), kind)
 
 
 def page_size(text: str) -> tuple[int, int]:
@@ -107,11 +100,7 @@ def page_size(text: str) -> tuple[int, int]:
 
 
 def _folder(folder: Path, n_pages: int) -> PageSource:
-    records = []
-    for where, record in _records(folder):
-        records.append((where, record))
-        if len(records) == n_pages:
-            break
+    records = list(islice(_records(folder), n_pages))
     if not records:
         raise SparseMMError(f"{folder} holds no pages")
     for where, record in records:  # everything but the pixels is checked before a model is loaded
@@ -140,23 +129,21 @@ def _records(folder: Path) -> Iterator[tuple[str, dict[str, Any]]]:
 def _read(path: Path) -> Iterator[Any]:
     if path.suffix.lower() == ".parquet":
         yield from read_parquet(path)
-        return
-    if path.suffix.lower() == ".jsonl":
+    elif path.suffix.lower() == ".jsonl":
         yield from (record for _, record in read_json_lines(path))
-        return
-    content = read_json(path)
-    if not isinstance(content, list):
+    elif isinstance(content := read_json(path), list):
+        yield from content
+    else:
         raise SparseMMError(f"{path}: expected a list of pages, found {type(content).__name__}")
-    yield from content
 
 
 def _page(folder: Path, where: str, record: dict[str, Any]) -> Page:
     source = _image_of(where, record)
     if isinstance(source, bytes):
-        picture = open_picture(source, f"{where}, its image")
+        name, picture = where, open_picture(source, f"{where}, its image")
     else:
-        picture = open_picture(folder / source, f"{where}, {folder / source}")
-    return Page(where if isinstance(source, bytes) else source, picture, _chunks(where, record))
+        name, picture = source, open_picture(folder / source, f"{where}, {folder / source}")
+    return Page(name, picture, _chunks(where, record))
 
 
 def _image_of(where: str, record: dict[str, Any]) -> str | bytes:
@@ -170,22 +157,15 @@ def _image_of(where: str, record: dict[str, Any]) -> str | bytes:
 
 
 def _chunks(where: str, record: dict[str, Any]) -> tuple[Chunk, ...]:
-    if "chunks" in record:
-        return tuple(_own(where, chunk) for chunk in _list(where, "chunks", record["chunks"]))
-    if "2_coord" in record:
-        coords = record["2_coord"]
-        if isinstance(coords, str):  # nested fields are sometimes stored as JSON text
-            coords = parse_json(coords, f'{where}: "2_coord"', "a list")
-        return tuple(
-            chunk for item in _list(where, "2_coord", coords) if (chunk := _synthdog(where, item)) is not None
-        )
-    raise SparseMMError(f'{where}: expected "chunks" or "2_coord", found {", ".join(map(str, record))}')
-
-
-def _list(where: str, key: str, value: Any) -> list[Any]:
-    if not isinstance(value, list):
+    key = next((key for key in _FORMATS if key in record), None)
+    if key is None:
+        raise SparseMMError(f'{where}: expected "chunks" or "2_coord", found {", ".join(map(str, record))}')
+    items = record[key]
+    if key == "2_coord" and isinstance(items, str):  # nested fields are sometimes stored as JSON text
+        items = parse_json(items, f'{where}: "2_coord"', "a list")
+    if not isinstance(items, list):
         raise SparseMMError(f'{where}: "{key}" is not a list')
-    return value
+    return tuple(chunk for item in items if (chunk := _FORMATS[key](where, item)) is not None)
 
 
 def _own(where: str, chunk: Any) -> Chunk:
@@ -217,8 +197,8 @@ def _synthdog(where: str, item: Any) -> Chunk | None:
 
 def _numbers(values: Any) -> list[float]:
     """A list of numbers as floats; anything else is empty."""
-    if not isinstance(values, list | tuple) or not all(
-        isinstance(value, int | float) and not isinstance(value, bool) for value in values
-    ):
-        return []
-    return [float(value) for value in values]
+    numbers = isinstance(values, list | tuple) and all(type(value) in (int, float) for value in values)
+    return [float(value) for value in values] if numbers else []
+
+
+_FORMATS: dict[str, Callable[[str, Any], Chunk | None]] = {"chunks": _own, "2_coord": _synthdog}

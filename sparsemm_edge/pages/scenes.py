@@ -3,19 +3,18 @@
 Beyond reading, these pages ask what people photograph: which objects, of which colour, how many, where, and
 what a chart shows. Models that read badly can answer that.
 
-A seed makes a scene: the same seed the same scene (with the same Pillow and matplotlib, whose fonts it has).
 A chunk is an object: its text holds its possible names, in lower case and capitalised.
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 from PIL import Image, ImageDraw
 
-from sparsemm_edge.pages import Chunk, Page
-from sparsemm_edge.pages.documents import font, words
+from sparsemm_edge.pages import Chunk, Page, font
+from sparsemm_edge.pages.documents import words
 
 SIZE = 448
 """Pixels a side: a scene has no small detail."""
@@ -43,9 +42,10 @@ PROMPT = "a question of each scene"
 """What stands for the questions where one for all pages is expected."""
 
 _CELL = SIZE / 3
-_BAR_NAME_LENGTH = (4, 6)  # letters
+_BAR_NAME_LENGTHS = range(4, 7)  # letters
 
 _Box = tuple[float, float, float, float]
+_Drawn = tuple[list[Chunk], str, str, Sequence[int]]  # chunks, and question, text and asked of a Scene
 
 
 @dataclass(frozen=True)
@@ -66,8 +66,11 @@ class Scene(Page):
 def scene(seed: int) -> Scene:
     """The scene of a seed, 0 or more."""
     rng = np.random.default_rng(seed)
-    kinds: tuple[Callable[[str, np.random.Generator], Scene], ...] = (_things, _place, _count, _chart)
-    return kinds[int(rng.integers(len(kinds)))](f"scene-{seed}", rng)
+    kind = (_things, _place, _count, _chart)[int(rng.integers(4))]
+    nearly_white = tuple(int(channel) for channel in rng.integers(238, 256, 3))
+    image = Image.new("RGB", (SIZE, SIZE), nearly_white)
+    chunks, question, text, asked = kind(rng, ImageDraw.Draw(image))
+    return Scene(f"scene-{seed}", image, tuple(chunks), question, text, tuple(asked))
 
 
 def named(answer: str, page: Scene) -> float:
@@ -79,34 +82,26 @@ def named(answer: str, page: Scene) -> float:
     return sum(found) / len(found)
 
 
-# --- kinds of scenes ----------------------------------------------------------------------------------
-
-
-def _things(name: str, rng: np.random.Generator) -> Scene:
+def _things(rng: np.random.Generator, draw: ImageDraw.ImageDraw) -> _Drawn:
     """A few things of different shapes and colours: which are there?"""
-    image, draw = _sheet(rng)
-    chunks = _scatter(rng, draw, int(rng.integers(3, 6)))
-    text = ", ".join(_plain(chunk) for chunk, _ in chunks)
+    chunks, _ = _scatter(rng, draw)
     question = "Which shapes are in this picture, and which colour has each? Answer in a few words."
-    return Scene(name, image, tuple(chunk for chunk, _ in chunks), question, text, tuple(range(len(chunks))))
+    return chunks, question, ", ".join(_plain(chunk) for chunk in chunks), range(len(chunks))
 
 
-def _place(name: str, rng: np.random.Generator) -> Scene:
+def _place(rng: np.random.Generator, draw: ImageDraw.ImageDraw) -> _Drawn:
     """The same: which one is at this place?"""
-    image, draw = _sheet(rng)
-    chunks = _scatter(rng, draw, int(rng.integers(3, 6)))
+    chunks, cells = _scatter(rng, draw)
     asked = int(rng.integers(len(chunks)))
-    chunk, (row, column) = chunks[asked]
+    row, column = cells[asked]
     question = f"Which shape is {PLACES[row][column]} of this picture, and which colour has it?"
     question += " Answer in a few words."
-    return Scene(name, image, tuple(chunk for chunk, _ in chunks), question, _plain(chunk), (asked,))
+    return chunks, question, _plain(chunks[asked]), [asked]
 
 
-def _count(name: str, rng: np.random.Generator) -> Scene:
+def _count(rng: np.random.Generator, draw: ImageDraw.ImageDraw) -> _Drawn:
     """Several things of one shape among a few others: how many?"""
-    image, draw = _sheet(rng)
-    shapes = [str(shape) for shape in rng.permutation(SHAPES)]
-    colours = [str(colour) for colour in rng.permutation(list(COLOURS))]
+    shapes, colours = rng.permutation(SHAPES).tolist(), rng.permutation(list(COLOURS)).tolist()
     cells = _cells(rng)
     n = int(rng.integers(2, 6))
     boxes = [_thing(rng, draw, shapes[0], colours.pop(), cells.pop()) for _ in range(n)]
@@ -120,17 +115,15 @@ def _count(name: str, rng: np.random.Generator) -> Scene:
         others.append(Chunk(_said(colour, shape), _thing(rng, draw, shape, colour, cells.pop())))
     plural = f"{shapes[0]}s" if shapes[0] != "cross" else "crosses"
     question = f"How many {plural} are in this picture? Answer with a number."
-    return Scene(name, image, (counted, *others), question, str(n), (0,))
+    return [counted, *others], question, str(n), [0]
 
 
-def _chart(name: str, rng: np.random.Generator) -> Scene:
+def _chart(rng: np.random.Generator, draw: ImageDraw.ImageDraw) -> _Drawn:
     """Bars with names below and values above: what does it show?"""
-    image, draw = _sheet(rng)
     n = int(rng.integers(3, 5))
     letters = font("DejaVuSans", 24)
-    least, most = _BAR_NAME_LENGTH
     names: list[str] = []
-    for word in rng.permutation([word for word in words() if least <= len(word) <= most]):
+    for word in rng.permutation([word for word in words() if len(word) in _BAR_NAME_LENGTHS]):
         if len(names) < n and not any(word in name or name in word for name in names):
             names.append(str(word))
     digits = rng.permutation(np.arange(1, 10))  # no digit twice, so that each tells its bar
@@ -151,16 +144,7 @@ def _chart(name: str, rng: np.random.Generator) -> Scene:
         chunks.append(Chunk(str(value), (middle - width / 4, box[1], middle + width / 4, bottom)))
     text = ", ".join(f"{bar} {value}" for bar, value in zip(names, values, strict=True))
     question = "Which bars does this chart have, and how high is each? Answer with names and numbers."
-    return Scene(name, image, tuple(chunks), question, text, tuple(range(len(chunks))))
-
-
-# --- drawing ------------------------------------------------------------------------------------------
-
-
-def _sheet(rng: np.random.Generator) -> tuple[Image.Image, ImageDraw.ImageDraw]:
-    """A nearly white sheet."""
-    image = Image.new("RGB", (SIZE, SIZE), tuple(int(channel) for channel in rng.integers(238, 256, 3)))
-    return image, ImageDraw.Draw(image)
+    return chunks, question, text, range(len(chunks))
 
 
 def _cells(rng: np.random.Generator) -> list[tuple[int, int]]:
@@ -169,15 +153,17 @@ def _cells(rng: np.random.Generator) -> list[tuple[int, int]]:
 
 
 def _scatter(
-    rng: np.random.Generator, draw: ImageDraw.ImageDraw, n: int
-) -> list[tuple[Chunk, tuple[int, int]]]:
-    """Things of different shapes and colours, each with its row and column, in reading order."""
+    rng: np.random.Generator, draw: ImageDraw.ImageDraw
+) -> tuple[list[Chunk], list[tuple[int, int]]]:
+    """Three to five things of different shapes and colours, and their rows and columns, in reading order."""
+    n = int(rng.integers(3, 6))
     shapes, colours = rng.permutation(SHAPES)[:n], rng.permutation(list(COLOURS))[:n]
-    found = []
-    for shape, colour, cell in zip(shapes, colours, sorted(_cells(rng)[:n]), strict=True):
-        box = _thing(rng, draw, str(shape), str(colour), cell)
-        found.append((Chunk(_said(str(colour), str(shape)), box), cell))
-    return found
+    cells = sorted(_cells(rng)[:n])
+    chunks = [
+        Chunk(_said(colour, shape), _thing(rng, draw, shape, colour, cell))
+        for shape, colour, cell in zip(shapes, colours, cells, strict=True)
+    ]
+    return chunks, cells
 
 
 def _thing(
@@ -200,23 +186,18 @@ def _thing(
     return box
 
 
-def _star() -> list[tuple[float, float]]:
-    turns = [(i * math.pi / 5, 0.5 if i % 2 == 0 else 0.2) for i in range(10)]
-    return [(0.5 + radius * math.sin(turn), 0.5 - radius * math.cos(turn)) for turn, radius in turns]
-
-
 _OUTLINES: dict[str, list[tuple[float, float]]] = {  # within a square of side 1
     "triangle": [(0.5, 0), (1, 1), (0, 1)],
     "diamond": [(0.5, 0), (1, 0.5), (0.5, 1), (0, 0.5)],
-    "star": _star(),
+    "star": [
+        (0.5 + radius * math.sin(i * math.pi / 5), 0.5 - radius * math.cos(i * math.pi / 5))
+        for i, radius in enumerate((0.5, 0.2) * 5)
+    ],
     "cross": [
         *((0.35, 0), (0.65, 0), (0.65, 0.35), (1, 0.35), (1, 0.65), (0.65, 0.65)),
         *((0.65, 1), (0.35, 1), (0.35, 0.65), (0, 0.65), (0, 0.35), (0.35, 0.35)),
     ],
 }
-
-
-# --- words --------------------------------------------------------------------------------------------
 
 
 def _said(colour: str, shape: str) -> str:

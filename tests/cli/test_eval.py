@@ -58,7 +58,7 @@ def evaluate(
 ) -> dict[tuple[str, str], Record]:
     data = DataSet("by hand", tuple(questions), N_PREDICT)
     results = Results(path, job, data, resume=options.pop("resume", False))
-    run(job, data, settings, results, n_jobs=options.pop("n_jobs", 1), show_progress=False)
+    run(job, data, settings, results, n_jobs=options.pop("n_jobs", 1))
     results.close()
     return results.records
 

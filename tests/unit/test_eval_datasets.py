@@ -109,9 +109,9 @@ def test_a_folder_of_images_needs_no_questions(tmp_path: Path) -> None:
         ("b.jpg", "What is it?", None),
     ]
     assert data.notes == (f"{tmp_path}: skipped, as they are no image files: notes.txt",)
-    assert len(images_only(tmp_path, n_pages=1).questions) == 1
+    assert len(images_only(tmp_path, "What is it?", n_pages=1).questions) == 1
     with pytest.raises(SparseMMError, match="holds no images"):
-        images_only(put(tmp_path / "empty" / "x.txt", b"").parent)
+        images_only(put(tmp_path / "empty" / "x.txt", b"").parent, "What is it?")
 
 
 def test_the_projects_own_pages_are_read_and_looked_up() -> None:

@@ -352,7 +352,7 @@ def test_questions_that_were_asked_alike_are_reported_together(
     printed = capsys.readouterr().out
     assert "value in the place of lookup: not under uniform at 10 %: too long" in printed
     assert "lookup, and what is asked after it" in printed
-    figures = report.rows[-1].to_dict()
+    figures = report.to_dict()["rows"][-1]
     assert (figures["first_task"], figures["task"], figures["place"]) == ("lookup", "value", 1)
     save_plot(report, tmp_path / "plot.png", title="turns")
     with Image.open(tmp_path / "plot.png") as drawn:
