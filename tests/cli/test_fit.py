@@ -151,12 +151,12 @@ def said_and_allocated(
             cache_type_k=cache_type,
             cache_type_v=cache_type,
             eviction=wanted,
-        ) as session:
-            said = session.sizes(n_prompt, n_reply)
-            session.prefill(encode(model, random_tokens(n_prompt)))
+        ) as context:
+            said = context.sizes(n_prompt, n_reply)
+            context.prefill(encode(model, random_tokens(n_prompt)))
             for _ in range(n_reply):
-                session.decode(300)
-            allocated = session.kv_stats()
+                context.decode(300)
+            allocated = context.kv_stats()
     with Estimate(read_header(model.path), None) as estimate:
         without_data = estimate.context_sizes(
             n_prompt=n_prompt,
@@ -183,14 +183,14 @@ def test_bytes_of_a_full_cache_are_those_of_its_context(small: VisionModel, cach
             cache_type_k=cache_type,
             cache_type_v=cache_type,
             eviction=Eviction(enabled=False),
-        ) as session,
+        ) as context,
         Estimate(read_header(small.path), None) as estimate,
     ):
-        real = session.sizes(10, 1)
+        real = context.sizes(10, 1)
         without_data = estimate.context_sizes(
             n_prompt=10, n_predict=1, n_ctx=700, n_ubatch=512, type_k=cache_type, type_v=cache_type
         )
-        stats = session.kv_stats()
+        stats = context.kv_stats()
     block, n_bytes = GGML_QUANT_SIZES[GGMLQuantizationType[cache_type.upper()]]
     shape = small.shape
 
@@ -212,12 +212,12 @@ def test_the_reserved_buffers_are_enough_for_a_prompt(mha: VisionModel, n_prompt
             n_predict=1,
             n_ctx=n_prompt + 1,
             eviction=Eviction(budget=budget, scores=scores),
-        ) as session,
+        ) as context,
     ):
-        reserved = session.sizes(n_prompt, 1).compute
-        session.prefill(encode(mha, random_tokens(n_prompt)))
+        reserved = context.sizes(n_prompt, 1).compute
+        context.prefill(encode(mha, random_tokens(n_prompt)))
 
-        assert session.sizes(n_prompt, 1).compute == reserved
+        assert context.sizes(n_prompt, 1).compute == reserved
 
 
 @pytest.mark.parametrize("n_prompt", [600, 2000])
@@ -235,18 +235,18 @@ def test_prompts_take_what_is_computed_and_later_ones_what_is_held_more(
             n_ctx=3 * n_prompt,
             n_ubatch=512,
             eviction=(eviction := Eviction(budget=budget, scores=scores)),
-        ) as session,
+        ) as context,
     ):
         table = plan(eviction, None, mha.shape, n_prompt, mha.path)
         said = estimate.context_sizes(
             n_prompt=n_prompt, n_predict=0, n_ctx=n_prompt, n_ubatch=512, table=table
         )
-        reserved = session.sizes(n_prompt, 0).compute
-        session.prefill(encode(mha, random_tokens(n_prompt)))
-        first, compute_first = session.kv_stats(), session.sizes(n_prompt, 0).compute
-        session.decode(300)  # gives back what only a prompt needs
-        session.prefill(encode(mha, random_tokens(n_prompt), session.n_past))
-        later, compute_later = session.kv_stats(), session.sizes(n_prompt, 0).compute
+        reserved = context.sizes(n_prompt, 0).compute
+        context.prefill(encode(mha, random_tokens(n_prompt)))
+        first, compute_first = context.kv_stats(), context.sizes(n_prompt, 0).compute
+        context.decode(300)  # gives back what only a prompt needs
+        context.prefill(encode(mha, random_tokens(n_prompt), context.n_past))
+        later, compute_later = context.kv_stats(), context.sizes(n_prompt, 0).compute
 
     assert compute_first == reserved  # enough, for all layers of the prompt
     assert later.n_evictions == first.n_evictions + 1 == 2
@@ -268,11 +268,11 @@ def test_compute_bytes_are_those_of_a_real_context(small: VisionModel, wanted: E
         table = plan(wanted, None, small.shape, n_prompt, small.path)
         with context_for(
             small, random_tokens(n_prompt), n_predict=100, n_ctx=n_ctx, eviction=wanted
-        ) as session:
-            real = session.sizes(n_prompt, 100)
-            session.prefill(encode(small, random_tokens(n_prompt)))
-            session.decode(300)
-            after = session.sizes(n_prompt, 100)
+        ) as context:
+            real = context.sizes(n_prompt, 100)
+            context.prefill(encode(small, random_tokens(n_prompt)))
+            context.decode(300)
+            after = context.sizes(n_prompt, 100)
 
     with Estimate(read_header(small.path), None) as estimate:
         said, few = (

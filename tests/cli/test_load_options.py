@@ -33,13 +33,13 @@ def tokens(model: VisionModel, images: Any = (), n_predict: int = 12, **options:
     text = model.chat_prompt(QUESTION, len(images))
     with (
         model.tokenize(text, images) as prompt,
-        context_for(model, prompt, n_predict=12, **options) as session,
+        context_for(model, prompt, n_predict=12, **options) as context,
     ):
-        session.prefill(encode(model, prompt))
+        context.prefill(encode(model, prompt))
         found = []
         for _ in range(n_predict):
-            found.append(int(session.logits().argmax()))
-            session.decode(found[-1])
+            found.append(int(context.logits().argmax()))
+            context.decode(found[-1])
         return found
 
 
@@ -91,10 +91,10 @@ def test_a_lora_costs_an_evicting_cache_nothing(tmp_path: Path) -> None:
             model.tokenize("x" * 300) as prompt,
             context_for(
                 model, prompt, n_predict=1, eviction=Eviction(policy="uniform", budget=64)
-            ) as session,
+            ) as context,
         ):
-            session.prefill(encode(model, prompt))
-            stats.append(session.kv_stats())
+            context.prefill(encode(model, prompt))
+            stats.append(context.kv_stats())
     assert stats[0] == stats[1]
     assert stats[0].n_evictions == 1 and stats[0].bytes_peak < stats[0].bytes_full
 
@@ -129,10 +129,10 @@ def test_prompts_are_read_with_their_own_number_of_threads() -> None:
         with (
             load(**loading) as model,
             model.tokenize("x") as prompt,
-            context_for(model, prompt, n_predict=1) as session,
+            context_for(model, prompt, n_predict=1) as context,
         ):
-            context = session.pointer
-            assert (llama.llama_n_threads(context), llama.llama_n_threads_batch(context)) == expected
+            pointer = context.pointer
+            assert (llama.llama_n_threads(pointer), llama.llama_n_threads_batch(pointer)) == expected
 
 
 @pytest.mark.parametrize(

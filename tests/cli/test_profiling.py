@@ -435,12 +435,12 @@ def test_llama_cpp_reads_a_model_of_every_architecture(name: str, tmp_path: Path
         assert model.shape == cut.model_shape(model.shape.name)
         with (
             model.tokenize("one two three") as prompt,
-            context_for(model, prompt, n_predict=1, n_ctx=256, eviction=Eviction(enabled=False)) as session,
+            context_for(model, prompt, n_predict=1, n_ctx=256, eviction=Eviction(enabled=False)) as context,
         ):
-            session.prefill(encode(model, prompt))
-            assert np.isfinite(session.logits()).all()
+            context.prefill(encode(model, prompt))
+            assert np.isfinite(context.logits()).all()
             full = model.shape.n_layer * model.shape.n_head_kv * model.shape.kv_bytes(256)
-            assert session.kv_stats().bytes_now == full
+            assert context.kv_stats().bytes_now == full
 
 
 def test_made_up_scores_are_as_concentrated_as_published_ones() -> None:

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from helpers.contexts import evict_by, random_table, session_of, slots_of
+from helpers.contexts import context_of, evict_by, random_table, slots_of
 from helpers.models import sample_image, test_model
 from helpers.oracle import Agreement, Conversation, Oracle, OracleResult, Slot, compare_kept
 from sparsemm_edge.runtime import VisionModel
@@ -62,22 +62,22 @@ def keeps_alike(expected: OracleResult, kept: list[list[np.ndarray]]) -> Agreeme
     return agreement
 
 
-def answers_alike(session: Context, talk: Conversation, expected: OracleResult, n: int) -> None:
+def answers_alike(context: Context, talk: Conversation, expected: OracleResult, n: int) -> None:
     """After a prompt, of which `expected` should be kept: n tokens from there are the oracle's but for ties,
     and all heads then hold what the oracle's do."""
-    kept = session.kept()
+    kept = context.kept()
     keeps_alike(expected, kept)
     talk.keep(kept)
-    slots_alike(talk.oracle, slots_of(session), talk.slots)
+    slots_alike(talk.oracle, slots_of(context), talk.slots)
     for _ in range(n):
-        logits = session.logits()
+        logits = context.logits()
         assert relative_error(logits[None], talk.logits[None]) < 1e-2
         token = int(logits.argmax())
         lead = talk.logits.max() - talk.logits[token]
         assert lead < 2e-2 * talk.logits.std(), "not the oracle's token, nor as good as tied"
-        session.decode(token)
+        context.decode(token)
         talk.say(token)
-    for heads, expected_heads in zip(session.kept(), talk.held, strict=True):
+    for heads, expected_heads in zip(context.kept(), talk.held, strict=True):
         assert all(map(np.array_equal, heads, expected_heads))
 
 
@@ -97,12 +97,12 @@ def three_turns(
         evict_by(model, table, window, max_tail or 0, vote, residual)
         talk = oracle.conversation(window, max_tail=max_tail, vote=vote, residual=residual)
         expected = talk.read(oracle.prompt(text, images), table)
-        with session_of(model, n_ctx=prompt.n_tokens + 512) as session:
-            session.prefill(encode(model, prompt))
+        with context_of(model, n_ctx=prompt.n_tokens + 512) as context:
+            context.prefill(encode(model, prompt))
             for turn in (*TURNS, ""):
-                answers_alike(session, talk, expected, n_reply)
+                answers_alike(context, talk, expected, n_reply)
                 if turn:
                     ids = oracle.tokenizer.encode(turn, add_special_tokens=False)
-                    session.prefill(encode_text(np.array(ids, np.int32), session.n_past))
+                    context.prefill(encode_text(np.array(ids, np.int32), context.n_past))
                     expected = talk.read_tokens(ids, table)
-            return session.kv_stats()
+            return context.kv_stats()

@@ -60,18 +60,18 @@ def answer(model: VisionModel, prompt: dict[str, Any], n_predict: int) -> dict[s
     heads = [(il, ih) for il in range(model.shape.n_layer) for ih in range(model.shape.n_head_kv)]
     with (
         model.tokenize(text, prompt["images"]) as tokenized,
-        Context(model, wanted, n_ctx=tokenized.n_tokens + n_predict, **prompt["options"]) as session,
+        Context(model, wanted, n_ctx=tokenized.n_tokens + n_predict, **prompt["options"]) as context,
     ):
-        session.prefill(encode(model, tokenized))
-        kept = [session.kept_positions(*head).tolist() for head in heads]
+        context.prefill(encode(model, tokenized))
+        kept = [context.kept_positions(*head).tolist() for head in heads]
         tokens, leads = [], []
         for _ in range(n_predict):
-            logits = session.logits()
+            logits = context.logits()
             second, best = np.argsort(logits)[-2:]
             tokens.append(int(best))
             leads.append(float(logits[best] - logits[second]))
-            session.decode(tokens[-1])
-        assert session.kv_stats().n_evictions == 1
+            context.decode(tokens[-1])
+        assert context.kv_stats().n_evictions == 1
     return {"tokens": tokens, "leads": leads, "kept": kept}
 
 

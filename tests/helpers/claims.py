@@ -31,12 +31,12 @@ class Case:
     budget: int
     n_ubatch: int | None = None
 
-    def session(self, table: np.ndarray | None) -> Context:
+    def context(self, table: np.ndarray | None) -> Context:
         budgets = None if table is None else HeadBudgetTable(table, WINDOW, 7, None, "mixkv", True)
         return Context(self.model, budgets, n_ctx=self.prompt.n_tokens + 64, n_ubatch=self.n_ubatch)
 
-    def read(self, session: Context) -> None:
-        session.prefill(encode(self.model, self.prompt))
+    def read(self, context: Context) -> None:
+        context.prefill(encode(self.model, self.prompt))
 
     def table(self) -> np.ndarray:
         return random_table(self.model, self.budget, WINDOW, self.prompt.n_tokens, residual=True)
@@ -55,13 +55,13 @@ def oracle_prompt(case: Case, oracle: Oracle) -> OraclePrompt:
     return oracle.prompt_of(chunks)
 
 
-def answer(session: Context, n: int = N_PREDICT) -> tuple[list[int], np.ndarray]:
+def answer(context: Context, n: int = N_PREDICT) -> tuple[list[int], np.ndarray]:
     """A greedy answer, and the logits that it was chosen from [n, n_vocab]."""
     tokens, logits = [], []
     for _ in range(n):
-        logits.append(session.logits())
+        logits.append(context.logits())
         tokens.append(int(logits[-1].argmax()))
-        session.decode(tokens[-1])
+        context.decode(tokens[-1])
     return tokens, np.array(logits)
 
 
@@ -70,7 +70,7 @@ def check_that_large_budgets_change_nothing(
 ) -> None:
     """The full cache says what PyTorch says but for `error`, the evicting one the same but for `rounding`."""
     enough = np.full_like(case.table(), case.prompt.n_tokens + 1)
-    with case.session(None) as full, case.session(enough) as evicting:
+    with case.context(None) as full, case.context(enough) as evicting:
         case.read(full)
         case.read(evicting)
         assert evicting.kv_stats().n_evictions == 0
@@ -90,11 +90,11 @@ def check_what_heads_keep_and_say(
 ) -> None:
     """Kept positions and greedy tokens are the oracle's, and logits but for `error`."""
     table = case.table()
-    with case.session(table) as session:
-        case.read(session)
-        kept = session.kept()
-        tokens, logits = answer(session)
-        assert session.kv_stats().n_evictions == 1
+    with case.context(table) as context:
+        case.read(context)
+        kept = context.kept()
+        tokens, logits = answer(context)
+        assert context.kv_stats().n_evictions == 1
     way = {"vote": "mixkv", "residual": True}
     agreement = compare_kept(oracle.run(oracle_prompt, table, WINDOW, 1, **way), kept)
     assert agreement.n_unexplained == 0 and agreement.share >= 0.97
@@ -106,17 +106,17 @@ def check_what_heads_keep_and_say(
 
 
 def check_that_a_saved_state_goes_on(case: Case) -> None:
-    with case.session(case.table()) as session, case.session(case.table()) as other:
-        case.read(session)
-        answer(session, 4)
-        state = session.state()
+    with case.context(case.table()) as context, case.context(case.table()) as other:
+        case.read(context)
+        answer(context, 4)
+        state = context.state()
         other.restore(state)
-        for heads, restored in zip(session.kept(), other.kept(), strict=True):
+        for heads, restored in zip(context.kept(), other.kept(), strict=True):
             assert all(map(np.array_equal, heads, restored))
-        tokens = answer(session)[0][:1] * 3
-        session.restore(state)
+        tokens = answer(context)[0][:1] * 3
+        context.restore(state)
         found = []
-        for each in (session, other):
+        for each in (context, other):
             logits = []
             for token in tokens:
                 each.decode(token)

@@ -25,18 +25,18 @@ def evict_by(
     vote: str = "snapkv",
     residual: bool = False,
 ) -> None:
-    """What session_of() and context() make from now on evicts by this table; None: it keeps everything."""
+    """What context_of() and raw_context() make from now on evicts by this table; None: keeps everything."""
     wanted = None
     if table is not None:
         wanted = HeadBudgetTable(table, window, POOL_KERNEL, max_tail or None, vote, residual)
     _evicts_by[model.pointer] = wanted
 
 
-def session_of(model: VisionModel, **options: Any) -> Context:
+def context_of(model: VisionModel, **options: Any) -> Context:
     return Context(model, _evicts_by[model.pointer], **options)
 
 
-def context(model: VisionModel, **changes: Any) -> int | None:
+def raw_context(model: VisionModel, **changes: Any) -> int | None:
     params = llama.llama_context_default_params()
     params.n_ctx = params.n_batch = params.n_ubatch = 512
     for name, value in changes.items():
@@ -102,9 +102,9 @@ def restored(ctx: int, state: bytes, whole: bool) -> bool:
     return bool(llama.llama_state_seq_set_data(ctx, data, len(state), 0) == len(state))
 
 
-def slots_of(session: Context) -> list[list[Any]]:
+def slots_of(context: Context) -> list[list[Any]]:
     """slots[layer][head]: number, K and V of each KV head's residual slot, None where there is none."""
-    memory, shape = llama.llama_get_memory(session.pointer), session._model.shape
+    memory, shape = llama.llama_get_memory(context.pointer), context._model.shape
     return [
         [
             library.heads_residual(memory, il, ih, shape.n_embd_head_k, shape.n_embd_head_v)

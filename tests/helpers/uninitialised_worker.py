@@ -46,12 +46,12 @@ def computed(model_path: str, mmproj: str) -> Iterator[tuple[str, np.ndarray]]:
             if budget is not None:
                 budgets = np.full((shape.n_layer, shape.n_head_kv), budget, np.uint32)
                 table = HeadBudgetTable(budgets, 8, 7, None, "mixkv", True)
-            with Context(model, table, n_ctx=1024) as session:
+            with Context(model, table, n_ctx=1024) as context:
                 for turn, prompt in enumerate(prompts):
-                    session.prefill(encode(model, prompt, session.n_past))
+                    context.prefill(encode(model, prompt, context.n_past))
                     for step in range(4):
-                        yield f"logits with budget {budget} of turn {turn}, step {step}", session.logits()
-                        session.decode(10 + step)
+                        yield f"logits with budget {budget} of turn {turn}, step {step}", context.logits()
+                        context.decode(10 + step)
         for prompt in prompts:
             prompt.close()
 

@@ -32,7 +32,7 @@ N_PREDICT = 24
 LONG = "The quick brown fox jumps over the lazy dog; 3 apples and 14 pears cost $7.50, no? " * 2
 QUESTION = "What is written here?"
 
-# session options: the prompt as one ubatch, in several ubatches, or quantised
+# context options: the prompt as one ubatch, in several ubatches, or quantised
 WAYS: tuple[dict[str, Any], ...] = (
     {},
     {"n_ubatch": 64},

@@ -14,7 +14,7 @@ import numpy as np
 import psutil
 import pytest
 
-from helpers.contexts import FORTY, context, decode, evict_by
+from helpers.contexts import FORTY, decode, evict_by, raw_context
 from helpers.model_files import random_scores
 from helpers.models import test_model
 from sparsemm_edge.budgets import BudgetSpec
@@ -38,7 +38,7 @@ def llava() -> Iterator[VisionModel]:
 def test_what_needs_several_sequences_or_a_shift_is_not_done_and_said_once(
     llava: VisionModel, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    ctx, plain = context(llava), context(llava)
+    ctx, plain = raw_context(llava), raw_context(llava)
     assert ctx and plain
     for c in (ctx, plain):
         decode(c, PROMPT, 0)
@@ -68,7 +68,7 @@ def test_what_needs_several_sequences_or_a_shift_is_not_done_and_said_once(
 
 def test_the_smallest_position_is_what_a_sequence_can_be_cut_to(llava: VisionModel) -> None:
     """llama-server removes everything after it to reuse a prefix, and starts anew if it lies too high."""
-    ctx = context(llava)
+    ctx = raw_context(llava)
     assert ctx
     memory = llama.llama_get_memory(ctx)
     decode(ctx, PROMPT[:30], 0)
@@ -132,7 +132,7 @@ def test_llama_cpp_python_reuses_a_prefix_or_reads_the_prompt_again(tmp_path: Pa
 def test_positions_that_do_not_follow_are_an_error_and_the_sequence_goes_on(
     llava: VisionModel, positions: list[int]
 ) -> None:
-    ctx = context(llava)
+    ctx = raw_context(llava)
     assert ctx
     decode(ctx, PROMPT, 0)
     batch = llama.llama_batch_init(2, 0, 1)
@@ -145,7 +145,7 @@ def test_positions_that_do_not_follow_are_an_error_and_the_sequence_goes_on(
     went_on = decode(ctx, [20], 100)
     llama.llama_free(ctx)
 
-    ctx = context(llava)
+    ctx = raw_context(llava)
     assert ctx
     decode(ctx, PROMPT, 0)
     assert np.array_equal(decode(ctx, [20], 100), went_on)
@@ -185,7 +185,7 @@ from sparsemm_edge.runtime.library import llama
 
 shim = ctypes.CDLL(None)
 
-def context(model):
+def raw_context(model):
     params = llama.llama_context_default_params()
     params.n_ctx = params.n_batch = 1024
     params.n_ubatch = 512
@@ -217,7 +217,7 @@ with VisionModel.load(sys.argv[1], n_threads=1) as model:
     }
     for name, (before, step) in steps.items():
         def prepared():
-            ctx = context(model)
+            ctx = raw_context(model)
             for tokens, at in before:
                 assert decode(ctx, tokens, at)[0] == 0
             return ctx
@@ -253,7 +253,7 @@ with VisionModel.load(sys.argv[1], n_threads=1) as model:
             raise AssertionError("it always fails")
 
     # a state that cannot be restored leaves an empty sequence, and can be restored later
-    ctx = context(model)
+    ctx = raw_context(model)
     assert decode(ctx, *first[0])[0] == 0
     size = llama.llama_state_seq_get_size(ctx, 0)
     state = (ctypes.c_uint8 * size)()
@@ -262,7 +262,7 @@ with VisionModel.load(sys.argv[1], n_threads=1) as model:
     llama.llama_free(ctx)
     report["restoring a state"] = 0
     for n in range(1000):
-        ctx = context(model)
+        ctx = raw_context(model)
         shim.fail_after(n)
         n_read = llama.llama_state_seq_set_data(ctx, state, size, 0)
         if not shim.failures():
@@ -306,7 +306,7 @@ def resident() -> int:
 
 def test_two_hundred_prompts_take_no_more_memory_than_twenty(llava: VisionModel) -> None:
     """In one context: a prompt, a later prompt that evicts again, an answer that makes the store grow."""
-    ctx = context(llava)
+    ctx = raw_context(llava)
     assert ctx
     memory = llama.llama_get_memory(ctx)
     after = []
@@ -326,7 +326,7 @@ def test_fifty_contexts_and_models_opened_and_closed_leave_nothing(llava: Vision
     for _ in range(50):
         with VisionModel.load(llava.path, n_threads=1) as model:
             evict_by(model, FORTY)
-            ctx = context(model)
+            ctx = raw_context(model)
             assert ctx
             decode(ctx, PROMPT, 0)
             decode(ctx, [20], 100)

@@ -13,7 +13,7 @@ import pytest
 
 from helpers.agreement import answers_alike, oracle_of
 from helpers.command_line import CommandLine
-from helpers.contexts import context, decode, evict_by, random_table, saved, session_of
+from helpers.contexts import context_of, decode, evict_by, random_table, raw_context, saved
 from helpers.conversations import EVICTION, OPTIONS, QUESTIONS, said
 from helpers.models import NAMES, sample_image, test_model
 from sparsemm_edge.budgets import BudgetSpec
@@ -37,21 +37,21 @@ def test_three_turns_about_two_images_are_those_of_the_oracle(name: str) -> None
     images = [[sample_image(files.image_size, 1)], [sample_image(files.image_size, 2)], []]
     with VisionModel.load(files.gguf("f16"), files.mmproj("f16"), n_threads=1) as model:
         talk = oracle.conversation(window)
-        session, table = None, None
+        context, table = None, None
         for turn, question in enumerate(QUESTIONS):
             text = model.chat_prompt(question, len(images[turn]), first=turn == 0)
             with model.tokenize(text, images[turn], first=turn == 0) as prompt:
                 wanted = oracle.prompt(text, images[turn], first=turn == 0)
                 ids = np.concatenate([part.tokens for part in prompt.parts if isinstance(part, TextPart)])
                 assert np.array_equal(ids, wanted.ids[~wanted.is_image])
-                if session is None:
+                if context is None:
                     table = random_table(model, 48, window, prompt.n_tokens)
                     evict_by(model, table, window)
-                    session = session_of(model, n_ctx=2048)
-                session.prefill(encode(model, prompt, session.n_past))
-            answers_alike(session, talk, talk.read(wanted, table), 12)
-        assert session.kv_stats().n_evictions == 3
-        session.close()
+                    context = context_of(model, n_ctx=2048)
+                context.prefill(encode(model, prompt, context.n_past))
+            answers_alike(context, talk, talk.read(wanted, table), 12)
+        assert context.kv_stats().n_evictions == 3
+        context.close()
 
 
 # --- templates
@@ -161,7 +161,7 @@ def generate(*arguments: object) -> tuple[list[int], str]:
 @pytest.fixture(scope="module")
 def session_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A question about an image and its answer, saved by `generate`."""
-    files, folder = test_model("llava"), tmp_path_factory.mktemp("session")
+    files, folder = test_model("llava"), tmp_path_factory.mktemp("context")
     sample_image(files.image_size, 0).save(folder / "page.png")
     model = ("-m", files.gguf("f16"), "--mmproj", files.mmproj("f16"), "--image", folder / "page.png")
     path = folder / "page.session"
@@ -248,7 +248,7 @@ def test_a_state_is_a_tenth_of_the_full_caches(llava: VisionModel) -> None:
     sizes = []
     for budgets in (table, None):
         evict_by(llava, budgets, 32)
-        ctx = context(llava, n_ctx=3072, n_batch=3072, flash_attn_type=1)
+        ctx = raw_context(llava, n_ctx=3072, n_batch=3072, flash_attn_type=1)
         assert ctx
         decode(ctx, tokens, 0)
         sizes.append(len(saved(ctx, True)))

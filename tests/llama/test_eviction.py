@@ -27,13 +27,13 @@ from helpers.contexts import (
     FORTY,
     aborted,
     append,
-    context,
+    context_of,
     decode,
     evict_by,
     random_table,
+    raw_context,
     restored,
     saved,
-    session_of,
     slots_of,
 )
 from helpers.models import NAMES, test_model
@@ -86,17 +86,17 @@ def answer(
 ) -> Answer:
     """Read a prompt, evict by a table of head budgets (None: the plain cache), decode greedily."""
     evict_by(model, table, window, vote=vote, residual=residual)
-    with session_of(model, n_ctx=prompt.n_tokens + n_predict, **options) as session:
-        session.prefill(encode(model, prompt))
-        kept = [] if table is None else session.kept()
-        slots = [] if table is None else slots_of(session)
+    with context_of(model, n_ctx=prompt.n_tokens + n_predict, **options) as context:
+        context.prefill(encode(model, prompt))
+        kept = [] if table is None else context.kept()
+        slots = [] if table is None else slots_of(context)
         tokens: list[int] = []
         logits = []
         for i in range(n_predict):
-            logits.append(session.logits())
+            logits.append(context.logits())
             tokens.append(int(logits[-1].argmax()) if force is None else force[i])
-            session.decode(tokens[-1])
-        stats = library.heads_stats(llama.llama_get_memory(session.pointer))
+            context.decode(tokens[-1])
+        stats = library.heads_stats(llama.llama_get_memory(context.pointer))
         return Answer(tokens, np.array(logits), kept, stats, slots)
 
 
@@ -151,11 +151,11 @@ def test_the_window_votes_as_a_whole_however_the_prompt_is_cut(
         tokens = prompt.parts[0].tokens
         table = random_table(model, 40, window, len(tokens))
         evict_by(model, table, window)
-        with session_of(model, n_ctx=len(tokens) + 8, n_ubatch=n_ubatch) as session:
+        with context_of(model, n_ctx=len(tokens) + 8, n_ubatch=n_ubatch) as context:
             before, rest = encode(model, prompt).split(50)
             parts = (before, *rest.split(len(tokens) - 50 - n_last))
-            session.prefill(EncodedPrompt(tuple(batch for part in parts for batch in part.batches)))
-            kept = session.kept()
+            context.prefill(EncodedPrompt(tuple(batch for part in parts for batch in part.batches)))
+            kept = context.kept()
     keeps_alike(oracle.run(oracle.prompt(text), table, window, 1), kept)
 
 
@@ -182,50 +182,50 @@ def test_a_sequence_can_be_cut_back_into_the_window_and_no_further(
         evict_by(model, table, window, 0, vote, residual)
         talk = oracle.conversation(window, vote=vote, residual=residual)
         expected = talk.read(oracle.prompt(text, images), table)
-        with session_of(model, n_ctx=prompt.n_tokens + 128) as session:
-            session.prefill(encode(model, prompt))
-            talk.keep(session.kept())
-            n, n_past = session.n_tokens, session.n_past
+        with context_of(model, n_ctx=prompt.n_tokens + 128) as context:
+            context.prefill(encode(model, prompt))
+            talk.keep(context.kept())
+            n, n_past = context.n_tokens, context.n_past
             assert len(expected.kept[0][0]) < n
 
             def cut(n_left: int) -> bool:
-                return session.truncate(n_past - (n - n_left), n_left)
+                return context.truncate(n_past - (n - n_left), n_left)
 
             for n_left in (n - 3, n - window):
-                session.decode(ids[0])
+                context.decode(ids[0])
                 assert cut(n_left)
                 talk.truncate(n_left)
                 for token in ids[:6]:
-                    session.decode(token)
+                    context.decode(token)
                     talk.say(token)
-                assert relative_error(session.logits()[None], talk.logits[None]) < 1e-2
-                for heads, expected_heads in zip(session.kept(), talk.held, strict=True):
+                assert relative_error(context.logits()[None], talk.logits[None]) < 1e-2
+                for heads, expected_heads in zip(context.kept(), talk.held, strict=True):
                     assert all(map(np.array_equal, heads, expected_heads))
-            slots_alike(oracle, slots_of(session), talk.slots)
+            slots_alike(oracle, slots_of(context), talk.slots)
 
-            held, state = session.kept(), session.state()
+            held, state = context.kept(), context.state()
             assert not cut(n - window - 1), "some head lost what would become the end"
             assert not cut(0)
-            for heads, before in zip(session.kept(), held, strict=True):
+            for heads, before in zip(context.kept(), held, strict=True):
                 assert all(map(np.array_equal, heads, before))
 
-            session.restore(state)
+            context.restore(state)
             assert cut(n - window + 2) and not cut(n - window - 1)
 
 
 def test_a_state_of_before_the_slots_is_refused_in_one_line(llava: VisionModel) -> None:
     with llava.tokenize(ask("llava", "text")[0]) as prompt:
         evict_by(llava, FORTY, 8, 0, "mixkv", True)
-        with session_of(llava, n_ctx=prompt.n_tokens + 8) as session:
-            session.prefill(encode(llava, prompt))
-            kept, state = session.kept(), session.state()
+        with context_of(llava, n_ctx=prompt.n_tokens + 8) as context:
+            context.prefill(encode(llava, prompt))
+            kept, state = context.kept(), context.state()
             assert state.data.tobytes().count(b"hed4") == 1
             old = np.frombuffer(state.data.tobytes().replace(b"hed4", b"hed3"), np.uint8)
             library.forget_errors()
-            assert not restored(session.pointer, old.tobytes(), whole=False)
+            assert not restored(context.pointer, old.tobytes(), whole=False)
             refusal = str(library.failure("refused"))
             assert "was saved by an older version" in refusal and "\n" not in refusal
-            for heads, before in zip(session.kept(), kept, strict=True):
+            for heads, before in zip(context.kept(), kept, strict=True):
                 assert all(map(np.array_equal, heads, before))
 
 
@@ -359,11 +359,11 @@ def test_no_memory_of_the_size_of_the_context_is_touched() -> None:
             table = random_table(model, 48, 8, prompt.n_tokens)
             before = psutil.Process().memory_info().rss
             evict_by(model, table)
-            with session_of(model, n_ctx=n_ctx) as session:
-                session.prefill(encode(model, prompt))
-                session.decode(5)
+            with context_of(model, n_ctx=n_ctx) as context:
+                context.prefill(encode(model, prompt))
+                context.decode(5)
                 grown = psutil.Process().memory_info().rss - before
-                stats = session.kv_stats()
+                stats = context.kv_stats()
     full = n_ctx * stats.bytes_full // (prompt.n_tokens + 1)
     assert stats.bytes_peak < full // 100
     assert grown < full // 4
@@ -391,12 +391,12 @@ def llava() -> Iterator[VisionModel]:
 def test_what_is_not_supported_is_refused_in_one_line(
     llava: VisionModel, changes: dict[str, int], line: str
 ) -> None:
-    assert context(llava, **changes) is None
+    assert raw_context(llava, **changes) is None
     message = str(library.failure("no context"))
     assert line in message
     # the same context without eviction is fine
     evict_by(llava, None)
-    found = context(llava, **changes, **({"flash_attn_type": 1} if "type_v" in changes else {}))
+    found = raw_context(llava, **changes, **({"flash_attn_type": 1} if "type_v" in changes else {}))
     assert found
     llama.llama_free(found)
 
@@ -491,7 +491,7 @@ def test_a_table_that_does_not_fit_is_refused_in_one_line(
 
 
 def test_only_what_no_head_has_evicted_can_be_removed(llava: VisionModel) -> None:
-    ctx = context(llava)
+    ctx = raw_context(llava)
     assert ctx
     memory = llama.llama_get_memory(ctx)
     prompt = list(range(10, 110))
@@ -525,7 +525,7 @@ def test_a_prompt_that_is_aborted_leaves_a_context_that_reads_it_again(
     llava: VisionModel, after: int
 ) -> None:
     """The first prompt, and a later one that evicts from what the heads hold."""
-    ctx = context(llava)
+    ctx = raw_context(llava)
     assert ctx
     first, second = list(range(10, 110)), list(range(40, 60))
     memory = llama.llama_get_memory(ctx)
@@ -552,7 +552,7 @@ def test_a_prompt_that_is_aborted_leaves_a_context_that_reads_it_again(
 def test_a_state_goes_on_as_if_nothing_had_been_between(
     llava: VisionModel, n_prompt: int, whole: bool
 ) -> None:
-    ctx, again = context(llava), context(llava)
+    ctx, again = raw_context(llava), raw_context(llava)
     assert ctx and again
     decode(ctx, list(range(10, 10 + n_prompt)), 0)
     for i in range(60):  # the head store has grown
@@ -574,7 +574,7 @@ def test_a_state_goes_on_as_if_nothing_had_been_between(
 
 
 def test_a_state_is_as_small_as_what_was_kept(llava: VisionModel) -> None:
-    ctx = context(llava)
+    ctx = raw_context(llava)
     assert ctx
     decode(ctx, list(range(10, 210)), 0)
     row = 2 * 32 * 2  # K and V of one position and head, f16
@@ -584,16 +584,16 @@ def test_a_state_is_as_small_as_what_was_kept(llava: VisionModel) -> None:
 
 
 def test_a_state_of_other_budgets_types_or_caches_is_refused(llava: VisionModel) -> None:
-    ctx = context(llava)
+    ctx = raw_context(llava)
     assert ctx
     decode(ctx, list(range(10, 110)), 0)
     state = saved(ctx, True)
 
-    others = [context(llava, type_k=8, type_v=8)]
+    others = [raw_context(llava, type_k=8, type_v=8)]
     evict_by(llava, FORTY + 1)
-    others.append(context(llava))
+    others.append(raw_context(llava))
     evict_by(llava, None)
-    others.append(context(llava, flash_attn_type=1))
+    others.append(raw_context(llava, flash_attn_type=1))
     for other in others:
         assert other
         assert not restored(other, state, True)
@@ -603,7 +603,7 @@ def test_a_state_of_other_budgets_types_or_caches_is_refused(llava: VisionModel)
     evict_by(llava, FORTY)
     expected = decode(ctx, [7], 100)
     for broken in (state[: len(state) // 2], state[:700], state[:690] + b"\xff" * 200 + state[890:]):
-        other = context(llava)
+        other = raw_context(llava)
         assert other
         assert not restored(other, broken, True)
         decode(other, list(range(10, 110)), 0)
@@ -616,7 +616,7 @@ def test_a_state_of_other_budgets_types_or_caches_is_refused(llava: VisionModel)
 
 
 def test_single_tokens_and_several_outputs_never_evict(llava: VisionModel) -> None:
-    ctx = context(llava)
+    ctx = raw_context(llava)
     assert ctx
     memory = llama.llama_get_memory(ctx)
     for i in range(60):
@@ -635,7 +635,7 @@ def test_tokens_appended_together_are_those_appended_one_by_one(llava: VisionMod
     prompt, more = list(range(10, 110)), [30 + i % 200 for i in range(150)]
     logits = []
     for size in (150, 1):
-        ctx = context(llava)
+        ctx = raw_context(llava)
         assert ctx
         decode(ctx, prompt, 0)
         for i in range(0, len(more), size):

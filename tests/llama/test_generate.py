@@ -65,16 +65,16 @@ def decode_greedily(model: VisionModel, text: str, images: list[Any], n: int = 8
     """Greedy tokens, their logits [n, n_vocab], and the number of calls that the prompt took."""
     with (
         model.tokenize(text, images) as prompt,
-        context_for(model, prompt, n_predict=n, **options) as session,
+        context_for(model, prompt, n_predict=n, **options) as context,
     ):
         encoded = encode(model, prompt)
-        session.prefill(encoded)
+        context.prefill(encoded)
         tokens: list[int] = []
         logits = []
         for _ in range(n):
-            logits.append(session.logits())
+            logits.append(context.logits())
             tokens.append(int(logits[-1].argmax()))
-            session.decode(tokens[-1])
+            context.decode(tokens[-1])
         return tokens, np.stack(logits), len(encoded.batches)
 
 
@@ -181,20 +181,20 @@ def test_every_head_keeps_its_budget_of_the_prompt_and_all_that_comes_after(name
     text, images = model.chat_prompt(QUESTION, 1), [picture(name)]
     with (
         model.tokenize(text, images) as prompt,
-        context_for(model, prompt, n_predict=8, eviction=eviction) as session,
+        context_for(model, prompt, n_predict=8, eviction=eviction) as context,
     ):
-        session.prefill(encode(model, prompt))
+        context.prefill(encode(model, prompt))
         n = prompt.n_tokens
         for layer in range(model.shape.n_layer):
             for head in range(model.shape.n_head_kv):
-                kept = session.kept_positions(layer, head)
+                kept = context.kept_positions(layer, head)
                 assert len(kept) == 31, "one place is the residual slot's"
                 assert kept[-8:].tolist() == list(range(n - 8, n))
-        session.decode(int(session.logits().argmax()))
-        assert session.kept_positions(0, 0)[-1] == n
-        assert session.kv_stats().positions_kept_mean == 32
+        context.decode(int(context.logits().argmax()))
+        assert context.kept_positions(0, 0)[-1] == n
+        assert context.kv_stats().positions_kept_mean == 32
         with pytest.raises(SparseMMError):
-            session.kept_positions(model.shape.n_layer, 0)
+            context.kept_positions(model.shape.n_layer, 0)
 
 
 def test_evicting_shrinks_the_cache_and_counts_once(loaded: Any) -> None:
@@ -212,9 +212,9 @@ def test_a_prompt_cut_so_that_one_token_is_left_over_still_evicts(loaded: Any) -
         eviction = Eviction(policy="uniform", budget=32, window=8)
         n_ubatch = (prompt.n_tokens - 1) // 2
         assert prompt.n_tokens % n_ubatch == 1
-        with context_for(model, prompt, n_predict=1, n_ubatch=n_ubatch, eviction=eviction) as session:
-            session.prefill(encode(model, prompt))
-            assert session.kv_stats().n_evictions == 1
+        with context_for(model, prompt, n_predict=1, n_ubatch=n_ubatch, eviction=eviction) as context:
+            context.prefill(encode(model, prompt))
+            assert context.kv_stats().n_evictions == 1
 
 
 def test_scores_without_converting_evict_as_the_converted_file_does(
@@ -241,9 +241,9 @@ def test_a_water_filled_file_is_shared_out_again_for_the_prompt(llava: Any, tmp_
     ).path
     with VisionModel.load(path, n_threads=1) as model, model.tokenize(LONG) as prompt:
         assert model.metadata is not None and model.metadata.head_budgets.max() > prompt.n_tokens > 150
-        with context_for(model, prompt, n_predict=1) as session:
-            session.prefill(encode(model, prompt))
-            kept = np.array([[len(head) for head in heads] for heads in session.kept()])
+        with context_for(model, prompt, n_predict=1) as context:
+            context.prefill(encode(model, prompt))
+            kept = np.array([[len(head) for head in heads] for heads in context.kept()])
             # one place of a head that evicts is its residual slot's
             assert (kept + (kept < prompt.n_tokens)).mean() == 150
     path = convert(
@@ -252,10 +252,10 @@ def test_a_water_filled_file_is_shared_out_again_for_the_prompt(llava: Any, tmp_
     with (
         VisionModel.load(path, n_threads=1) as model,
         model.tokenize(LONG) as prompt,
-        context_for(model, prompt, n_predict=1) as session,
+        context_for(model, prompt, n_predict=1) as context,
     ):
-        session.prefill(encode(model, prompt))
-        assert session.kv_stats().positions_kept_mean < 150
+        context.prefill(encode(model, prompt))
+        assert context.kv_stats().positions_kept_mean < 150
 
 
 def test_eviction_can_be_switched_off_and_rebudgeted_at_run_time(llava: Any, tmp_path: Path) -> None:

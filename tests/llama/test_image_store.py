@@ -322,8 +322,8 @@ def test_the_encoder_keeps_no_compute_buffer_and_encodes_again_as_before(load: C
         # reading a prompt leaves none either
         model.free_encoder()
         before = allocated()
-        with context_for(model, prompt, n_predict=1, eviction=Eviction(False)) as session:
-            session.prefill(encode(model, prompt))
+        with context_for(model, prompt, n_predict=1, eviction=Eviction(False)) as context:
+            context.prefill(encode(model, prompt))
         assert allocated() - before < size / 2
 
 

@@ -228,7 +228,7 @@ def test_llama_server_answers_as_generate_does(folder: Path, name: str) -> None:
 
 @pytest.mark.parametrize("name", ["llava", "qwen2vl"])
 def test_llama_server_goes_on_from_what_it_holds(folder: Path, name: str) -> None:
-    """The second turn reads what is new only: as a session does that drops the reply and reads on."""
+    """The second turn reads what is new only: as a context does that drops the reply and reads on."""
     first = ask(folder / f"{name}.png", QUESTIONS[0])
     second = {"role": "user", "content": OTHER_QUESTION[name]}
     with server(llama_server(folder, name, "-np", 1), "/health", cwd=folder) as address:
@@ -248,30 +248,30 @@ def test_llama_server_goes_on_from_what_it_holds(folder: Path, name: str) -> Non
             model.tokenize(prompt, [folder / f"{name}.png"]) as tokenized,
             model.tokenize(turns % (text_of(reply), OTHER_QUESTION[name])) as more,
             # in calls for text and image, as the server reads it
-            context_for(model, tokenized, n_predict=1, n_ctx=1024) as session,
+            context_for(model, tokenized, n_predict=1, n_ctx=1024) as context,
         ):
             tokens = more.parts[0].tokens
             tokens = tokens[int(library.llama.llama_vocab_get_add_bos(model._vocab)) :]
             assert n_prompt + len(tokens) == again["usage"]["prompt_tokens"]
-            session.prefill(encode(model, tokenized))
+            context.prefill(encode(model, tokenized))
             # what the server decoded token by token is decoded so here
             for token in tokens[: n_cached - n_prompt]:
-                session.decode(int(token))
-            session.prefill(encode_text(tokens[n_cached - n_prompt :], session.n_past))
-            assert greedy(model, session) == text_of(again)
-            assert session.kv_stats().n_evictions == 2
+                context.decode(int(token))
+            context.prefill(encode_text(tokens[n_cached - n_prompt :], context.n_past))
+            assert greedy(model, context) == text_of(again)
+            assert context.kv_stats().n_evictions == 2
 
 
 def _n_cached(reply: Any) -> int:
     return int(reply["usage"]["prompt_tokens_details"]["cached_tokens"])
 
 
-def greedy(model: VisionModel, session: Context) -> str:
+def greedy(model: VisionModel, context: Context) -> str:
     data = b""
     for _ in range(N_PREDICT):
-        token = int(np.argmax(session.logits()))
+        token = int(np.argmax(context.logits()))
         data += model.piece(token)
-        session.decode(token)
+        context.decode(token)
     return data.decode()
 
 

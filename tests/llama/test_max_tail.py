@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from helpers.agreement import oracle_of, three_turns
-from helpers.contexts import FORTY, aborted, append, context, decode, evict_by, restored, saved
+from helpers.contexts import FORTY, aborted, append, decode, evict_by, raw_context, restored, saved
 from helpers.models import NAMES, test_model
 from sparsemm_edge.errors import SparseMMError
 from sparsemm_edge.runtime import Eviction, VisionModel, generate, library
@@ -34,7 +34,7 @@ def positions(ctx: int, layer: int = 0, head: int = 0) -> list[int]:
 
 
 def after_a_long_answer(model: VisionModel, n: int = 3 * TAIL + 5) -> int:
-    ctx = context(model)
+    ctx = raw_context(model)
     assert ctx
     decode(ctx, PROMPT, 0)
     for i in range(n):
@@ -69,7 +69,7 @@ def test_memory_stops_growing_at_the_bound(llava: VisionModel) -> None:
 
 
 def test_a_prompt_within_all_budgets_is_kept_and_its_answer_bounded(llava: VisionModel) -> None:
-    ctx = context(llava)
+    ctx = raw_context(llava)
     assert ctx
     decode(ctx, PROMPT[:30], 0)
     for i in range(3 * TAIL):
@@ -138,7 +138,7 @@ def test_an_aborted_token_leaves_the_tail_as_it_was(llava: VisionModel) -> None:
 
 
 def test_a_state_carries_the_tail_and_wants_the_same_bound(llava: VisionModel) -> None:
-    ctx, again = after_a_long_answer(llava), context(llava)
+    ctx, again = after_a_long_answer(llava), raw_context(llava)
     assert again
     state, first = saved(ctx, True), 100 + 3 * TAIL + 5
     assert restored(again, state, True)
@@ -148,7 +148,7 @@ def test_a_state_carries_the_tail_and_wants_the_same_bound(llava: VisionModel) -
         assert np.array_equal(decode(ctx, tokens, at), decode(again, tokens, at))
     for bound in (0, TAIL + 1):
         evict_by(llava, FORTY, max_tail=bound)
-        other = context(llava)
+        other = raw_context(llava)
         assert other
         assert not restored(other, state, True)
         llama.llama_free(other)
@@ -172,7 +172,7 @@ def test_several_tokens_at_once_are_dropped_for_one_by_one(llava: VisionModel) -
 
 def test_a_first_batch_of_outputs_is_no_answer_and_its_state_goes_on(llava: VisionModel) -> None:
     """Embeddings, or --logits_all: no prompt has ended, so nothing is bounded or dropped yet."""
-    ctx, again = context(llava), context(llava)
+    ctx, again = raw_context(llava), raw_context(llava)
     assert ctx and again
     append(ctx, PROMPT, 0, n_asking=len(PROMPT))
     append(ctx, [20], 100, n_asking=1)
@@ -185,7 +185,7 @@ def test_a_first_batch_of_outputs_is_no_answer_and_its_state_goes_on(llava: Visi
 
 def test_a_bound_below_the_window_is_refused(llava: VisionModel) -> None:
     evict_by(llava, FORTY, max_tail=7)
-    assert context(llava) is None
+    assert raw_context(llava) is None
     assert "at most 7 generated positions are held, less than the window of 8" in str(library.failure("no"))
     wanted: Any = dict(metadata=None, shape=llava.shape, n_prompt=200, model=llava.path)
     with pytest.raises(

@@ -116,24 +116,24 @@ def test_an_image_that_attends_to_all_of_itself() -> None:
 
 def test_a_reply_is_dropped_if_all_layers_can(case: Case) -> None:
     """A sliding window can go back as far as it holds what came before, a recurrent state cannot."""
-    with case.session(case.table()) as session:
-        case.read(session)
-        n_past, n_tokens = session.n_past, session.n_tokens
-        token = int(session.logits().argmax())
-        tokens, logits = answer(session, 4)
+    with case.context(case.table()) as context:
+        case.read(context)
+        n_past, n_tokens = context.n_past, context.n_tokens
+        token = int(context.logits().argmax())
+        tokens, logits = answer(context, 4)
         assert tokens[0] == token
-        following = session.logits()
-        done = session.truncate(n_past, n_tokens)
+        following = context.logits()
+        done = context.truncate(n_past, n_tokens)
         assert done == case.name.startswith("gemma")
         if done:
             found = []
             for each in tokens:
-                session.decode(each)
-                found.append(session.logits())
+                context.decode(each)
+                found.append(context.logits())
             assert np.array_equal(found, [*logits[1:], following])
         else:
-            session.decode(token)  # goes on where it was
-            assert session.n_tokens == n_tokens + 5
+            context.decode(token)  # goes on where it was
+            assert context.n_tokens == n_tokens + 5
 
 
 def test_a_saved_state_goes_on_as_if_nothing_had_been_between(case: Case) -> None:
@@ -146,8 +146,8 @@ def test_heads_of_the_layers_that_evict_can_be_scored(case: Case) -> None:
     n_layer = int(llama.llama_model_n_layer(case.model.pointer))
     attention = StrongestPositions(n_layer, shape.n_head, shape.layer_numbers)
     n_ctx = case.prompt.n_tokens + 8
-    with Context(case.model, n_ctx=n_ctx, n_ubatch=64, flash_attn=False, attention=attention) as session:
-        case.read(session)
+    with Context(case.model, n_ctx=n_ctx, n_ubatch=64, flash_attn=False, attention=attention) as context:
+        case.read(context)
         strongest = attention.take()
     assert strongest.shape == (shape.n_layer, shape.n_head)
     assert strongest.min() >= 0 and strongest.max() < case.prompt.n_tokens

@@ -41,39 +41,39 @@ def test_from_a_prefix_heads_keep_and_say_what_they_do_from_the_whole_prompt(
         everything = np.full((shape.n_layer, shape.n_head_kv), FULL, dtype=np.uint32)
         encoded = encode(model, prompt)
         before, after = encoded.split(n - N_REST)
-        with Context(model, HeadBudgetTable(everything, 1, POOL_KERNEL), **options) as session:
-            session.append(before)
-            prefix = session.state()
+        with Context(model, HeadBudgetTable(everything, 1, POOL_KERNEL), **options) as context:
+            context.append(before)
+            prefix = context.state()
         for budget, window, seed in ((12, 5, 0), (40, 16, 1), (n // 2, N_REST, 2)):
             table = HeadBudgetTable(random_table(model, budget, window, n, seed), window, POOL_KERNEL)
-            with Context(model, table, **options) as session:
-                session.prefill(encoded)
-                whole, logits = session.kept(), [session.logits()]
+            with Context(model, table, **options) as context:
+                context.prefill(encoded)
+                whole, logits = context.kept(), [context.logits()]
                 tokens = []
                 for _ in range(10):
                     tokens.append(int(logits[-1].argmax()))
-                    session.decode(tokens[-1])
-                    logits.append(session.logits())
-                stats = session.kv_stats()
-            with Context(model, table, **options) as session:
-                session.restore(prefix)
-                session.prefill(after)
+                    context.decode(tokens[-1])
+                    logits.append(context.logits())
+                stats = context.kv_stats()
+            with Context(model, table, **options) as context:
+                context.restore(prefix)
+                context.prefill(after)
                 # ties aside, which flash attention's rounding of another batch decides
                 agree = [
                     len(np.intersect1d(a, b)) / len(a)
-                    for heads, others in zip(whole, session.kept(), strict=True)
+                    for heads, others in zip(whole, context.kept(), strict=True)
                     for a, b in zip(heads, others, strict=True)
                 ]
                 assert np.mean(agree) > 0.99
                 again = np.concatenate(
-                    [session.logits()[None], session.decode_all(np.array(tokens, np.int32))]
+                    [context.logits()[None], context.decode_all(np.array(tokens, np.int32))]
                 )
                 behind = again[:-1].max(axis=1) - again[np.arange(len(tokens)), tokens]
                 assert behind.max() < 0.2 * again.std(), "another token than by a near tie"
                 error = np.linalg.norm(again - np.array(logits), axis=1) / np.linalg.norm(logits, axis=1)
                 assert error.max() < 0.2  # what a tie at the cut makes
-                assert session.kv_stats().bytes_now == stats.bytes_now
+                assert context.kv_stats().bytes_now == stats.bytes_now
                 # the tail can be taken back to any place, and goes on as before
-                session.truncate_reply(4)
-                session.decode(tokens[4])
-                assert np.linalg.norm(session.logits() - logits[5]) < 0.2 * np.linalg.norm(logits[5])
+                context.truncate_reply(4)
+                context.decode(tokens[4])
+                assert np.linalg.norm(context.logits() - logits[5]) < 0.2 * np.linalg.norm(logits[5])

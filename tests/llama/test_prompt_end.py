@@ -8,7 +8,7 @@ from collections.abc import Iterator
 import numpy as np
 import pytest
 
-from helpers.contexts import FORTY, append, context, decode, evict_by, random_table, restored, saved
+from helpers.contexts import FORTY, append, decode, evict_by, random_table, raw_context, restored, saved
 from helpers.models import test_model
 from sparsemm_edge.runtime import VisionModel, library
 from sparsemm_edge.runtime.eviction import HeadBudgetTable
@@ -41,7 +41,7 @@ def n_pos(ctx: int) -> int:
 
 def whole(model: VisionModel, prompt: list[int], then: list[int]) -> tuple[np.ndarray, list[list[int]]]:
     """Logits and kept positions after a prompt in one call and some tokens."""
-    ctx = context(model, n_ctx=2304, n_batch=2304)
+    ctx = raw_context(model, n_ctx=2304, n_batch=2304)
     assert ctx
     logits = decode(ctx, prompt, 0)
     for token in then:
@@ -64,7 +64,7 @@ def test_a_prompt_in_chunks_is_evicted_once_at_its_end(
 ) -> None:
     """llama_cpp.Llama asks for the last logits of each chunk, llama-server and mtmd for those of the last."""
     evict_by(llava, random_table(llava, 40, 8, n))
-    ctx = context(llava, n_ctx=2304, n_batch=N_BATCH)
+    ctx = raw_context(llava, n_ctx=2304, n_batch=N_BATCH)
     assert ctx
     for start in range(0, n, N_BATCH):
         chunk = TOKENS[start : min(start + N_BATCH, n)]
@@ -94,7 +94,7 @@ def test_a_prompt_in_chunks_is_evicted_once_at_its_end(
 def test_a_window_longer_than_the_last_chunk_votes_as_a_whole(llava: VisionModel) -> None:
     n = N_BATCH + 5
     evict_by(llava, random_table(llava, 60, 32, n), 32)
-    ctx = context(llava, n_ctx=2304, n_batch=N_BATCH)
+    ctx = raw_context(llava, n_ctx=2304, n_batch=N_BATCH)
     assert ctx
     decode(ctx, TOKENS[:N_BATCH], 0)
     decode(ctx, TOKENS[N_BATCH:n], N_BATCH)
@@ -104,7 +104,7 @@ def test_a_window_longer_than_the_last_chunk_votes_as_a_whole(llava: VisionModel
 
 def test_what_has_not_ended_is_not_computed_but_there(llava: VisionModel) -> None:
     evict_by(llava, FORTY)
-    ctx, again = context(llava), context(llava)
+    ctx, again = raw_context(llava), raw_context(llava)
     assert ctx and again
     append(ctx, TOKENS[:60], 0, n_asking=0)
     append(ctx, TOKENS[60:130], 60, n_asking=0)
@@ -118,7 +118,7 @@ def test_what_has_not_ended_is_not_computed_but_there(llava: VisionModel) -> Non
     assert n_pos(ctx) == 50
     assert restored(again, saved(ctx, whole=False), whole=False)
     logits = [decode(each, TOKENS[50:140], 50) for each in (ctx, again)]
-    expected = decode(other := context(llava) or 0, TOKENS[:140], 0)
+    expected = decode(other := raw_context(llava) or 0, TOKENS[:140], 0)
     assert all(np.linalg.norm(each - expected) < 1e-2 * np.linalg.norm(expected) for each in logits)
     assert kept(ctx) == kept(again)
     assert alike(kept(ctx), kept(other)) > 0.99
@@ -129,13 +129,13 @@ def test_what_has_not_ended_is_not_computed_but_there(llava: VisionModel) -> Non
 def test_all_logits_of_a_batch_after_what_has_not_ended(llava: VisionModel) -> None:
     """Then everything is computed as it comes, and nothing evicted."""
     evict_by(llava, FORTY)
-    ctx = context(llava, n_outputs_max=20)
+    ctx = raw_context(llava, n_outputs_max=20)
     assert ctx
     append(ctx, TOKENS[:100], 0, n_asking=0)
     append(ctx, TOKENS[100:120], 100, n_asking=20)
     found = np.ctypeslib.as_array(llama.llama_get_logits(ctx), (20, 300)).copy()
     evict_by(llava, None)
-    plain = context(llava, n_outputs_max=20, flash_attn_type=1)
+    plain = raw_context(llava, n_outputs_max=20, flash_attn_type=1)
     assert plain
     append(plain, TOKENS[:120], 0, n_asking=20)
     expected = np.ctypeslib.as_array(llama.llama_get_logits(plain), (20, 300))
@@ -151,7 +151,7 @@ def test_an_abort_leaves_the_sequence_as_it_was(llava: VisionModel, n_before: in
     evict_by(llava, FORTY)
 
     def begun() -> int:
-        ctx = context(llava, n_ubatch=64)
+        ctx = raw_context(llava, n_ubatch=64)
         assert ctx
         if n_before:
             decode(ctx, TOKENS[:n_before], 0)

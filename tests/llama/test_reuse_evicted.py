@@ -100,9 +100,9 @@ def test_its_last_positions_vote_and_the_question_evicts_nothing(tmp_path: Path)
             images, after = prompt.at_last_image()
             table = model.plan(replace(EVICTION, window=6), images.n_tokens)  # a quarter of the budget
             assert table is not None
-            with Context(model, table, n_ctx=prompt.n_tokens + 8) as session:
-                session.prefill(encode(model, images))
-                alone = session.kept()
+            with Context(model, table, n_ctx=prompt.n_tokens + 8) as context:
+                context.prefill(encode(model, images))
+                alone = context.kept()
         held = np.arange(images.n_tokens, images.n_tokens + len(after))
         for _ in range(2):  # read, and from the file
             with Conversation(model, eviction=EVICTION, multi_turn=False, reuse_evicted=True) as conversation:

@@ -274,9 +274,9 @@ def test_weights_that_llama_cpp_does_not_compute_are_not_taken_for_scores(llava:
     attention = StrongestPositions(llava.shape.n_layer, llava.shape.n_head, range(llava.shape.n_layer))
     with (
         llava.tokenize("a b c") as prompt,
-        Context(llava, n_ctx=16, flash_attn=True, attention=attention) as session,
+        Context(llava, n_ctx=16, flash_attn=True, attention=attention) as context,
     ):
-        session.prefill(encode(llava, prompt))
+        context.prefill(encode(llava, prompt))
         with pytest.raises(SparseMMError, match="computed no attention weights in layer 0"):
             attention.take()
 
