@@ -14,9 +14,9 @@ import numpy as np
 from sparsemm_edge.gguf_header import read_header
 from sparsemm_edge.gguf_metadata import ModelShape
 from sparsemm_edge.profiling.shapes import SHAPES, header_of_shape, scores_file
+from sparsemm_edge.runtime.context import N_UBATCH
 from sparsemm_edge.runtime.estimate import Estimate
 from sparsemm_edge.runtime.eviction import Eviction, plan
-from sparsemm_edge.runtime.context import N_UBATCH
 
 N_REPLY = 64
 PAGES = ((2944, 256), (29440, 2560))  # prompt and mean budget of a page and of ten, in positions
