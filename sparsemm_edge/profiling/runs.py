@@ -9,7 +9,7 @@ import tempfile
 import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import IO
 
@@ -58,17 +58,11 @@ class Run:
     def phases(self) -> list[Phase]:
         """The phases in order, in seconds since the start of the process."""
         begun = [(event["name"], event["t"]) for event in self.events if event["event"] == "phase"]
-        phases: list[Phase] = []
-        for (name, start), (then, end) in pairwise([*begun, ("", self.end)]):
-            if name == "end":
-                break
-            if name == "prompt" and then == "image" and end - start < 1e-3:
-                continue  # the prompt begins with an image
-            if phases and phases[-1].name == name:  # an image after an image
-                phases[-1] = replace(phases[-1], end=end - self.start)
-            else:
-                phases.append(Phase(name, start - self.start, end - self.start))
-        return phases
+        return [
+            Phase(name, start - self.start, end - self.start)
+            for (name, start), (_, end) in pairwise([*begun, ("", self.end)])
+            if name != "end"
+        ]
 
 
 def run_worker(
