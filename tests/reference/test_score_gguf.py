@@ -192,15 +192,19 @@ def test_a_stopped_run_keeps_what_is_done(how: str, tmp_path: Path) -> None:
     assert 0 < len(json.loads(partial.read_text())["pages"]) < 500
 
 
-def test_a_reader_that_was_interrupted_reads_on() -> None:
+def test_a_reader_that_was_interrupted_reads_on(monkeypatch: pytest.MonkeyPatch) -> None:
     pages = open_pages("grid", 2)
+    prefill = Context.prefill
+
+    def interrupted(*arguments: Any) -> None:
+        threading.Timer(0.02, _thread.interrupt_main).start()  # the main thread waits for this one by then
+        prefill(*arguments)
+
     with GgufFiles(FILES.model, FILES.mmproj, n_threads=1).reader() as reader:
         before = reader.read(pages.prompt, pages.page(0).image, 200)
-        timer = threading.Timer(0.5, _thread.interrupt_main)
-        timer.start()
-        with pytest.raises(KeyboardInterrupt):
-            while True:
-                reader.read(pages.prompt, pages.page(1).image, 200)
+        with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+            patched.setattr(Context, "prefill", interrupted)
+            reader.read(pages.prompt, pages.page(1).image, 200)
         after = reader.read(pages.prompt, pages.page(0).image, 200)
     assert after.tokens == before.tokens
     np.testing.assert_array_equal(after.strongest, before.strongest)
