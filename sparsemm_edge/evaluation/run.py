@@ -20,7 +20,7 @@ from sparsemm_edge.evaluation.datasets import DataSet, Question
 from sparsemm_edge.evaluation.metrics import METRICS, Logits, compare
 from sparsemm_edge.evaluation.settings import Setting
 from sparsemm_edge.runtime import VisionModel
-from sparsemm_edge.runtime.context import N_UBATCH, Context, SequenceState, cache_type
+from sparsemm_edge.runtime.context import Context, SequenceState, cache_type, n_ubatch_for
 from sparsemm_edge.runtime.encode import encode, encode_text, n_uncut
 from sparsemm_edge.runtime.eviction import Eviction, HeadBudgetTable, check_scores, model_scores
 from sparsemm_edge.runtime.loading import Loading
@@ -252,7 +252,7 @@ class Evaluator(Closing):
             n_ctx=reading.n_ctx,
             cache_type_k=setting.cache_type,
             cache_type_v=setting.cache_type,
-            n_ubatch=max(N_UBATCH, n_uncut(self._model, reading.prompt)),
+            n_ubatch=n_ubatch_for(self._model, reading.prompt),
             n_outputs=max(2, longest),
         )
 

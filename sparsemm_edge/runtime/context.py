@@ -18,7 +18,7 @@ from sparsemm_edge.gguf_metadata import check_supported
 from sparsemm_edge.resources import machine_memory
 from sparsemm_edge.runtime import library
 from sparsemm_edge.runtime.attention import StrongestPositions
-from sparsemm_edge.runtime.encode import Batch, Cancelled, EncodedPrompt, encode_text, n_uncut
+from sparsemm_edge.runtime.encode import Batch, Cancelled, EncodedPrompt, n_uncut, text_batch
 from sparsemm_edge.runtime.eviction import Eviction, HeadBudgetTable
 from sparsemm_edge.runtime.first_token import Part
 from sparsemm_edge.runtime.library import ContextSizes, llama
@@ -110,7 +110,7 @@ class Context(Closing):
             model: the model, which must outlive the context.
             table: eviction parameters; None: no eviction.
             n_ctx: context size for all prompts and replies.
-            n_ubatch: prompt tokens computed at a time, at least encode.n_uncut; None: N_UBATCH.
+            n_ubatch: prompt tokens computed at a time, see n_ubatch_for; None: N_UBATCH.
             cache_type_k, cache_type_v: one of CACHE_TYPES.
             flash_attn: False is for comparisons; an evicting context always uses flash attention.
             n_outputs: most tokens of one decode_all; append needs 2.
@@ -177,8 +177,7 @@ class Context(Closing):
             Cancelled: `cancelled` returned True. The sequence is unchanged.
             SparseMMError: llama.cpp failed. The sequence is unchanged, or lost, as the error says.
         """
-        if prompt.n_uncut > self.n_ubatch:
-            n = prompt.n_uncut
+        if (n := prompt.n_uncut) > self.n_ubatch:
             raise SparseMMError(f"an image of {n} tokens cannot be cut: it needs --n-ubatch {n}")
         n_past, n_tokens = self.n_past, self.n_tokens
         self._cancelled = cancelled
@@ -354,8 +353,7 @@ class Context(Closing):
 
     def _decode_tokens(self, tokens: npt.NDArray[np.int32], n_outputs: int) -> None:
         """Append tokens to the reply, the last n_outputs of which ask for logits."""
-        (batch,) = encode_text(tokens, self.n_past).batches
-        self._decode(batch, n_outputs)
+        self._decode(text_batch(tokens, self.n_past), n_outputs)
         llama.llama_synchronize(self.pointer)
 
     def _decode(self, batch: Batch, n_outputs: int) -> None:
@@ -418,9 +416,14 @@ def context_for(
         model,
         model.plan(eviction or Eviction(), prompt.n_tokens),
         n_ctx=model.n_ctx_for(prompt, n_predict, n_ctx),
-        n_ubatch=max(n_ubatch or N_UBATCH, n_uncut(model, prompt)),
+        n_ubatch=n_ubatch_for(model, prompt, n_ubatch),
         **options,
     )
+
+
+def n_ubatch_for(model: VisionModel, prompt: Prompt, n_ubatch: int | None = None) -> int:
+    """n_ubatch (None: N_UBATCH), or more for an image whose tokens must be computed at once."""
+    return max(n_ubatch or N_UBATCH, n_uncut(model, prompt))
 
 
 def _check_room(model: VisionModel, n_ctx: int, n_ubatch: int, table: HeadBudgetTable | None) -> None:

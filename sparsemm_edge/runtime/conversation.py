@@ -20,8 +20,8 @@ from sparsemm_edge.errors import ContextFullError, SparseMMError, check_within
 from sparsemm_edge.gguf_header import weight_bytes_read
 from sparsemm_edge.runtime import library, session_file
 from sparsemm_edge.runtime.chat_template import Turn
-from sparsemm_edge.runtime.context import N_UBATCH, Context, KVStats, cache_type
-from sparsemm_edge.runtime.encode import encode, encode_text, n_uncut
+from sparsemm_edge.runtime.context import N_UBATCH, Context, KVStats, cache_type, n_ubatch_for
+from sparsemm_edge.runtime.encode import encode, encode_text
 from sparsemm_edge.runtime.eviction import Eviction, HeadBudgetTable, same_budgets
 from sparsemm_edge.runtime.first_token import FirstToken, Part
 from sparsemm_edge.runtime.model import VisionModel
@@ -437,7 +437,7 @@ class Conversation(Closing):
             model,
             self._table,
             n_ctx=n_ctx,
-            n_ubatch=max(n_ubatch or N_UBATCH, n_uncut(model, prompt)),
+            n_ubatch=n_ubatch_for(model, prompt, n_ubatch),
             cache_type_k=self._types[0],
             cache_type_v=self._types[1],
             n_outputs=1 if images is None else 2,

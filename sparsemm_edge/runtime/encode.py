@@ -91,7 +91,7 @@ def encode(
     batches, ms, n_encoded = [], 0.0, model.n_encoded
     for part in prompt.parts:
         if not isinstance(part, ImagePart):
-            batches.append(_text(part.tokens, n_past))
+            batches.append(text_batch(part.tokens, n_past))
         else:
             if cancelled is not None and cancelled():
                 raise Cancelled
@@ -109,7 +109,7 @@ def encode(
 
 def encode_text(tokens: npt.NDArray[np.int32], n_past: int) -> EncodedPrompt:
     """Text alone, from position n_past on."""
-    return EncodedPrompt((_text(tokens, n_past),))
+    return EncodedPrompt((text_batch(tokens, n_past),))
 
 
 def n_uncut(model: VisionModel, prompt: Prompt) -> int:
@@ -118,6 +118,7 @@ def n_uncut(model: VisionModel, prompt: Prompt) -> int:
     return max((part.n_tokens for part in images if model.is_non_causal(part)), default=0)
 
 
-def _text(tokens: npt.NDArray[np.int32], n_past: int) -> Batch:
+def text_batch(tokens: npt.NDArray[np.int32], n_past: int) -> Batch:
+    """Tokens [n] of text, from position n_past on."""
     end = n_past + len(tokens)
     return Batch(tokens, np.arange(n_past, end, dtype=np.int32), end)

@@ -12,8 +12,8 @@ from sparsemm_edge.gguf_header import read_header
 from sparsemm_edge.gguf_metadata import check_supported
 from sparsemm_edge.runtime import VisionModel
 from sparsemm_edge.runtime.attention import StrongestPositions
-from sparsemm_edge.runtime.context import Context
-from sparsemm_edge.runtime.encode import encode, n_uncut
+from sparsemm_edge.runtime.context import Context, n_ubatch_for
+from sparsemm_edge.runtime.encode import encode
 from sparsemm_edge.runtime.library import llama
 from sparsemm_edge.runtime.prompt import ImagePart, Prompt
 from sparsemm_edge.scoring.mtmd_layout import ImageEncoder
@@ -81,7 +81,7 @@ class GgufReader:
             with Context(
                 model,
                 n_ctx=model.n_ctx_for(prompt, limit, None),
-                n_ubatch=max(N_UBATCH, n_uncut(model, prompt)),
+                n_ubatch=n_ubatch_for(model, prompt, N_UBATCH),
                 flash_attn=False,
                 attention=self._attention,
             ) as context:
