@@ -1,5 +1,6 @@
 """Results of runs, from their events and memory samples."""
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from itertools import pairwise
@@ -9,11 +10,12 @@ import numpy as np
 
 from sparsemm_edge.gguf_header import GGUFHeader, weight_bytes
 from sparsemm_edge.gguf_metadata import model_shape
-from sparsemm_edge.profiling.jobs import CacheSetting, Event
+from sparsemm_edge.profiling.jobs import CacheSetting
 from sparsemm_edge.profiling.memory import SAMPLED, MemoryTrace
 from sparsemm_edge.profiling.runs import Phase, Run
 from sparsemm_edge.runtime import KVStats
 from sparsemm_edge.runtime.first_token import FirstToken
+from sparsemm_edge.runtime.library import Buffer, ContextSizes
 
 _N_SAMPLES = 400  # of a trace in the JSON
 
@@ -50,6 +52,27 @@ class Breakdown:
     kv_peak: int
     kv_now: int
 
+    @classmethod
+    def of(
+        cls, buffers: Sequence[Buffer], context: ContextSizes, kv: KVStats, vision_weights: int
+    ) -> "Breakdown":
+        """From what llama.cpp logged, what the context takes, and the image encoder's weights in bytes."""
+        logged = Counter[str]()
+        for buffer in buffers:
+            weights = "mapped" if buffer.backend.endswith("_Mapped") else "copied"
+            logged[weights if buffer.content == "model" else "vision"] += buffer.n_bytes
+        return cls(
+            weights_mapped=logged["mapped"],
+            weights_copied=logged["copied"],
+            compute=context.compute,
+            hidden=context.hidden + context.idxs,
+            vision_compute=logged["vision"],
+            output=context.output,
+            vision_weights=vision_weights,
+            kv_peak=kv.bytes_peak,
+            kv_now=kv.bytes_now,
+        )
+
 
 @dataclass(frozen=True)
 class Measured:
@@ -79,7 +102,7 @@ class Measured:
     decode_tps: float
     kv: KVStats
     breakdown: Breakdown
-    buffers: list[dict[str, Any]]
+    buffers: list[Buffer]
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self) | {"first_token": self.first_token.to_dict(self.read_bytes_per_s)}
@@ -174,60 +197,23 @@ def setting_figures(setting: CacheSetting, run: Run) -> SettingFigures:
     phases = run.phases()
     zero = phases[0].start if phases else 0.0
     phases = [Phase(phase.name, round(phase.start - zero, 4), round(phase.end - zero, 4)) for phase in phases]
-    trace, result = run.memory, run.result
-    # as the worker says itself: on a busy machine samples come late
-    said = {event["name"]: event.get("anon") for event in run.events if event["event"] == "phase"}
+    # the worker says its memory itself too: on a busy machine samples come late, a short run may have none
+    trace, said = run.memory, {event["name"]: event for event in run.events if event["event"] == "phase"}
+    anon = {name: event["anon"] for name, event in said.items()}
     return SettingFigures(
         setting=setting,
         status=run.status,
         reason=run.reason,
         phases=phases,
-        # a short run can end between two samples
-        rss_peak=max(trace.rss_peak, 0 if result is None else result["rss_peak_bytes"]),
-        anon_peak=max((n for n in (trace.peak("anon"), *said.values()) if n is not None), default=None),
+        rss_peak=max(trace.rss_peak, *(event["rss_peak"] for event in said.values()), 0),
+        anon_peak=max((n for n in (trace.peak("anon"), *anon.values()) if n is not None), default=None),
         file_peak=trace.peak("file"),
         pss_peak=trace.peak("pss"),
         footprint_peak=trace.peak("footprint"),
-        anon_loaded=said.get("context"),
-        anon_after=said.get("end"),
+        anon_loaded=anon.get("context"),
+        anon_after=anon.get("end"),
         memory=samples(trace, run.start + zero, phases[-1].end if phases else 0.0),
-        measured=None if result is None else _measured(result),
-    )
-
-
-def _measured(result: Event) -> Measured:
-    decode_ms = spread(result["decode_ms"])
-    return Measured(
-        n_prompt=result["n_prompt"],
-        n_predict=len(result["decode_ms"]),
-        load_ms=result["load_ms"],
-        image_ms=result["image_ms"],
-        prompt_ms=result["prompt_ms"],
-        prompt_tps=result["n_prompt"] / result["prompt_ms"] * 1000,
-        first_token=FirstToken.from_dict(result["first_token"]),
-        read_bytes_per_s=result["token_bytes"] / decode_ms.median * 1000,
-        decode_ms=decode_ms,
-        decode_tps=1000 / decode_ms.median,
-        kv=KVStats(**result["kv"]),
-        breakdown=_breakdown(result),
-        buffers=result["buffers"],
-    )
-
-
-def _breakdown(result: Event) -> Breakdown:
-    sizes = {"weights_mapped": 0, "weights_copied": 0, "vision_compute": 0}
-    for buffer in result["buffers"]:
-        weights = "weights_mapped" if buffer["backend"].endswith("_Mapped") else "weights_copied"
-        sizes[weights if buffer["content"] == "model" else "vision_compute"] += buffer["n_bytes"]
-    kv, context = result["kv"], result["context"]
-    return Breakdown(
-        **sizes,
-        compute=context["compute"],
-        hidden=context["hidden"] + context["idxs"],
-        output=context["output"],
-        vision_weights=result["vision_weight_bytes"],
-        kv_peak=kv["bytes_peak"],
-        kv_now=kv["bytes_now"],
+        measured=next((event["measured"] for event in run.events if event["event"] == "result"), None),
     )
 
 

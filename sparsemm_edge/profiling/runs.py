@@ -1,6 +1,5 @@
 """Start worker processes, read their events and sample their memory."""
 
-import json
 import pickle
 import signal
 import subprocess
@@ -50,11 +49,6 @@ class Run:
     events: list[Event] = field(default_factory=list)
     memory: MemoryTrace = field(default_factory=MemoryTrace)
 
-    @property
-    def result(self) -> Event | None:
-        """The event with the results; None if the run is incomplete."""
-        return next((event for event in self.events if event["event"] == "result"), None)
-
     def phases(self) -> list[Phase]:
         """The phases in order, in seconds since the start of the process."""
         begun = [(event["name"], event["t"]) for event in self.events if event["event"] == "phase"]
@@ -84,11 +78,11 @@ def run_worker(
                 with suppress(BrokenPipeError):  # a worker that could not even start: its exit code tells
                     pickle.dump((task, settings, n_rounds), process.stdin)
                     process.stdin.flush()  # and left open: its end tells the worker that we are gone
-                for line in process.stdout:
-                    event = json.loads(line)
-                    events.append(event)
-                    if listen is not None:
-                        listen({**event, "pid": process.pid})
+                with suppress(EOFError, pickle.UnpicklingError):  # also of a worker that was killed
+                    while True:
+                        events.append(pickle.load(process.stdout))
+                        if listen is not None:
+                            listen({**events[-1], "pid": process.pid})
                 code = process.wait()
         finally:  # Ctrl-C, or an error of our own
             process.kill()

@@ -1,10 +1,9 @@
 """A process that runs one setting, or times several interleaved: python -m sparsemm_edge.profiling.worker.
 
-It reads a pickled job (see runs.run_worker) on stdin and writes events as JSON lines on stdout. It exits when
+It reads a pickled job (see runs.run_worker) on stdin and writes events on stdout, pickled too. It exits when
 stdin is closed, that is when its parent is gone.
 """
 
-import json
 import os
 import pickle
 import signal
@@ -13,13 +12,14 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import asdict, replace
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 
 from sparsemm_edge.errors import SparseMMError
-from sparsemm_edge.gguf_header import weight_bytes, weight_bytes_read
+from sparsemm_edge.gguf_header import weight_bytes_read
+from sparsemm_edge.profiling.figures import Breakdown, Measured, spread
 from sparsemm_edge.profiling.jobs import CacheSetting, Task
 from sparsemm_edge.profiling.memory import anon_bytes
 from sparsemm_edge.runtime import Context, Eviction, Prompt, VisionModel, context_for, encode, library
@@ -38,10 +38,10 @@ Emit = Callable[..., None]
 
 
 def run(task: Task, setting: CacheSetting, emit: Emit) -> None:
-    """Load, compute the prompt, decode: emits each phase as it begins, then one result."""
+    """Load, compute the prompt, decode: emits each phase as it begins, then what was measured."""
 
     def phase(name: str) -> None:
-        emit("phase", name=name, anon=anon_bytes())
+        emit("phase", name=name, anon=anon_bytes(), rss_peak=rss_peak_bytes())
 
     phase("load")
     with _load(task) as model, _prompt(model, task) as prompt:
@@ -73,23 +73,25 @@ def run(task: Task, setting: CacheSetting, emit: Emit) -> None:
             for _ in range(task.n_predict):
                 decode_ms.append(_decode_ms(context, token))
                 token = int(context.logits().argmax())
-            kv = context.kv_stats()
+            kv, each = context.kv_stats(), spread(decode_ms)
             phase("end")
-            emit(
-                "result",
+            buffers = [*loaded, *library.logged_buffers()]
+            measured = Measured(
                 n_prompt=prompt.n_tokens,
+                n_predict=len(decode_ms),
                 load_ms=model.load_ms,
                 image_ms=encoded.vision.ms,
                 prompt_ms=context.prompt_ms,
-                first_token=asdict(first_token),
-                token_bytes=weight_bytes_read(model.header) + kv.bytes_now,
-                decode_ms=decode_ms,
-                kv=asdict(kv),
-                context=asdict(sizes),
-                rss_peak_bytes=rss_peak_bytes(),
-                vision_weight_bytes=0 if task.mmproj is None else weight_bytes(task.mmproj),
-                buffers=[asdict(buffer) for buffer in (*loaded, *library.logged_buffers())],
+                prompt_tps=prompt.n_tokens / context.prompt_ms * 1000,
+                first_token=first_token,
+                read_bytes_per_s=(weight_bytes_read(model.header) + kv.bytes_now) / each.median * 1000,
+                decode_ms=each,
+                decode_tps=1000 / each.median,
+                kv=kv,
+                breakdown=Breakdown.of(buffers, sizes, kv, model.vision_weight_bytes),
+                buffers=buffers,
             )
+            emit("result", measured=measured)
 
 
 def run_interleaved(task: Task, settings: list[CacheSetting], n_rounds: int, emit: Emit) -> None:
@@ -190,11 +192,11 @@ def main() -> int:
     task, settings, n_rounds = pickle.load(sys.stdin.buffer)
     threading.Thread(target=_exit_with_parent, daemon=True).start()
     # events have a stream of their own: what anything else prints goes to stderr
-    events = os.fdopen(os.dup(1), "w", encoding="utf-8")
+    events = os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)
 
     def emit(kind: str, **content: Any) -> None:
-        events.write(json.dumps({"event": kind, **content, "t": time.monotonic()}) + "\n")
+        pickle.dump({"event": kind, **content, "t": time.monotonic()}, events)
         events.flush()
 
     try:

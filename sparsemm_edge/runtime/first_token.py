@@ -63,11 +63,6 @@ class FirstToken:
     def parts(self) -> dict[str, Part]:
         return {"images": self.images, "vision": self.vision, "prompt": self.prompt, "token": self.token}
 
-    @classmethod
-    def from_dict(cls, content: dict[str, Any]) -> "FirstToken":
-        """What dataclasses.asdict made a dictionary of."""
-        return cls(content["total_ms"], *(Part(**content[name]) for name in cls().parts()))
-
     def to_dict(self, bytes_per_s: float | None) -> dict[str, Any]:
         """For JSON: `total_ms`, and for each part `ms`, `threads` and `limit` (see Part.limit)."""
         return {

@@ -220,7 +220,7 @@ def test_a_worker_does_not_outlive_who_asked(small: Path) -> None:
     assert worker.stdin is not None and worker.stdout is not None
     pickle.dump(job, worker.stdin)
     worker.stdin.flush()
-    assert json.loads(worker.stdout.readline())["event"] == "phase"
+    assert pickle.load(worker.stdout)["event"] == "phase"
 
     worker.stdin.close()
 
