@@ -11,7 +11,6 @@ from pathlib import Path
 
 import numpy as np
 
-from sparsemm_edge.gguf_header import read_header
 from sparsemm_edge.gguf_metadata import ModelShape
 from sparsemm_edge.profiling.shapes import SHAPES, header_of_shape, scores_file
 from sparsemm_edge.runtime.context import N_UBATCH
@@ -49,7 +48,7 @@ def table(names: list[str], prompts: Sequence[tuple[int, int]]) -> str:
     for name in names:
         shape = SHAPES[name].model_shape(name)
         token = shape.kv_bytes(shape.n_layer * shape.n_head_kv) / 2**10
-        with header_of_shape(name, SHAPES[name]) as path, Estimate(read_header(path), None) as estimate:
+        with header_of_shape(name, SHAPES[name]) as path, Estimate(path) as estimate:
             amounts = [bytes_of(estimate, shape, n_prompt, budget) for n_prompt, budget in prompts]
         cells = [name, f"{shape.n_layer} x {shape.n_head_kv}", f"{token:.0f} KiB"]
         cells += [f"{n / 2**20:,.0f}" for each in amounts for n in each]

@@ -150,7 +150,7 @@ def fit(
     weights = weight_bytes(model)
     metadata = sparsemm_metadata(header)
     with (
-        Estimate(header, mmproj, n_gpu_layers) as estimate,
+        Estimate(model, mmproj, n_gpu_layers) as estimate,
         shapes.scores_file(shape, metadata, scores) as (scores_path, source),
     ):
         images = estimate.image_tokens(image_sizes) if image_sizes else []

@@ -69,75 +69,41 @@ class HeadParams(ctypes.Structure):
     ]
 
 
-_SIZES = ("kv", "kv_peak", "idxs", "hidden", "compute", "compute_token", "output", "peak")
+class ContextSizes(ctypes.Structure):
+    """struct llama_context_sizes: bytes that a context takes besides the model."""
+
+    _fields_ = [
+        (name, ctypes.c_uint64)
+        for name in (
+            "kv",  # K and V after the last token
+            "kv_peak",  # K and V when they are largest
+            "idxs",  # which tokens the KV heads hold
+            "hidden",  # hidden states and queries of a prompt, while it is read layer by layer
+            "compute",  # compute buffers of a prompt
+            "compute_token",  # compute buffers of a single token
+            "output",  # logits and embeddings
+            "peak",  # all of it when it is largest
+        )
+    ]
 
 
-class _ContextSizes(ctypes.Structure):
-    """struct llama_context_sizes."""
-
-    _fields_ = [(name, ctypes.c_uint64) for name in _SIZES]
-
-
-@dataclass(frozen=True)
-class ContextSizes:
-    """Bytes that a context takes besides the model, as llama.cpp computes them (llama_get_context_sizes).
-
-    Attributes:
-        kv: K and V after the last token.
-        kv_peak: K and V when they are largest.
-        idxs: which tokens the KV heads hold.
-        hidden: hidden states and queries of a prompt, while it is read layer by layer.
-        compute: compute buffers of a prompt.
-        compute_token: compute buffers of a single token.
-        output: logits and embeddings.
-        peak: all of it when it is largest.
-    """
-
-    kv: int
-    kv_peak: int
-    idxs: int
-    hidden: int
-    compute: int
-    compute_token: int
-    output: int
-    peak: int
-
+_INT32, _POINTER, _UINT32 = ctypes.c_int32, ctypes.c_void_p, ctypes.c_uint32
+_FLOATS = ctypes.POINTER(ctypes.c_float)
 
 # name: (result, arguments), as the patch series declares them in llama.h
 _PATCH_FUNCTIONS: dict[str, tuple[Any, list[Any]]] = {
-    "llama_model_head_params": (HeadParams, [ctypes.c_void_p]),
-    "llama_init_from_model_heads": (
-        ctypes.c_void_p,
-        [ctypes.c_void_p, llama.llama_context_params, HeadParams],
-    ),
-    "llama_get_context_sizes": (_ContextSizes, [ctypes.c_void_p, ctypes.c_uint32, ctypes.c_uint32]),
-    "llama_memory_heads_stats": (ctypes.c_bool, [ctypes.c_void_p, ctypes.POINTER(HeadsStats)]),
-    "llama_memory_heads_positions": (
-        ctypes.c_int32,
-        [
-            ctypes.c_void_p,
-            ctypes.c_int32,
-            ctypes.c_int32,
-            ctypes.POINTER(ctypes.c_int32),
-            ctypes.c_int32,
-        ],
-    ),
-    "llama_memory_heads_residual": (
-        ctypes.c_int32,
-        [
-            ctypes.c_void_p,
-            ctypes.c_int32,
-            ctypes.c_int32,
-            ctypes.POINTER(ctypes.c_float),
-            ctypes.POINTER(ctypes.c_float),
-        ],
-    ),
-    "llama_memory_heads_truncate": (ctypes.c_bool, [ctypes.c_void_p, ctypes.c_int32]),
-    "llama_attn_strongest_eval": (ctypes.c_bool, [ctypes.c_void_p, ctypes.c_bool, ctypes.c_void_p]),
+    "llama_model_head_params": (HeadParams, [_POINTER]),
+    "llama_init_from_model_heads": (_POINTER, [_POINTER, llama.llama_context_params, HeadParams]),
+    "llama_get_context_sizes": (ContextSizes, [_POINTER, _UINT32, _UINT32]),
+    "llama_memory_heads_stats": (ctypes.c_bool, [_POINTER, ctypes.POINTER(HeadsStats)]),
+    "llama_memory_heads_positions": (_INT32, [_POINTER, _INT32, _INT32, ctypes.POINTER(_INT32), _INT32]),
+    "llama_memory_heads_residual": (_INT32, [_POINTER, _INT32, _INT32, _FLOATS, _FLOATS]),
+    "llama_memory_heads_truncate": (ctypes.c_bool, [_POINTER, _INT32]),
+    "llama_attn_strongest_eval": (ctypes.c_bool, [_POINTER, ctypes.c_bool, _POINTER]),
 }
 
 # the same in mtmd.h
-_PATCH_FUNCTIONS_MTMD: dict[str, tuple[Any, list[Any]]] = {"mtmd_free_compute": (None, [ctypes.c_void_p])}
+_PATCH_FUNCTIONS_MTMD: dict[str, tuple[Any, list[Any]]] = {"mtmd_free_compute": (None, [_POINTER])}
 
 
 def require_patched() -> None:
@@ -202,8 +168,8 @@ def context_sizes(context: int, n_prompt: int, n_predict: int) -> ContextSizes:
         n_prompt: tokens of the prompt.
         n_predict: tokens after it.
     """
-    sizes = llama._lib.llama_get_context_sizes(context, n_prompt, n_predict)
-    return ContextSizes(**{name: getattr(sizes, name) for name in _SIZES})
+    sizes: ContextSizes = llama._lib.llama_get_context_sizes(context, n_prompt, n_predict)
+    return sizes
 
 
 def free_compute(vision: int) -> None:
@@ -243,26 +209,6 @@ def heads_n_lost(memory: int, layer: int, head_kv: int) -> int:
     if n < 0:
         raise SparseMMError(f"no evicting cache, or no KV head {head_kv} in layer {layer}")
     return n
-
-
-def heads_residual(
-    memory: int, layer: int, head_kv: int, n_embd_head_k: int, n_embd_head_v: int
-) -> tuple[int, npt.NDArray[np.float32], npt.NDArray[np.float32]] | None:
-    """The residual slot of one KV head; None if it has none.
-
-    Returns:
-        The number of summarised positions, K [n_embd_head_k] and V [n_embd_head_v] as in the cache.
-
-    Raises:
-        SparseMMError: not an evicting cache, or no such layer or head.
-    """
-    n = heads_n_lost(memory, layer, head_kv)
-    if not n:
-        return None
-    k, v = np.empty(n_embd_head_k, dtype=np.float32), np.empty(n_embd_head_v, dtype=np.float32)
-    pointers = (each.ctypes.data_as(ctypes.POINTER(ctypes.c_float)) for each in (k, v))
-    llama._lib.llama_memory_heads_residual(memory, layer, head_kv, *pointers)
-    return n, k, v
 
 
 def heads_truncate(memory: int, n_tokens: int) -> bool:

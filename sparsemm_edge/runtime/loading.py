@@ -7,13 +7,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from sparsemm_edge.defaults import IMAGE_CACHE_SIZE, MAX_THREADS
-from sparsemm_edge.errors import SparseMMError, check_within
+from sparsemm_edge.defaults import IMAGE_CACHE_SIZE, RANGES
+from sparsemm_edge.errors import SparseMMError, check_ranges
 from sparsemm_edge.gguf_header import read_header
 from sparsemm_edge.runtime import library
 from sparsemm_edge.runtime.library import llama
-
-_MAX_IMAGE_TOKENS = 2**16  # llama.cpp counts an image's pixels in 32 bits
 
 
 @dataclass(frozen=True)
@@ -57,6 +55,7 @@ class Loading:
         image_cache: a folder of encoded images, see DiskCache; None: none.
         image_cache_size: its size limit in MiB.
         unload_mmproj: free the image encoder after a prompt's images are encoded; reload it for the next.
+        no_weights: load all but the text model's weights, and reserve the image encoder's buffers: for sizes.
     """
 
     n_threads_batch: int | None = None
@@ -71,20 +70,13 @@ class Loading:
     image_cache: str | None = None
     image_cache_size: int = IMAGE_CACHE_SIZE
     unload_mmproj: bool = False
+    no_weights: bool = False
 
     def __post_init__(self) -> None:
-        if self.n_threads_batch is not None:
-            check_within("n_threads_batch", self.n_threads_batch, 1, MAX_THREADS)
-        if self.n_gpu_layers is not None and not -1 <= self.n_gpu_layers < 2**31:
-            raise SparseMMError(f"n_gpu_layers is {self.n_gpu_layers}: it must be -1 (all) or more")
+        check_ranges(**{name: value for name, value in vars(self).items() if name in RANGES})
         least, most = self.image_min_tokens, self.image_max_tokens
-        for name, value in (("image_min_tokens", least), ("image_max_tokens", most)):
-            if value is not None and not 1 <= value <= _MAX_IMAGE_TOKENS:
-                raise SparseMMError(f"{name} is {value}: it must be 1 to {_MAX_IMAGE_TOKENS}")
         if least is not None and most is not None and least > most:
             raise SparseMMError(f"image_min_tokens is {least}, more than image_max_tokens, {most}")
-        check_within("image_memory", self.image_memory, 0, 2**20)
-        check_within("image_cache_size", self.image_cache_size, 1, 2**20)
 
     def model_params(self) -> Any:
         """llama_model_params."""
@@ -93,13 +85,15 @@ class Loading:
             params.n_gpu_layers = self.n_gpu_layers
         if self.mlock:
             params.load_mode = llama.LLAMA_LOAD_MODE_MMAP_MLOCK if self.mmap else llama.LLAMA_LOAD_MODE_MLOCK
-        elif not self.mmap:
+        elif not self.mmap or self.no_weights:
             params.load_mode = llama.LLAMA_LOAD_MODE_NONE
+        params.no_alloc = self.no_weights
         return params
 
     def set_vision_params(self, params: Any) -> None:
         """Put what concerns the image encoder into mtmd_context_params."""
         params.use_gpu = self.mmproj_offload
+        params.warmup = self.no_weights  # which reserves the compute buffer, and computes nothing
         if self.image_min_tokens is not None:
             params.image_min_tokens = self.image_min_tokens
         if self.image_max_tokens is not None:

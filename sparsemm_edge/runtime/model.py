@@ -14,8 +14,7 @@ import numpy.typing as npt
 from PIL import Image
 
 from sparsemm_edge.closing import Closing
-from sparsemm_edge.defaults import MAX_THREADS
-from sparsemm_edge.errors import ContextFullError, SparseMMError, check_within
+from sparsemm_edge.errors import ContextFullError, SparseMMError, check_ranges
 from sparsemm_edge.files import fingerprint
 from sparsemm_edge.gguf_header import read_header, weight_bytes
 from sparsemm_edge.gguf_metadata import model_shape, sparsemm_metadata
@@ -113,8 +112,7 @@ class VisionModel(Closing):
         Raises:
             SparseMMError: llama-cpp-python without the patches, or a file that cannot be used.
         """
-        if n_threads is not None:
-            check_within("n_threads", n_threads, 1, MAX_THREADS)
+        check_ranges(n_threads=n_threads)
         library.require_patched()
         library.start(show_log)
         vision = Path(mmproj) if mmproj is not None else None
@@ -376,7 +374,6 @@ class VisionModel(Closing):
         params = mtmd.mtmd_context_params_default()
         params.n_threads = self.n_threads
         params.print_timings = False
-        params.warmup = False
         params.media_marker = image_marker().encode()
         self.loading.set_vision_params(params)
         library.forget_errors()

@@ -103,15 +103,18 @@ def restored(ctx: int, state: bytes, whole: bool) -> bool:
 
 
 def slots_of(context: Context) -> list[list[Any]]:
-    """slots[layer][head]: number, K and V of each KV head's residual slot, None where there is none."""
+    """slots[layer][head]: number of positions, K and V of each KV head's residual slot; None without one."""
     memory, shape = llama.llama_get_memory(context.pointer), context._model.shape
-    return [
-        [
-            library.heads_residual(memory, il, ih, shape.n_embd_head_k, shape.n_embd_head_v)
-            for ih in range(shape.n_head_kv)
-        ]
-        for il in range(shape.n_layer)
-    ]
+
+    def slot(il: int, ih: int) -> tuple[int, np.ndarray, np.ndarray] | None:
+        n = library.heads_n_lost(memory, il, ih)
+        k, v = np.empty(shape.n_embd_head_k, np.float32), np.empty(shape.n_embd_head_v, np.float32)
+        pointers = (each.ctypes.data_as(ctypes.POINTER(ctypes.c_float)) for each in (k, v))
+        if n:
+            llama._lib.llama_memory_heads_residual(memory, il, ih, *pointers)
+        return (n, k, v) if n else None
+
+    return [[slot(il, ih) for ih in range(shape.n_head_kv)] for il in range(shape.n_layer)]
 
 
 def random_table(
