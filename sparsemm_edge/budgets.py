@@ -126,17 +126,13 @@ class BudgetSpec:
 
     def _check(self, n_prompt: int | None) -> None:
         """Raise SparseMMError if an attribute or the prompt's length is outside its range."""
-        budget, window = self.budget, self.window
-        if not 1 <= window <= MAX_WINDOW:
-            raise SparseMMError(f"the window is {window}: it must hold 1 to {MAX_WINDOW} positions")
-        if budget <= window:
+        check_within("the window", self.window, 1, MAX_WINDOW)
+        if self.budget <= self.window:
             raise SparseMMError(
-                f"the budget ({budget}) must be larger than the window ({window}) it includes"
+                f"the budget ({self.budget}) must be larger than the window ({self.window}) it includes"
             )
-        if budget > FULL:
-            raise SparseMMError(f"the budget is {budget}: it must be at most {FULL}")
-        if not 0 <= self.floor_ratio <= 1:
-            raise SparseMMError(f"the floor ratio is {self.floor_ratio}: it must be between 0 and 1")
+        check_within("the budget", self.budget, 1, FULL)
+        check_within("the floor ratio", self.floor_ratio, 0, 1)
         if self.vote not in VOTES:
             raise SparseMMError(f"unknown vote {self.vote!r}: expected one of {', '.join(VOTES)}")
         if n_prompt is not None:

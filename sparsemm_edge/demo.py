@@ -13,7 +13,7 @@ from rich import box
 from rich.table import Table
 from rich.text import Text
 
-from sparsemm_edge.errors import SparseMMError
+from sparsemm_edge.errors import SparseMMError, check_within, os_errors
 from sparsemm_edge.evaluation.metrics import edit_distance
 from sparsemm_edge.output import console
 from sparsemm_edge.pages.grid import FIRST_TRAINING_SEED, READ_PROMPT, SIZE, grid_page, lookup_prompt
@@ -132,10 +132,8 @@ def run(
         SparseMMError: the packaged model is missing, or an argument cannot be used.
     """
     files = DemoModel()
-    try:
+    with os_errors(f"make the folder {out}"):
         out.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise SparseMMError(f"cannot make the folder {out}: {error.strerror}") from error
     if image is not None:
         page = open_picture(image).resize((SIZE, SIZE), Image.Resampling.LANCZOS)
         seed, questions = None, [DemoQuestion(READ_PROMPT, None)]
@@ -193,8 +191,7 @@ def marked(said: str, true: str) -> Text:
 def _draw(seed: int | None) -> tuple[int, Image.Image, list[DemoQuestion]]:
     if seed is None:
         seed = secrets.randbelow(FIRST_TRAINING_SEED)
-    if not 0 <= seed < FIRST_TRAINING_SEED:
-        raise SparseMMError(f"the seed is {seed}: it must be 0 to {FIRST_TRAINING_SEED - 1}")
+    check_within("the seed", seed, 0, FIRST_TRAINING_SEED - 1)
     page = grid_page(seed)
     key, answer = page.lookups[seed % len(page.lookups)]
     return seed, page.image, [DemoQuestion(READ_PROMPT, page.text), DemoQuestion(lookup_prompt(key), answer)]

@@ -11,7 +11,7 @@ from typing import Any
 from urllib.parse import urlsplit
 from urllib.request import url2pathname
 
-from sparsemm_edge.errors import SparseMMError
+from sparsemm_edge.errors import SparseMMError, os_errors
 
 
 def read_text(path: Path) -> str:
@@ -32,9 +32,8 @@ def read_bytes(path: Path) -> bytes:
         SparseMMError: the file cannot be read.
     """
     try:
-        return path.read_bytes()
-    except OSError as error:
-        raise SparseMMError(f"cannot read {path}: {error.strerror or error}") from error
+        with os_errors(f"read {path}"):
+            return path.read_bytes()
     except ValueError as error:  # a zero byte in the name
         raise SparseMMError(f"cannot read {str(path)!r}: {error}") from error
 
@@ -154,10 +153,9 @@ def atomic_path(target: Path) -> Iterator[Path]:
         raise SparseMMError(f"cannot write {target}: it is a directory")
     part = target.with_name(f".{target.name}.{os.getpid()}.part")
     try:
-        yield part
-        os.replace(part, target)
-    except OSError as error:
-        raise SparseMMError(f"cannot write {target}: {error.strerror or error}") from error
+        with os_errors(f"write {target}"):
+            yield part
+            os.replace(part, target)
     finally:
         part.unlink(missing_ok=True)
 

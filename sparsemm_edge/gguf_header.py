@@ -19,7 +19,7 @@ import numpy.typing as npt
 from gguf import GGUFReader, GGUFWriter
 from gguf.constants import GGML_QUANT_SIZES, GGUF_DEFAULT_ALIGNMENT, GGMLQuantizationType, GGUFValueType
 
-from sparsemm_edge.errors import SparseMMError
+from sparsemm_edge.errors import SparseMMError, os_errors
 
 _MAGIC = b"GGUF"
 _VERSIONS = (2, 3)
@@ -133,19 +133,14 @@ def _part_names(header: GGUFHeader, n_parts: int) -> list[str]:
 
 def _read_file(path: Path) -> GGUFHeader:
     """One file's part of read_header."""
-    try:
-        with path.open("rb") as file:
-            magic = file.read(len(_MAGIC))
-            if not magic:
-                raise SparseMMError(f"{path}: not a GGUF file (it is empty)")
-            if magic != _MAGIC:
-                raise SparseMMError(
-                    f"{path}: not a GGUF file (it starts with {magic!r}, expected {_MAGIC!r})"
-                )
-            with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
-                return _Walk(path, data).header()
-    except OSError as error:
-        raise SparseMMError(f"cannot read {path}: {error.strerror or error}") from error
+    with os_errors(f"read {path}"), path.open("rb") as file:
+        magic = file.read(len(_MAGIC))
+        if not magic:
+            raise SparseMMError(f"{path}: not a GGUF file (it is empty)")
+        if magic != _MAGIC:
+            raise SparseMMError(f"{path}: not a GGUF file (it starts with {magic!r}, expected {_MAGIC!r})")
+        with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
+            return _Walk(path, data).header()
 
 
 def weight_bytes(path: Path) -> int:

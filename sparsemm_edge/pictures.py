@@ -9,7 +9,7 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image, ImageOps, UnidentifiedImageError
 
-from sparsemm_edge.errors import SparseMMError
+from sparsemm_edge.errors import SparseMMError, one_line
 
 Picture = str | Path | bytes | Image.Image
 """What pictures are given as: a file, its bytes, or a picture that is open already."""
@@ -65,14 +65,14 @@ def _upright_rgb(image: Image.Image, where: str) -> Image.Image:
     try:
         image.load()
     except Exception as error:  # decoders stumble in many ways
-        raise SparseMMError(f"{where}: not an image that can be read ({_line(error)})") from error
+        raise SparseMMError(f"{where}: not an image that can be read ({one_line(error)})") from error
     if not image.width or not image.height:
         raise SparseMMError(f"{where}: a picture without pixels ({image.width} x {image.height})")
     try:
         image = ImageOps.exif_transpose(image)
     except Exception as error:  # struct.error, SyntaxError, ...
         raise SparseMMError(
-            f"{where}: its EXIF data is broken ({_line(error)}): save it anew, or without EXIF data"
+            f"{where}: its EXIF data is broken ({one_line(error)}): save it anew, or without EXIF data"
         ) from error
     try:
         if image.mode in ("I", "F") or image.mode.startswith("I;16"):
@@ -83,7 +83,7 @@ def _upright_rgb(image: Image.Image, where: str) -> Image.Image:
         return image.convert("RGB")
     except Exception as error:  # a mode that cannot be converted, for want of memory, ...
         raise SparseMMError(
-            f"{where}: a picture of mode {image.mode} cannot be used ({_line(error)})"
+            f"{where}: a picture of mode {image.mode} cannot be used ({one_line(error)})"
         ) from error
 
 
@@ -110,8 +110,4 @@ def _why_not(source: str | Path | bytes, error: Exception) -> str:
             return said
     if isinstance(error, UnidentifiedImageError):
         return "not an image that can be read (its kind is unknown)"
-    return f"not an image that can be read ({_line(error)})"
-
-
-def _line(error: Exception) -> str:
-    return " ".join(str(error).split()) or type(error).__name__
+    return f"not an image that can be read ({one_line(error)})"

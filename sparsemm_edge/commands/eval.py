@@ -10,7 +10,7 @@ import typer
 
 from sparsemm_edge import defaults
 from sparsemm_edge.commands import options
-from sparsemm_edge.errors import SparseMMError
+from sparsemm_edge.errors import SparseMMError, os_errors
 from sparsemm_edge.files import atomic_path
 from sparsemm_edge.output import print_json, progress_bar
 
@@ -164,10 +164,8 @@ def evaluate(
         n_turns=turns,
         cross=cross,
     )
-    try:
+    with os_errors(f"make the folder {out}"):
         out.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise SparseMMError(f"cannot make the folder {out}: {error.strerror}") from error
     with (
         Results(out / "results.jsonl", job, data_set, resume=resume) as results,
         progress_bar("pages", stays=True, shown=not as_json) as progress,

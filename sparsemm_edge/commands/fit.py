@@ -36,16 +36,8 @@ def fit(
         typer.Option("--n-ctx", "-c", help="Places in the KV cache [default: what prompt and reply need]."),
     ] = None,
     budget: Annotated[int | None, typer.Option(help="Budget to evict to [default: the file's].")] = None,
-    cache_type_k: Annotated[
-        str,
-        typer.Option(
-            "--cache-type-k", "-ctk", help="Data type of K where evicted: f16, f32, bf16, q8_0, q4_0."
-        ),
-    ] = "f16",
-    cache_type_v: Annotated[
-        str, typer.Option("--cache-type-v", "-ctv", help="Data type of V where evicted.")
-    ] = "f16",
-    n_ubatch: options.NUbatch = None,
+    *,
+    cache: options.CacheOptions,
     scores: options.Scores = None,
     window: options.Window = None,
     kv_max_tail: options.KvMaxTail = None,
@@ -58,8 +50,8 @@ def fit(
 ) -> None:
     """Compute the memory that a model, its images and its cache need, without running it.
 
-    K and V are exact. Compute buffers are llama.cpp's own numbers; the image encoder's are for its warm-up
-    image. Totals include the memory of all devices.
+    K and V are exact; --cache-type-k and -v are of the evicted cache. Compute buffers are llama.cpp's own
+    numbers; the image encoder's are for its warm-up image. Totals include the memory of all devices.
 
     \b
     Examples:
@@ -84,15 +76,13 @@ def fit(
             n_text=n_text,
             n_predict=n_predict,
             n_ctx=n_ctx,
-            cache_type_k=cache_type_k,
-            cache_type_v=cache_type_v,
             budget=budget,
             window=window,
             max_tail=kv_max_tail,
-            n_ubatch=n_ubatch,
             n_gpu_layers=n_gpu_layers,
             scores=scores,
             memory=n_bytes,
+            **vars(cache),
         )
     if as_json:
         print_json(found.to_dict())

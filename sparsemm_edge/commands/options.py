@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from sparsemm_edge.defaults import IMAGE_CACHE_SIZE, MAX_POSITIONS, MAX_THREADS, N_CTX
+from sparsemm_edge.defaults import IMAGE_CACHE_SIZE, N_CTX, RANGES
 from sparsemm_edge.errors import SparseMMError, check_within
 from sparsemm_edge.files import check_text, decode_text, read_text
 
@@ -51,6 +51,11 @@ Verbose = Annotated[bool, typer.Option("--verbose", help="Show llama.cpp's log."
 ImageMemory = Annotated[
     int, typer.Option(help="MiB of encoded images to keep in memory, for images that come again.")
 ]
+ImageMinTokens = Annotated[
+    int | None,
+    typer.Option(help="Fewest tokens of an image, for models with dynamic resolution (Qwen-VL)."),
+]
+ImageMaxTokens = Annotated[int | None, typer.Option(help="Most tokens of an image, likewise.")]
 NUbatch = Annotated[
     int | None,
     typer.Option("--n-ubatch", "-ub", help="Prompt tokens computed at a time [default: 512]."),
@@ -91,6 +96,12 @@ NCtxOfChat = Annotated[
     ),
 ]
 
+# Pages to read.
+PageSize = Annotated[str, typer.Option("--page-size", help="Of documents, in pixels.")]
+MaxNewTokens = Annotated[
+    int | None, typer.Option(help="Most tokens of an answer [default: a little over the page's text].")
+]
+
 # What is written.
 AsJson = Annotated[bool, typer.Option("--json", help="Print the figures as one JSON object.")]
 Force = Annotated[bool, typer.Option("--force", help="Replace the file to write if it exists.")]
@@ -119,11 +130,8 @@ class ModelOptions:
             help="LoRA adapter over the text model, FILE or FILE=SCALE; may be given several times.",
         ),
     ] = None
-    image_min_tokens: Annotated[
-        int | None,
-        typer.Option(help="Fewest tokens of an image, for models with dynamic resolution (Qwen-VL)."),
-    ] = None
-    image_max_tokens: Annotated[int | None, typer.Option(help="Most tokens of an image, likewise.")] = None
+    image_min_tokens: ImageMinTokens = None
+    image_max_tokens: ImageMaxTokens = None
     mmap: Annotated[bool, typer.Option(help="Memory-map the model file, or read it.")] = True
     mlock: Annotated[
         bool, typer.Option("--mlock", help="Lock the weights in memory, if the system allows it.")
@@ -349,49 +357,8 @@ class ConversationOptions(ImageCacheOptions, CacheOptions, EvictionOptions):
         return _alike(self, CacheOptions) | evicts
 
 
-NUMBERS: dict[str, tuple[float, float]] = {
-    "budget": (1, 2**31 - 1),
-    "draws": (1, 1000),
-    "floor_ratio": (0, 1),
-    "frequency_penalty": (-100, 100),
-    "image_cache_size": (1, 2**20),
-    "image_max_tokens": (1, MAX_POSITIONS),
-    "image_memory": (0, 2**20),
-    "image_min_tokens": (1, MAX_POSITIONS),
-    "jobs": (1, 64),
-    "kv_max_tail": (1, 2**31 - 1),
-    "layers": (1, 1000),
-    "max_new_tokens": (1, MAX_POSITIONS),
-    "min_p": (0, 1),
-    "n_ctx": (1, MAX_POSITIONS),
-    "n_gpu_layers": (-1, 2**31 - 1),
-    "n_predict": (1, MAX_POSITIONS),
-    "n_prompt": (1, 2**31 - 1),
-    "n_text": (1, MAX_POSITIONS),
-    "n_ubatch": (1, MAX_POSITIONS),
-    "pages": (1, 10**6),
-    "port": (0, 2**16 - 1),
-    "presence_penalty": (-100, 100),
-    "random_seeds": (1, 1000),
-    "repeat_penalty": (0.01, 100),
-    "rounds": (0, 1000),
-    "seed": (-1, 2**32 - 1),
-    "share": (0, 1),
-    "temp": (0, 1000),
-    "threads": (1, MAX_THREADS),
-    "threads_batch": (1, MAX_THREADS),
-    "top_k": (0, 2**31 - 1),
-    "top_p": (0, 1),
-    "turns": (1, 1000),
-    "until": (0, 2),
-    "window": (1, 1024),
-}
-"""The range of every numeric option, in all commands. Outside it something crashes, overflows or takes all
-memory. Narrower limits are checked where they are known."""
-
-
 def as_command(function: Callable[..., None]) -> Callable[..., None]:
-    """A command for typer: its groups become their options, and numbers outside NUMBERS are refused.
+    """A command for typer: its groups become their options, and numbers outside RANGES are refused.
 
     A group is a parameter whose type is a dataclass of options.
     """
@@ -408,7 +375,7 @@ def as_command(function: Callable[..., None]) -> Callable[..., None]:
     def run(**given: Any) -> None:
         for name, value in given.items():
             if isinstance(value, int | float) and not isinstance(value, bool):
-                check_within(f"--{name.replace('_', '-')}", value, *NUMBERS[name])
+                check_within(f"--{name.replace('_', '-')}", value, *RANGES[name])
         for name, kind in groups.items():
             given[name] = kind(**{field.name: given.pop(field.name) for field in fields(kind)})
         function(**given)

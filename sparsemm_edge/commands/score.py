@@ -39,7 +39,7 @@ def score(
         typer.Option(help="Stop at this rank correlation between halves of the pages; 2: never."),
     ] = 0.95,
     seed: Annotated[int, typer.Option("--seed", "-s", help="Seed of the pages.")] = 0,
-    size: Annotated[str, typer.Option("--page-size", help="Of documents, in pixels.")] = "896x672",
+    size: options.PageSize = "896x672",
     prompt: Annotated[
         str | None,
         typer.Option(
@@ -47,19 +47,15 @@ def score(
             " the whole prompt, without the chat template."
         ),
     ] = None,
-    max_new_tokens: Annotated[
-        int | None, typer.Option(help="Most tokens of an answer [default: a little over the page's text].")
-    ] = None,
+    max_new_tokens: options.MaxNewTokens = None,
     convert: Annotated[
         bool, typer.Option("--convert", help="Also write head budgets into a copy of the GGUF file.")
     ] = False,
     threads: options.Threads = None,
     threads_batch: options.ThreadsBatch = None,
     n_gpu_layers: options.NGpuLayers = None,
-    image_min_tokens: Annotated[
-        int | None, typer.Option(help="Fewest tokens of an image, for dynamic resolution (Qwen-VL).")
-    ] = None,
-    image_max_tokens: Annotated[int | None, typer.Option(help="Most tokens of an image, likewise.")] = None,
+    image_min_tokens: options.ImageMinTokens = None,
+    image_max_tokens: options.ImageMaxTokens = None,
     chat_template: options.ChatTemplate = None,
     device: Annotated[
         str | None,

@@ -105,13 +105,11 @@ def knockout(
     data: Annotated[str, typer.Option(help="Pages to read: documents, grid or a folder.")] = "documents",
     pages: Annotated[int, typer.Option(help="How many pages, at most.")] = 20,
     seed: Annotated[int, typer.Option("--seed", "-s", help="Seed of the pages and of the random heads.")] = 1,
-    size: Annotated[str, typer.Option("--page-size", help="Of documents, in pixels.")] = "896x672",
+    size: options.PageSize = "896x672",
     prompt: Annotated[str | None, typer.Option(help="What to ask [default: for all the text].")] = None,
     share: Annotated[float, typer.Option(help="Share of the heads to silence.")] = 0.05,
     draws: Annotated[int, typer.Option(help="Random choices of as many other heads.")] = 5,
-    max_new_tokens: Annotated[
-        int | None, typer.Option(help="Most tokens of an answer [default: a little over the page's text].")
-    ] = None,
+    max_new_tokens: options.MaxNewTokens = None,
     device: Annotated[str | None, typer.Option(help="As for score.")] = None,
     dtype: Annotated[str, typer.Option(help="As for score.")] = "auto",
     as_json: options.AsJson = False,

@@ -15,7 +15,7 @@ from gguf.constants import GGML_QUANT_SIZES
 
 from sparsemm_edge.budgets import FULL, POOL_KERNEL
 from sparsemm_edge.closing import Closing
-from sparsemm_edge.errors import SparseMMError
+from sparsemm_edge.errors import SparseMMError, os_errors
 from sparsemm_edge.evaluation.datasets import DataSet, Question
 from sparsemm_edge.evaluation.metrics import METRICS, Logits, compare
 from sparsemm_edge.evaluation.settings import Setting
@@ -515,10 +515,8 @@ class Results(Closing):
 
 def _identity(path: Path) -> str:
     """A file's name and size, to notice a different file without hashing it."""
-    try:
+    with os_errors(f"read {path}"):
         return f"{path.name}, {path.stat().st_size} bytes"
-    except OSError as error:
-        raise SparseMMError(f"cannot read {path}: {error.strerror or error}") from error
 
 
 # --- the run

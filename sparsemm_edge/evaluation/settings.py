@@ -7,7 +7,7 @@ from typing import Any
 
 from sparsemm_edge import defaults
 from sparsemm_edge.budgets import MAX_WINDOW, POLICIES, VOTES, BudgetSpec, window_for
-from sparsemm_edge.errors import SparseMMError
+from sparsemm_edge.errors import SparseMMError, check_within
 
 LATER = ("again", "keep", "image")
 """What later questions evict: anything (`again`) or nothing (`keep`). With `image` no question evicts: the
@@ -133,8 +133,7 @@ def settings_of(
         ("number of random seeds", [n_random], 1, 1000),
     ):
         for value in values:
-            if not low <= value <= high:
-                raise SparseMMError(f"a {what} of {value} was asked for: it must be {low} to {high}")
+            check_within(f"the {what}", value, low, high)
     full_types = ["f16", *(_QUANTISED if "full" in policies else ()), *cache_types]
     settings = [Setting("full", cache_type=cache_type) for cache_type in full_types]
     for cache_type, word in product(cache_types, policies):

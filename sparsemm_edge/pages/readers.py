@@ -16,7 +16,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from sparsemm_edge.errors import SparseMMError
+from sparsemm_edge.errors import SparseMMError, check_within
 from sparsemm_edge.files import parse_json, read_json, read_json_lines, read_parquet
 from sparsemm_edge.pages import Chunk, Page, documents, grid, scenes
 from sparsemm_edge.pictures import open_picture
@@ -62,11 +62,8 @@ def open_pages(
     Raises:
         SparseMMError: no such folder, no page descriptions in it, or an argument out of range.
     """
-    if not 1 <= n_pages <= PAGES_A_SEED:
-        raise SparseMMError(f"{n_pages} pages: it must be 1 to {PAGES_A_SEED}")
-    n_seeds = (grid.FIRST_TRAINING_SEED - FIRST_SCORING_SEED) // PAGES_A_SEED
-    if not 0 <= seed < n_seeds:
-        raise SparseMMError(f"the seed is {seed}: it must be 0 to {n_seeds - 1}")
+    check_within("the number of pages", n_pages, 1, PAGES_A_SEED)
+    check_within("the seed", seed, 0, (grid.FIRST_TRAINING_SEED - FIRST_SCORING_SEED) // PAGES_A_SEED - 1)
     first = FIRST_SCORING_SEED + seed * PAGES_A_SEED
     page: Callable[[int], Page]
     if data == "documents":

@@ -20,7 +20,7 @@ from gguf import GGUFReader, GGUFWriter, TokenType
 from gguf.constants import GGML_QUANT_SIZES, GGUF_DEFAULT_ALIGNMENT, GGMLQuantizationType
 from gguf.quants import quantize
 
-from sparsemm_edge.errors import SparseMMError
+from sparsemm_edge.errors import SparseMMError, os_errors
 from sparsemm_edge.files import atomic_path
 from sparsemm_edge.gguf_header import bytes_of
 from sparsemm_edge.gguf_metadata import ModelShape, SparseMMMetadata
@@ -252,10 +252,8 @@ def model_of_shape(
     path = folder / f"{name}-{shape.n_layer}-layers-{key[:8]}.gguf"
     if path.exists():
         return path
-    try:
+    with os_errors(f"make the folder {folder}"):
         folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise SparseMMError(f"cannot make the folder {folder}: {error.strerror}") from error
     needed, free = shape.weight_bytes() + 2**26, shutil.disk_usage(folder).free
     if needed > free:
         raise SparseMMError(

@@ -11,7 +11,7 @@ from typing import Any
 from jinja2 import Environment, FileSystemLoader
 from matplotlib.figure import Figure
 
-from sparsemm_edge.errors import SparseMMError
+from sparsemm_edge.errors import os_errors
 from sparsemm_edge.files import atomic_path
 from sparsemm_edge.reports import save_png
 from sparsemm_edge.reports.profiling_plots import svg
@@ -63,11 +63,9 @@ def make_folder(folder: Path) -> None:
     Raises:
         SparseMMError: it cannot be created or written.
     """
-    try:
+    with os_errors(f"write into the folder {folder}"):
         folder.mkdir(parents=True, exist_ok=True)
         tempfile.TemporaryFile(dir=folder).close()
-    except OSError as error:
-        raise SparseMMError(f"cannot write into the folder {folder}: {error.strerror}") from error
 
 
 def write(

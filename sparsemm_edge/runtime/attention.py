@@ -39,7 +39,7 @@ class StrongestPositions:
     def __init__(self, n_layer: int, n_head: int, layers: Sequence[int]) -> None:
         """Args:
             n_layer, n_head: all layers of the model, and query heads of each.
-            layers: the numbers of those that are asked for, ascending.
+            layers: the numbers of the layers to record, ascending.
 
         Raises:
             SparseMMError: llama-cpp-python without the patches.

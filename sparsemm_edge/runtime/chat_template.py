@@ -14,7 +14,7 @@ from jinja2.nodes import Node
 from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
-from sparsemm_edge.errors import SparseMMError
+from sparsemm_edge.errors import SparseMMError, one_line
 from sparsemm_edge.files import check_text, parse_json, read_text
 from sparsemm_edge.runtime import builtin_templates
 
@@ -93,24 +93,6 @@ def read_template_options(given: str) -> dict[str, Any]:
     if own := _OWN.intersection(found):
         raise SparseMMError(f"--chat-template-kwargs cannot say {sorted(own)[0]}: the program says it")
     return found
-
-
-def render(
-    template: str,
-    prompt: str,
-    n_images: int,
-    *,
-    marker: str,
-    bos: str,
-    eos: str,
-    first: bool = True,
-    system: str | None = None,
-    options: Mapping[str, Any] | None = None,
-) -> str:
-    """The prompt text for one user message, see render_turns; `system` is a system message before it."""
-    turns = [] if system is None else [Turn("system", system)]
-    turns.append(Turn("user", prompt, n_images))
-    return render_turns(template, turns, marker=marker, bos=bos, eos=eos, first=first, options=options)
 
 
 def render_turns(
@@ -273,8 +255,9 @@ def _mark_images(between: list[str], n_images: int, marker: str) -> list[str]:
 
 
 def _unusable(problem: Exception | str) -> SparseMMError:
-    reason = " ".join(str(problem).split()) or type(problem).__name__
-    return SparseMMError(f"the chat template cannot be used ({reason}); give another: --chat-template")
+    return SparseMMError(
+        f"the chat template cannot be used ({one_line(problem)}); give another: --chat-template"
+    )
 
 
 def _raise(message: str) -> None:

@@ -11,8 +11,7 @@ import numpy.typing as npt
 from gguf.constants import GGMLQuantizationType
 
 from sparsemm_edge.closing import Closing
-from sparsemm_edge.defaults import MAX_POSITIONS
-from sparsemm_edge.errors import SparseMMError, check_within
+from sparsemm_edge.errors import SparseMMError, check_ranges
 from sparsemm_edge.gguf_header import bytes_of, weight_bytes_read
 from sparsemm_edge.gguf_metadata import check_supported
 from sparsemm_edge.resources import machine_memory
@@ -409,9 +408,7 @@ def context_for(
         eviction: None: the settings of the model file.
         options: the other keyword arguments of Context.
     """
-    for name, value in (("n_predict", n_predict), ("n_ctx", n_ctx), ("n_ubatch", n_ubatch)):
-        if value is not None:
-            check_within(name, value, 1, MAX_POSITIONS)
+    check_ranges(n_predict=n_predict, n_ctx=n_ctx, n_ubatch=n_ubatch)
     return Context(
         model,
         model.plan(eviction or Eviction(), prompt.n_tokens),

@@ -15,8 +15,7 @@ from PIL import Image
 
 from sparsemm_edge import defaults
 from sparsemm_edge.closing import Closing
-from sparsemm_edge.defaults import MAX_POSITIONS
-from sparsemm_edge.errors import ContextFullError, SparseMMError, check_within
+from sparsemm_edge.errors import ContextFullError, SparseMMError, check_ranges
 from sparsemm_edge.gguf_header import weight_bytes_read
 from sparsemm_edge.runtime import library, session_file
 from sparsemm_edge.runtime.chat_template import Turn
@@ -125,8 +124,7 @@ class Conversation(Closing):
         """Args:
         model: the model, which must outlive the conversation.
         n_ctx: context size in positions; None: enough for the first question and its answer.
-        n_ubatch: prompt tokens computed at a time; None: 512.
-        cache_type_k, cache_type_v: one of CACHE_TYPES.
+        n_ubatch, cache_type_k, cache_type_v: as Context takes them.
         system: the system message.
         chat_template: jinja text to use instead of the model's own template, or a name of llama.cpp's.
         template_options: extra variables for the template, such as {"enable_thinking": False}.
@@ -142,9 +140,7 @@ class Conversation(Closing):
             SparseMMError: an argument out of its range, or a file that cannot be resumed with this model and
                 these arguments.
         """
-        for name, value in (("n_ctx", n_ctx), ("n_ubatch", n_ubatch)):
-            if value is not None:
-                check_within(name, value, 1, MAX_POSITIONS)
+        check_ranges(n_ctx=n_ctx, n_ubatch=n_ubatch)
         cache_type(cache_type_k), cache_type(cache_type_v)
         self._model = model
         self._n_ctx_given = n_ctx
@@ -270,7 +266,7 @@ class Conversation(Closing):
                 range.
         """
         started = time.perf_counter()
-        check_within("n_predict", n_predict, 1, MAX_POSITIONS)
+        check_ranges(n_predict=n_predict)
         context, asked, sampling = self._context, self._asked, sampling or Sampling()
         if context is None or asked is None:
             raise SparseMMError("no message yet: there is nothing to answer again")
@@ -326,7 +322,7 @@ class Conversation(Closing):
     ) -> Generator[str, None, None]:
         """Read the text of a prompt and reply to it."""
         started = time.perf_counter()
-        check_within("n_predict", n_predict, 1, MAX_POSITIONS)
+        check_ranges(n_predict=n_predict)
         with ExitStack() as stack:
             with self._model.tokenize(text, images, first=first) as prompt:
                 prompt.prepend(self._pending)

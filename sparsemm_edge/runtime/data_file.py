@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from sparsemm_edge.errors import SparseMMError
+from sparsemm_edge.errors import SparseMMError, os_errors
 from sparsemm_edge.files import atomic_path
 
 _MAX_HEADER = 2**24  # bytes: the head budgets of the largest models take a tenth of a percent of it
@@ -49,12 +49,9 @@ class DataFile:
         Raises:
             SparseMMError: the file cannot be read, is of another kind or version, or is damaged.
         """
-        try:
-            with path.open("rb") as file:
-                line = file.readline(_MAX_HEADER)
-                data = np.frombuffer(file.read(), dtype=np.uint8).copy()
-        except OSError as error:
-            raise SparseMMError(f"cannot read {path}: {error.strerror or error}") from error
+        with os_errors(f"read {path}"), path.open("rb") as file:
+            line = file.readline(_MAX_HEADER)
+            data = np.frombuffer(file.read(), dtype=np.uint8).copy()
         try:
             header = json.loads(line)
             kind, version = header["format"], header["version"]

@@ -8,7 +8,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import TypeVar
 
-from sparsemm_edge.errors import SparseMMError
+from sparsemm_edge.errors import SparseMMError, os_errors
 
 _T = TypeVar("_T")
 _log = logging.getLogger(__name__)  # by default Python prints warnings on stderr
@@ -33,12 +33,8 @@ class DiskCache:
         """
         self.folder = folder
         self.max_bytes = max_bytes
-        try:
+        with os_errors(f"make the folder {folder} (--image-cache)"):
             folder.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise SparseMMError(
-                f"cannot make the folder {folder} (--image-cache): {error.strerror or error}"
-            ) from error
 
     def read(self, name: str, read: Callable[[Path], _T]) -> _T | None:
         """Read a file; None if it is missing, or unusable, with a warning.

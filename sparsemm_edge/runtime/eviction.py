@@ -18,13 +18,9 @@ class Eviction:
 
     Attributes:
         enabled: False keeps the full cache.
-        policy: sparsemm, uniform, pyramid, random, or full (which keeps the full cache too).
-        budget: mean head budget in positions, window included.
-        window: observation window in positions.
+        policy, budget, window, vote, residual: as in BudgetSpec; policy `full` keeps the full cache too.
         scores: a head scores file to use instead of the scores in the model file.
         max_tail: most generated positions per head, oldest dropped first; None: no limit.
-        vote: how the positions of a head are ranked, one of budgets.VOTES.
-        residual: whether an evicting head keeps a residual slot that summarises what it evicted.
     """
 
     enabled: bool = True
@@ -54,11 +50,8 @@ class HeadBudgetTable:
 
     Attributes:
         head_budgets: [n_layer, n_head_kv] positions that a KV head keeps, window included.
-        window: observation window in positions.
-        pool_kernel: width of the max pooling of the votes, in positions.
+        window, pool_kernel, vote, residual: as in BudgetSpec.
         max_tail: most generated positions per head; None: no limit.
-        vote: how the positions of a head are ranked, one of budgets.VOTES.
-        residual: whether an evicting head keeps a residual slot that summarises what it evicted.
     """
 
     head_budgets: npt.NDArray[np.uint32]

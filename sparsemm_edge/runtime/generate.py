@@ -64,10 +64,7 @@ def generate(
 
     Args:
         model: the model, which must outlive the generation.
-        prompt: the user's message.
-        images: files or PIL images, shown before the text.
-        n_predict: most tokens to generate.
-        sampling: how tokens are sampled; None: greedy.
+        prompt, images, n_predict, sampling: as Conversation.ask takes them.
         save_session: a file to write the conversation to, once the answer is complete.
         load_session: a file of save_session; the message continues that conversation.
         options: the other keyword arguments of Conversation, such as `eviction`, `n_ctx` and `system`.
@@ -76,8 +73,7 @@ def generate(
         An iterator over pieces of text, always whole characters.
 
     Raises, while it is read:
-        SparseMMError: an unreadable image, no image encoder or chat template, a prompt longer than the
-            context, or an argument out of range.
+        SparseMMError: as Conversation.ask.
     """
     conversation = Conversation(model, multi_turn=save_session is not None, resume=load_session, **options)
     return Generation(conversation, save_session, prompt, images, n_predict=n_predict, sampling=sampling)

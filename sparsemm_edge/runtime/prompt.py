@@ -135,9 +135,8 @@ def tokenize_with_images(
 
     Args:
         vision: mtmd_context pointer.
-        text: the prompt with markers.
+        text, first: as in tokenize_text.
         images: files or pictures, in the markers' order.
-        first: whether it begins the sequence: the begin token is added if the model wants one.
         with_keys: whether to compute the images' keys, which takes milliseconds.
     """
     started = time.perf_counter()

@@ -15,7 +15,8 @@ import numpy as np
 import numpy.typing as npt
 
 from sparsemm_edge.closing import Closing
-from sparsemm_edge.errors import SparseMMError, check_within
+from sparsemm_edge.defaults import RANGES
+from sparsemm_edge.errors import SparseMMError, check_ranges, check_within, one_line
 from sparsemm_edge.runtime import library
 from sparsemm_edge.runtime.library import llama
 
@@ -58,14 +59,8 @@ class Sampling:
     json_schema: str | None = None
 
     def __post_init__(self) -> None:
-        check_within("temperature", self.temperature, 0, 1000)
+        check_ranges(**{name: value for name, value in vars(self).items() if name in RANGES})
         check_within("seed", self.seed, -1, _MAX_SEED)
-        check_within("top_k", self.top_k, 0, 2**31 - 1)
-        check_within("top_p", self.top_p, 0, 1)
-        check_within("min_p", self.min_p, 0, 1)
-        check_within("repeat_penalty", self.repeat_penalty, 0.01, 100)
-        check_within("presence_penalty", self.presence_penalty, -100, 100)
-        check_within("frequency_penalty", self.frequency_penalty, -100, 100)
         if "" in self.stop:
             raise SparseMMError("a stop text is empty")
         if self.grammar is not None and self.json_schema is not None:
@@ -88,8 +83,8 @@ class Sampling:
         except ValueError as error:
             raise SparseMMError(f"the JSON schema is not JSON, or cannot be used: {error}") from error
         except Exception as error:  # the converter raises whatever it trips over
-            reason = " ".join(str(error).split()) or type(error).__name__
-            raise SparseMMError(f"the JSON schema cannot be turned into a grammar: {reason[:200]}") from error
+            reason = one_line(error)[:200]
+            raise SparseMMError(f"the JSON schema cannot be turned into a grammar: {reason}") from error
 
 
 class Sampler(Closing):

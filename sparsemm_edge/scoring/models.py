@@ -22,7 +22,7 @@ from transformers.feature_extraction_utils import BatchFeature
 from transformers.image_processing_utils import select_best_resolution
 from transformers.utils import cached_file, logging
 
-from sparsemm_edge.errors import SparseMMError, check_within
+from sparsemm_edge.errors import SparseMMError, check_within, one_line
 from sparsemm_edge.files import read_bytes, read_json, read_text
 from sparsemm_edge.scoring import geometry
 from sparsemm_edge.scoring.geometry import ImageLayout
@@ -122,7 +122,7 @@ class VisionLanguageModel:
         Raises:
             SparseMMError: prompt or processor do not fit the model.
         """
-        with _one_line(self.name, "make a prompt of a page"):
+        with _failures(self.name, "make a prompt of a page"):
             text = self.question(question)
             if text.count(self.image_token) != 1:
                 raise SparseMMError(
@@ -157,7 +157,7 @@ class VisionLanguageModel:
             SparseMMError: the model cannot answer, for example out of memory.
         """
         own = self.model.generation_config
-        with _one_line(self.name, "answer"):
+        with _failures(self.name, "answer"):
             done = self.model.generate(
                 **prompt.inputs,
                 # what else a checkpoint states (sampling, penalties) would not be greedy
@@ -315,14 +315,14 @@ def load(name: str, *, device: str | None = None, dtype: str = "auto") -> Vision
     device = _checked_device(device)
     logging.disable_progress_bar()
     with _readable(name) if local else nullcontext(name) as source:
-        with _one_line(name, "load config.json"):
+        with _failures(name, "load config.json"):
             config = AutoConfig.from_pretrained(source, local_files_only=local)
             check_architecture(name, config)
-        with _one_line(name, "load the tokenizer"):
+        with _failures(name, "load the tokenizer"):
             tokenizer = AutoTokenizer.from_pretrained(source, local_files_only=local)
-        with _one_line(name, "load the image processor (preprocessor_config.json or processor_config.json)"):
+        with _failures(name, "load the image processor (preprocessor_config.json or processor_config.json)"):
             image_processor = AutoImageProcessor.from_pretrained(source, local_files_only=local)
-        with _one_line(name, "load the weights"):
+        with _failures(name, "load the weights"):
             loaded: Any = AutoModelForImageTextToText.from_pretrained(
                 source,
                 config=config,
@@ -337,7 +337,7 @@ def load(name: str, *, device: str | None = None, dtype: str = "auto") -> Vision
             if device != "auto":
                 model.to(device)
         template = _chat_template(source, local)
-    with _one_line(name, "use what it holds"):
+    with _failures(name, "use what it holds"):
         return VisionLanguageModel(name, model, tokenizer, image_processor, template)
 
 
@@ -425,7 +425,7 @@ def _checked_device(device: str | None) -> str:
     try:
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError, ValueError) as error:
-        raise SparseMMError(f"device {device!r} cannot be used: {_line(error)}") from error
+        raise SparseMMError(f"device {device!r} cannot be used: {one_line(error)}") from error
     return device
 
 
@@ -441,14 +441,14 @@ def _chat_template(name: str, local: bool) -> str | None:
             local_files_only=local,
         )
         if path is not None:
-            with _one_line(name, f"load {file}"):
+            with _failures(name, f"load {file}"):
                 found = Path(path)
                 return read_text(found) if found.suffix == ".jinja" else read_json(found)["chat_template"]
     return None
 
 
 @contextmanager
-def _one_line(name: str, what: str) -> Iterator[None]:
+def _failures(name: str, what: str) -> Iterator[None]:
     """Turn any exception into a one-line error. Damaged checkpoints fail anywhere in transformers, sometimes
     with a plain Exception.
     """
@@ -457,8 +457,5 @@ def _one_line(name: str, what: str) -> Iterator[None]:
     except SparseMMError:
         raise
     except Exception as error:
-        raise SparseMMError(f"{name}: cannot {what}: {_line(error)}") from error
-
-
-def _line(error: BaseException) -> str:
-    return " ".join(str(error).split("\n\n")[0].split()) or type(error).__name__
+        first = str(error).split("\n\n")[0]
+        raise SparseMMError(f"{name}: cannot {what}: {one_line(first or error)}") from error

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from sparsemm_edge.errors import SparseMMError
+from sparsemm_edge.errors import SparseMMError, check_within
 from sparsemm_edge.gguf_header import GGUFHeader
 from sparsemm_edge.scoring import geometry
 from sparsemm_edge.scoring.geometry import ImageLayout, Rects, Size
@@ -54,10 +54,9 @@ class ImageEncoder:
 
         def number(key: str, default: int = 0) -> int:
             value = header.value(_KEYS + key, default)
-            if not isinstance(value, int) or not 0 < value < 2**16:
-                raise SparseMMError(
-                    f"{self._path}: {_KEYS}{key} is {value!r}, expected a number of 1 to 65535"
-                )
+            if not isinstance(value, int):
+                raise SparseMMError(f"{self._path}: {_KEYS}{key} is {value!r}, expected a whole number")
+            check_within(f"{self._path}: {_KEYS}{key}", value, 1, 2**16 - 1)
             return value
 
         self.image_size = number("image_size")

@@ -67,9 +67,8 @@ class GgufFiles:
 
     Attributes:
         model, mmproj: GGUF files.
-        n_threads: None: the physical cores. n_threads_batch: threads for prompts; None: n_threads.
-        n_gpu_layers: layers on the GPU, if llama.cpp was built for one; None: as llama.cpp does it.
-        image_min_tokens, image_max_tokens: least and most tokens of an image, where its size decides.
+        n_threads: None: the physical cores.
+        n_threads_batch, n_gpu_layers, image_min_tokens, image_max_tokens: as in Loading.
         chat_template: instead of the model's own.
     """
 

@@ -18,7 +18,7 @@ import typer
 
 from helpers.command_line import CommandLine
 from sparsemm_edge import cli, resources
-from sparsemm_edge.commands.options import NUMBERS
+from sparsemm_edge.defaults import RANGES
 from sparsemm_edge.demo import DemoModel
 from sparsemm_edge.errors import SparseMMError
 from sparsemm_edge.output import whole_numbers
@@ -133,7 +133,7 @@ def test_a_full_disk_on_stdout_is_one_line(arguments: list[str]) -> None:
 
 
 def numbers() -> Iterator[tuple[str, str, str]]:
-    """Every option that is a number: the command, the option, and its name in NUMBERS."""
+    """Every option that is a number: the command, the option, and its name in RANGES."""
 
     def walk(command: Any, path: tuple[str, ...]) -> Iterator[tuple[str, str, str]]:
         for name, each in getattr(command, "commands", {}).items():
@@ -159,7 +159,7 @@ def numbers() -> Iterator[tuple[str, str, str]]:
 
 def test_every_number_of_every_command_has_a_range() -> None:
     found = list(numbers())
-    assert len(found) > 40 and {name for _, _, name in found} <= NUMBERS.keys()
+    assert len(found) > 40 and {name for _, _, name in found} <= RANGES.keys()
 
 
 @pytest.mark.parametrize("command", sorted({command for command, _, _ in numbers()}))
@@ -179,7 +179,7 @@ def test_a_number_out_of_its_range_is_one_line(command: str, sparsemm: CommandLi
     for each, option, name in numbers():
         if each != command:
             continue
-        low, high = NUMBERS[name]
+        low, high = RANGES[name]
         for value in (
             "nan",
             "inf",

@@ -342,7 +342,7 @@ def test_the_image_encoder_stays_off_the_gpu_if_it_should() -> None:
         (["-ngl", 2**31], "--n-gpu-layers is 2147483648"),
         (["-tb", "0"], "--threads-batch is 0"),
         (["--image-min-tokens", "0"], "--image-min-tokens is 0"),
-        (["--image-max-tokens", 2**17], "image_max_tokens is 131072: it must be 1 to 65536"),
+        (["--image-max-tokens", 2**17], "--image-max-tokens is 131072: it must be 1 to 65536"),
         (["--image-max-tokens", 2**31], "--image-max-tokens is 2147483648"),
         (["--image-min-tokens", "9", "--image-max-tokens", "8"], "more than image_max_tokens, 8"),
         (["--lora", "nowhere.gguf"], "nowhere.gguf"),

@@ -14,12 +14,13 @@ from typing import Any
 
 import pytest
 
+from helpers.chat_templates import render
 from helpers.command_line import CommandLine
 from helpers.model_files import without_template
 from helpers.models import sample_image, test_model
 from sparsemm_edge import SparseMMError
 from sparsemm_edge.runtime import VisionModel, builtin_templates
-from sparsemm_edge.runtime.chat_template import Turn, read_template, render, render_turns
+from sparsemm_edge.runtime.chat_template import Turn, read_template, render_turns
 
 TOKENS = {"marker": "<M>", "bos": "<s>", "eos": "</s>"}
 

@@ -1,5 +1,9 @@
 """Chat templates of the shapes that models bring: what they do with a message, what they write around it."""
 
+from typing import Any
+
+from sparsemm_edge.runtime.chat_template import Turn, render_turns
+
 LLAMA_3 = (
     "{% for m in messages %}{% set content = '<|start_header_id|>' + m['role'] + '<|end_header_id|>\n\n'"
     " + m['content'] | trim + '<|eot_id|>' %}{% if loop.first %}{% set content = bos_token + content %}"
@@ -86,3 +90,9 @@ SHAPES = {
     "mixed": (MIXED, False, "@", ";@"),
 }
 IMAGES = {"qwen": "<M>", "mixed": "<M>"}  # the others: a marker and a line end
+
+
+def render(template: str, prompt: str, n_images: int, *, system: str | None = None, **options: Any) -> str:
+    """render_turns of one user message, and a system message before it."""
+    turns = [] if system is None else [Turn("system", system)]
+    return render_turns(template, [*turns, Turn("user", prompt, n_images)], **options)

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 
 from helpers.agreement import answers_alike, oracle_of
+from helpers.chat_templates import render
 from helpers.command_line import CommandLine
 from helpers.contexts import context_of, decode, evict_by, random_table, raw_context, saved
 from helpers.conversations import EVICTION, OPTIONS, QUESTIONS, said
@@ -19,7 +20,6 @@ from helpers.models import NAMES, sample_image, test_model
 from sparsemm_edge.budgets import BudgetSpec
 from sparsemm_edge.errors import SparseMMError
 from sparsemm_edge.runtime import Cancelled, Conversation, Eviction, VisionModel
-from sparsemm_edge.runtime.chat_template import render
 from sparsemm_edge.runtime.encode import encode
 from sparsemm_edge.runtime.library import llama
 from sparsemm_edge.runtime.prompt import TextPart

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from helpers.chat_templates import render
 from helpers.command_line import CommandLine
 from helpers.model_files import random_scores
 from sparsemm_edge.budgets import BudgetSpec
@@ -17,7 +18,7 @@ from sparsemm_edge.convert import convert
 from sparsemm_edge.errors import SparseMMError
 from sparsemm_edge.resources import usable_cores
 from sparsemm_edge.runtime import Eviction, GenerationStats, Sampling, VisionModel, generate, library
-from sparsemm_edge.runtime.chat_template import read_template, render
+from sparsemm_edge.runtime.chat_template import read_template
 from sparsemm_edge.runtime.context import context_for
 from sparsemm_edge.runtime.encode import encode
 from sparsemm_edge.runtime.library import llama

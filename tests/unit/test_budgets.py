@@ -137,10 +137,10 @@ def test_full_is_longer_than_any_prompt_and_fits_32_bits() -> None:
     ("arguments", "reason"),
     [
         ({"window": 0}, "the window is 0"),
-        ({"window": 1025, "budget": 4096}, "the window is 1025: it must hold 1 to 1024"),
+        ({"window": 1025, "budget": 4096}, "the window is 1025: it must be 1 to 1024"),
         ({"budget": 10}, r"the budget \(10\) must be larger than the window \(10\)"),
         ({"budget": 9}, r"the budget \(9\) must be larger than the window \(10\)"),
-        ({"budget": 2**31}, "it must be at most 2147483647"),
+        ({"budget": 2**31}, "the budget is 2147483648: it must be 1 to 2147483647"),
         ({"budget": 2**31 - 1}, "positions, more than 2147483647"),
         ({"floor_ratio": -0.1}, "the floor ratio is -0.1"),
         ({"floor_ratio": 1.1}, "the floor ratio is 1.1"),

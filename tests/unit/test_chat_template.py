@@ -7,10 +7,10 @@ from pathlib import Path
 
 import pytest
 
-from helpers.chat_templates import IMAGES, SHAPES
+from helpers.chat_templates import IMAGES, SHAPES, render
 from helpers.command_line import CommandLine
 from sparsemm_edge import SparseMMError
-from sparsemm_edge.runtime.chat_template import read_template, render
+from sparsemm_edge.runtime.chat_template import read_template
 
 
 def filled(shape: str, name: str, question: str, n_images: int) -> str:

@@ -109,11 +109,11 @@ def test_methods_are_as_they_were_published(method: str, policy: str, floor_rati
         ({"laters": ["never"]}, "unknown rule for later questions 'never'"),
         ({"budgets": [64]}, "give either budgets in positions or retentions"),
         ({"retentions": []}, "give either budgets in positions or retentions"),
-        ({"retentions": [0]}, "retention of 0"),
-        ({"retentions": [101]}, "retention of 101"),
-        ({"windows": [0]}, "window of 0"),
-        ({"floor_ratios": [1.5]}, "floor ratio of 1.5"),
-        ({"n_random": 0}, "random seeds of 0"),
+        ({"retentions": [0]}, "the retention is 0"),
+        ({"retentions": [101]}, "the retention is 101"),
+        ({"windows": [0]}, "the window is 0"),
+        ({"floor_ratios": [1.5]}, "the floor ratio is 1.5"),
+        ({"n_random": 0}, "the number of random seeds is 0"),
     ],
 )
 def test_settings_that_cannot_be_are_refused(wrong: dict[str, Any], said: str) -> None:

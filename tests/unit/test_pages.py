@@ -204,7 +204,7 @@ def test_what_else_is_wrong_is_one_line(tmp_path: Path) -> None:
     for call, reason in (
         (lambda: open_pages("no-such-folder", 1), "there is no folder no-such-folder"),
         (lambda: open_pages(str(tmp_path), 1), r"no \.json, \.jsonl or \.parquet"),
-        (lambda: open_pages("grid", 0), "0 pages"),
+        (lambda: open_pages("grid", 0), "the number of pages is 0: it must be 1 to"),
         (lambda: open_pages("grid", 1, seed=99), "the seed is 99: it must be 0 to 98"),
         (lambda: open_pages("documents", 1, size=(40, 40)), "a page of 40 x 40 pixels"),
         (lambda: page_size("large"), "the page size is 'large'"),
