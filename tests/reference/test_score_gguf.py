@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import _thread
 import json
+import signal
 import subprocess
 import sys
 import threading
@@ -192,14 +192,21 @@ def test_a_stopped_run_keeps_what_is_done(how: str, tmp_path: Path) -> None:
     assert 0 < len(json.loads(partial.read_text())["pages"]) < 500
 
 
-def test_a_reader_that_was_interrupted_reads_on(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_reader_that_was_interrupted_reads_on(
+    request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
+) -> None:
     pages = open_pages("grid", 2)
     prefill = Context.prefill
 
     def interrupted(*arguments: Any) -> None:
-        threading.Timer(0.02, _thread.interrupt_main).start()  # the main thread waits for this one by then
+        # the main thread waits for this one by then
+        ctrl_c = (threading.main_thread().ident, signal.SIGINT)
+        threading.Timer(0.02, signal.pthread_kill, ctrl_c).start()
         prefill(*arguments)
 
+    # what a shell starts in the background inherits that Ctrl-C is ignored
+    handler = signal.signal(signal.SIGINT, signal.default_int_handler)
+    request.addfinalizer(lambda: signal.signal(signal.SIGINT, handler))
     with GgufFiles(FILES.model, FILES.mmproj, n_threads=1).reader() as reader:
         before = reader.read(pages.prompt, pages.page(0).image, 200)
         with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
