@@ -15,8 +15,9 @@ setup-dev: $(VENV)/.dev
 demo: setup
 	$(VENV)/bin/sparsemm-edge demo --out build/demo
 
+# one process a core, whole files at a time
 test: $(VENV)/.tools lint $(DEMO_MODEL)
-	$(PY) -m pytest
+	$(PY) -m pytest --numprocesses auto --maxprocesses 4 --dist loadfile
 
 lint: $(VENV)/.dev
 	$(VENV)/bin/ruff check .
