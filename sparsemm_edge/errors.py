@@ -31,6 +31,11 @@ def check_ranges(**values: float | None) -> None:
             check_within(name, value, *RANGES[name])
 
 
+def check_attributes(options: object) -> None:
+    """check_ranges of those attributes of an object that defaults.RANGES names."""
+    check_ranges(**{name: value for name, value in vars(options).items() if name in RANGES})
+
+
 @contextmanager
 def os_errors(what: str) -> Iterator[None]:
     """In this `with` an OSError becomes a SparseMMError: "cannot <what>", and why."""

@@ -8,7 +8,7 @@ from pathlib import Path
 from PIL import Image
 
 from sparsemm_edge import __version__
-from sparsemm_edge.errors import SparseMMError
+from sparsemm_edge.errors import SparseMMError, one_line
 from sparsemm_edge.pictures import open_picture
 
 _MAX_BYTES = 2**26
@@ -49,7 +49,7 @@ def _read(url: str, where: str) -> bytes:
         raise SparseMMError(f"{where}: the server says {error.code} {error.reason}") from error
     except (OSError, ValueError, http.client.HTTPException) as error:
         reason = getattr(error, "reason", None) or error
-        raise SparseMMError(f"{where}: cannot be read ({' '.join(str(reason).split())})") from error
+        raise SparseMMError(f"{where}: cannot be read ({one_line(reason)})") from error
     if len(data) > _MAX_BYTES:
         raise SparseMMError(f"{where}: more than {_MAX_BYTES >> 20} MiB, too large for an image")
     return data

@@ -10,13 +10,13 @@ import psutil
 
 from sparsemm_edge.errors import SparseMMError
 from sparsemm_edge.gguf_header import read_header, weight_bytes
-from sparsemm_edge.gguf_metadata import ModelShape, check_supported, model_shape, sparsemm_metadata
+from sparsemm_edge.gguf_metadata import ModelShape, check_supported, model_shape
 from sparsemm_edge.profiling import shapes
 from sparsemm_edge.profiling.jobs import CacheSetting
 from sparsemm_edge.resources import machine_memory
 from sparsemm_edge.runtime.context import N_UBATCH
 from sparsemm_edge.runtime.estimate import Estimate
-from sparsemm_edge.runtime.eviction import Eviction, HeadBudgetTable, plan
+from sparsemm_edge.runtime.eviction import Eviction, HeadBudgetTable
 
 
 @dataclass(frozen=True)
@@ -148,10 +148,9 @@ def fit(
     total, available = machine_memory()
     limit = memory or available
     weights = weight_bytes(model)
-    metadata = sparsemm_metadata(header)
     with (
         Estimate(model, mmproj, n_gpu_layers) as estimate,
-        shapes.scores_file(shape, metadata, scores) as (scores_path, source),
+        shapes.scores_file(shape, estimate.metadata, scores) as (scores_path, source),
     ):
         images = estimate.image_tokens(image_sizes) if image_sizes else []
         n_prompt = n_text + sum(images)
@@ -161,9 +160,7 @@ def fit(
                 f"the prompt takes {n_prompt} positions ({sum(images)} of images), --n-ctx allows {n_places}"
             )
         n_reply = min(n_predict, n_places - n_prompt)
-        vision = 0
-        if mmproj is not None:
-            vision = weight_bytes(mmproj) + estimate.vision_compute_bytes
+        vision = estimate.vision_weight_bytes + estimate.vision_compute_bytes  # 0 without an image encoder
 
         def row(
             name: str, type_k: str, type_v: str, budget: int | None, table: HeadBudgetTable | None
@@ -185,13 +182,13 @@ def fit(
 
         def evicted(budget: int) -> FitRow:
             wanted = Eviction(True, None, budget, window, scores_path, max_tail)
-            found = plan(wanted, metadata, shape, n_prompt, model)
+            found = estimate.plan(wanted, n_prompt)
             assert found is not None
             types = (cache_type_k, cache_type_v)
             kind = "" if types == ("f16", "f16") else f", {' and '.join(dict.fromkeys(types))}"
             return row(f"evicted, budget {budget}{kind}", *types, budget, found)
 
-        rows.append(evicted(budget or Eviction().spec(metadata).budget))
+        rows.append(evicted(budget or Eviction().spec(estimate.metadata).budget))
         budgets = range((window or 1) + 1, n_prompt + 1)  # a default window shrinks with the budget
         n_fit = bisect_left(budgets, True, key=lambda budget: not evicted(budget).fits)
         largest = evicted(budgets[n_fit - 1]) if n_fit else None

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from sparsemm_edge.defaults import IMAGE_CACHE_SIZE, RANGES
-from sparsemm_edge.errors import SparseMMError, check_ranges
+from sparsemm_edge.defaults import IMAGE_CACHE_SIZE
+from sparsemm_edge.errors import SparseMMError, check_attributes
 from sparsemm_edge.gguf_header import read_header
 from sparsemm_edge.runtime import library
 from sparsemm_edge.runtime.library import llama
@@ -73,7 +73,7 @@ class Loading:
     no_weights: bool = False
 
     def __post_init__(self) -> None:
-        check_ranges(**{name: value for name, value in vars(self).items() if name in RANGES})
+        check_attributes(self)
         least, most = self.image_min_tokens, self.image_max_tokens
         if least is not None and most is not None and least > most:
             raise SparseMMError(f"image_min_tokens is {least}, more than image_max_tokens, {most}")

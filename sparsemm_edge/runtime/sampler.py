@@ -15,8 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 from sparsemm_edge.closing import Closing
-from sparsemm_edge.defaults import RANGES
-from sparsemm_edge.errors import SparseMMError, check_ranges, check_within, one_line
+from sparsemm_edge.errors import SparseMMError, check_attributes, check_within, one_line
 from sparsemm_edge.runtime import library
 from sparsemm_edge.runtime.library import llama
 
@@ -59,8 +58,8 @@ class Sampling:
     json_schema: str | None = None
 
     def __post_init__(self) -> None:
-        check_ranges(**{name: value for name, value in vars(self).items() if name in RANGES})
         check_within("seed", self.seed, -1, _MAX_SEED)
+        check_attributes(self)
         if "" in self.stop:
             raise SparseMMError("a stop text is empty")
         if self.grammar is not None and self.json_schema is not None:
